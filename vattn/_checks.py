@@ -1,0 +1,94 @@
+"""Checks of what a caller passes: a wrong call is explained before any kernel runs.
+
+Messages read ``"<op>: <what must hold>, got <name>=<value>"``. A wrong type or dtype raises TypeError,
+a wrong shape or value ValueError.
+"""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from vattn._library import compute_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_HEAD_DIM = 256
+
+
+def tensor(op: str, name: str, x: object) -> None:
+    """`x` is a floating-point tensor of a dtype that the operators know."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {name}={type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {name}.dtype={x.dtype}"
+        )
+
+
+def rank(op: str, name: str, x: Tensor, axes: str) -> None:
+    """`x` has the axes that `axes` names, such as "(B, H, T, N, D)"."""
+    if x.dim() != axes.count(",") + 1:
+        raise ValueError(f"{op}: {name} must have shape {axes}, got {name}.shape={tuple(x.shape)}")
+
+
+def same(op: str, first_name: str, first: Tensor, name: str, x: Tensor, shape: bool = True) -> None:
+    """`x` has the dtype, the device and (unless `shape` is off) the shape of `first`."""
+    if compute_dtype(x) != compute_dtype(first):
+        raise TypeError(
+            f"{op}: {name} must have the dtype of {first_name} ({first.dtype}), got {name}.dtype={x.dtype}"
+        )
+    if x.device != first.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {first_name} ({first.device}), "
+            f"got {name}.device={x.device}"
+        )
+    if shape and x.shape != first.shape:
+        raise ValueError(
+            f"{op}: {name} must have the shape of {first_name} {tuple(first.shape)}, "
+            f"got {name}.shape={tuple(x.shape)}"
+        )
+
+
+def head_dim(op: str, x: Tensor) -> None:
+    """The last axis of `x` is a head dim that the kernels take."""
+    if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{op}: head_dim must be between 1 and {MAX_HEAD_DIM}, got head_dim={x.shape[-1]}"
+        )
+
+
+def integer(op: str, name: str, value: object, least: int) -> None:
+    """`value` is an int of at least `least` (a bool is not an int here)."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {name}={value!r}")
+    if value < least:  # type: ignore[operator]
+        raise ValueError(f"{op}: {name} must be at least {least}, got {name}={value}")
+
+
+def dropout(op: str, dropout_p: object) -> None:
+    """`dropout_p` is a probability."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
+        raise TypeError(f"{op}: dropout_p must be a float, got dropout_p={dropout_p!r}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be between 0 and 1, got dropout_p={dropout_p}")
+
+
+def scale(op: str, value: object, head_dim: int) -> float:
+    """The factor of the scores: `value`, or `head_dim ** -0.5` for None. 0.0 is a value like any other."""
+    if value is None:
+        return head_dim**-0.5
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: scale must be a float or None, got scale={value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: scale must be finite, got scale={value}")
+    return float(value)
+
+
+def sequence(op: str, name: str, value: object) -> list[Tensor]:
+    """`value` is a list or tuple with at least one element."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{op}: {name} must be a list or tuple of tensors, got {name}={type(value).__name__}")
+    if not value:
+        raise ValueError(f"{op}: {name} must have at least one element, got len({name})=0")
+    return list(value)

@@ -1,0 +1,99 @@
+"""How an operator meets PyTorch's dispatcher: the parts that are alike for all of them.
+
+An operator is one ``torch.library`` schema. Its kernels hang on dispatch keys:
+
+    CPU          C++, registered by the compiled extension ``vattn._C``
+    CUDA         Triton, launched from ``vattn.kernels``
+    Autocast*    casts to the autocast dtype, as PyTorch's own attention does
+
+so that choosing a backend is the dispatcher's business, not ours. Where there is no kernel (float64, a
+device without one, an install without a compiler) the public function runs the reference, under PyTorch's
+own autograd.
+"""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from vattn import _C  # registers the CPU kernels
+
+    extension_error: str | None = None
+except ImportError as error:  # no compiler at install time, or built for another torch
+    _C = None  # type: ignore[assignment]
+    extension_error = str(error)
+
+KERNEL_DEVICES = {"meta"}
+if _C is not None:
+    KERNEL_DEVICES.add("cpu")
+if importlib.util.find_spec("triton") is not None:
+    KERNEL_DEVICES.add("cuda")
+
+library = torch.library.Library("vattn", "DEF")
+
+
+def define(schema: str, cuda: Callable[..., Any]) -> None:
+    """Define an operator by its `schema`, with its CUDA launcher; the CPU kernel is in ``vattn._C``."""
+    library.define(schema)
+    name = schema.split("(")[0]
+    library.impl(name, cuda, "CUDA")
+    for device_type in ("cpu", "cuda"):
+        rule = functools.partial(_run_autocast, name, device_type)
+        library.impl(name, rule, f"Autocast{device_type.upper()}")
+
+
+def runs_reference(x: Tensor) -> bool:
+    """Whether an operator on `x` runs the reference rather than a kernel; said once if that is a surprise."""
+    if compute_dtype(x) == torch.float64:
+        return True
+    if x.device.type == "cpu" and _C is None:
+        # The default filter shows a warning once for each place that raises it, and this is one place.
+        warnings.warn(
+            "vattn has no compiled CPU kernels here and runs its reference instead, which is right but slow "
+            f"({extension_error}); `python -m vattn.info` says more",
+            stacklevel=1,
+        )
+    return x.device.type not in KERNEL_DEVICES
+
+
+def no_double_backward(name: str) -> None:
+    """Make differentiating the backward operator `name` an error rather than a silent zero."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{name.removesuffix('_backward')}: second derivatives need float64 inputs, which run the "
+            "reference; the kernels have first derivatives only"
+        )
+
+    torch.library.register_autograd(f"vattn::{name}", backward, lib=library)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the operator will run in: that of `x`, or autocast's."""
+    device_type = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+def empty_rows(like: Tensor) -> Tensor:
+    """An empty tensor of the shape ``(B, H, *tokens, D)`` of `like`, laid out so that merging heads is a view."""
+    return torch.empty_like(like.movedim(1, -2), memory_format=torch.contiguous_format).movedim(-2, 1)
+
+
+def _run_autocast(name: str, device_type: str, *args: Any) -> Any:
+    def cast(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [cast(y) for y in x]
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.to(compute_dtype(x))
+        return x
+
+    args = tuple(cast(x) for x in args)
+    with torch.autocast(device_type, enabled=False):
+        return getattr(torch.ops.vattn, name)(*args)

@@ -1,0 +1,1 @@
+"""The public operators: one file each, from the checks to the ``torch.library`` registration."""

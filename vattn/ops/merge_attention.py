@@ -1,0 +1,120 @@
+"""Attention over a union of key sets, from attention over its parts.
+
+    lse = log sum_i exp(lse_i),   out = sum_i exp(lse_i - lse) out_i
+
+With w_i = exp(lse_i - lse) and gradients g of out and g_lse of lse, the backward is
+
+    d out_i = w_i g,   d lse_i = w_i (<g, out_i - out> + g_lse)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vattn import _checks, reference
+from vattn._library import define, library, no_double_backward, runs_reference
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge attention over disjoint key sets into attention over their union, exactly.
+
+    Args:
+        outs: at least one output, each ``(..., D)``, of equal shapes and dtypes: float32, bfloat16, float16 or
+            float64. Each is the attention of the same queries over other keys.
+        lses: as many log-sum-exps of the scaled scores, each ``(...)``, float32 (float64 for float64 outs), as
+            `return_lse=True` returns them. -inf stands for a part without keys.
+
+    Returns:
+        out ``(..., D)`` in the dtype of `outs`, and lse ``(...)``. Where every part is -inf: 0 and -inf.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: no parts, as many outs as lses do not match, or shapes that do not fit.
+
+    Source:
+        Milakov and Gimelshein, "Online normalizer calculation for softmax", section 3; Dao et al.,
+        "FlashAttention", section 3.1.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 1, 6, 8)             # (B, H, T, N, D), one frame of 6 tokens
+        >>> whole = vattn.leap_attention(q, k, v, leap=1)
+        >>> a = vattn.leap_attention(q, k, v, leap=1, return_lse=True)
+        >>> out, lse = merge_attention([a[0], a[0]], [a[1], a[1]])      # every key twice: the same weights
+        >>> torch.allclose(out, whole, atol=1e-6)
+        True
+    """
+    op = "merge_attention"
+    outs, lses = _checks.sequence(op, "outs", outs), _checks.sequence(op, "lses", lses)
+    if len(outs) != len(lses):
+        raise ValueError(f"{op}: lses must be as many as outs ({len(outs)}), got len(lses)={len(lses)}")
+    for i, (out, lse) in enumerate(zip(outs, lses)):
+        _checks.tensor(op, f"outs[{i}]", out)
+        _checks.tensor(op, f"lses[{i}]", lse)
+        _checks.same(op, "outs[0]", outs[0], f"outs[{i}]", out)
+        wide = torch.promote_types(out.dtype, torch.float32)
+        if lse.dtype != wide:
+            raise TypeError(f"{op}: lses[{i}] must be {wide}, got lses[{i}].dtype={lse.dtype}")
+        if lse.device != out.device:
+            raise ValueError(
+                f"{op}: lses[{i}] must be on the device of outs[0] ({out.device}), got lses[{i}].device={lse.device}"
+            )
+        if out.dim() == 0 or lse.shape != out.shape[:-1]:
+            raise ValueError(
+                f"{op}: lses[{i}] must have the shape of outs[{i}] without its last axis, "
+                f"got lses[{i}].shape={tuple(lse.shape)}, outs[{i}].shape={tuple(out.shape)}"
+            )
+    if runs_reference(outs[0]):
+        return reference.merge_attention(outs, lses)
+    return torch.ops.vattn.merge_attention(outs, lses)
+
+
+def _cuda(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    from vattn.kernels import merge_attention as kernels
+
+    return kernels.forward(outs, lses)
+
+
+def _cuda_backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    from vattn.kernels import merge_attention as kernels
+
+    return kernels.backward(*args)
+
+
+define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", cuda=_cuda)
+define(
+    "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, "
+    "Tensor lse) -> (Tensor[] grad_outs, Tensor[] grad_lses)",
+    cuda=_cuda_backward,
+)
+no_double_backward("merge_attention_backward")
+
+
+@torch.library.register_fake("vattn::merge_attention", lib=library)
+def _fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(outs[0]), lses[0].new_empty(lses[0].shape)
+
+
+@torch.library.register_fake("vattn::merge_attention_backward", lib=library)
+def _fake_backward(grad_out, grad_lse, outs, lses, out, lse):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(x) for x in outs], [x.new_empty(x.shape) for x in lses]
+
+
+def _setup_context(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: tuple[Tensor, Tensor]) -> None:
+    outs, lses = inputs
+    ctx.parts = len(outs)
+    ctx.save_for_backward(*outs, *lses, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    *parts, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    return torch.ops.vattn.merge_attention_backward(
+        grad_out, grad_lse, parts[: ctx.parts], parts[ctx.parts :], out, lse
+    )
+
+
+torch.library.register_autograd("vattn::merge_attention", _backward, setup_context=_setup_context, lib=library)

@@ -1,0 +1,19 @@
+"""The operators in plain PyTorch: what each one means, on any device and in any dtype.
+
+Written to be read and trusted, not to be fast: the kernels are tested against these in float64.
+"""
+
+from vattn.reference.attention import attention
+from vattn.reference.dropout import dropout_keep
+from vattn.reference.leap_attention import leap_attention, leap_groups
+from vattn.reference.merge_attention import merge_attention
+from vattn.reference.periodic_shift import periodic_shift
+
+__all__ = [
+    "attention",
+    "dropout_keep",
+    "leap_attention",
+    "leap_groups",
+    "merge_attention",
+    "periodic_shift",
+]

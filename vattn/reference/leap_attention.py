@@ -1,0 +1,60 @@
+"""Leap attention: every token reads all tokens of the frames of its leap group.
+
+LAPS (Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", section 3.2), for any
+group size and any number of frames. With ``leap=2, group_size=2`` and 7 frames::
+
+    frame   0  1  2  3  4  5  6
+    group   A  B  A  B  C  D  C         D lost its partner, and is smaller
+"""
+
+import torch
+from torch import Tensor
+
+from vattn.reference.attention import attention
+from vattn.reference.dropout import dropout_keep, random_seed
+from vattn.reference.periodic_shift import periodic_shift
+
+
+def leap_groups(num_frames: int, leap: int, group_size: int = 2) -> list[list[int]]:
+    """The frames of each leap group, in the order of their first frame."""
+    groups: dict[int, list[int]] = {}
+    for t in range(num_frames):
+        span = leap * group_size
+        groups.setdefault(t // span * span + t % leap, []).append(t)
+    return list(groups.values())
+
+
+def leap_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    leap: int,
+    *,
+    group_size: int = 2,
+    fold_div: int = 0,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition of :func:`vattn.leap_attention`; `seed` repeats a dropout mask."""
+    B, H, T, N, D = query.shape
+    scale = D**-0.5 if scale is None else scale
+    if dropout_p > 0 and seed is None:
+        seed = random_seed(query.device)
+    out = query.new_empty(B, T, N, H, D).permute(0, 3, 1, 2, 4)
+    lse = query.new_empty(B, H, T, N, dtype=torch.promote_types(query.dtype, torch.float32))
+    bh = torch.arange(B * H, device=query.device).view(B, H, 1, 1)
+    tokens = torch.arange(T * N, device=query.device).view(T, N)
+    for frames in leap_groups(T, leap, group_size):
+        keep = None
+        if seed is not None:
+            members = tokens[frames].flatten()
+            keep = dropout_keep(seed, bh, members[:, None], members, dropout_p)
+        q, k, v = (x[:, :, frames].flatten(2, 3) for x in (query, key, value))
+        o, group_lse = attention(q, k, v, scale=scale, keep=keep, dropout_p=dropout_p)
+        out[:, :, frames] = o.unflatten(2, (len(frames), N))
+        lse[:, :, frames] = group_lse.unflatten(2, (len(frames), N))
+    if fold_div > 0:
+        out = periodic_shift(out, fold_div)
+    return (out, lse) if return_lse else out
