@@ -1,0 +1,97 @@
+"""Builds `vattn` and, where a C++ compiler is at hand, its CPU kernels ``vattn._C``.
+
+An install never fails for want of a compiler: it says why there are no compiled kernels, and writes the
+reason to ``vattn/_build.json``, where ``python -m vattn.info`` finds it. ``VATTN_BUILD_CPP=1`` makes a failure an
+error, ``VATTN_BUILD_CPP=0`` leaves the extension out.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import warnings
+from glob import glob
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    torch = None
+
+BUILD_CPP = os.environ.get("VATTN_BUILD_CPP")
+# Contracted multiply-adds, and vectorised loops without errno or traps; sums keep the order they are written in.
+FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+# To compile only: linked in, it might bring a second OpenMP beside the one that torch carries.
+OPENMP = ["-fopenmp"]
+
+
+class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # type: ignore[misc]
+    """Compiles the extension, or records why it could not."""
+
+    record: dict[str, Any]
+
+    def build_extensions(self) -> None:
+        self.record = {"error": None, "flags": FLAGS, "torch": torch and torch.__version__, "cuda": False}
+        try:
+            self.require()
+            self.record["compiler"] = self.compiler.compiler_cxx[0]
+            self.record["cuda"] = any(source.endswith(".cu") for source in self.extensions[0].sources)
+            super().build_extensions()
+        except Exception as error:
+            if BUILD_CPP == "1":
+                raise
+            self.record["error"] = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"vattn is installed without compiled CPU kernels and will run its slower reference there: {error}",
+                stacklevel=1,
+            )
+
+    def require(self) -> None:
+        """Raise what a person can act upon, before the compiler raises what they cannot."""
+        if BUILD_CPP == "0":
+            raise RuntimeError("VATTN_BUILD_CPP=0 was set")
+        if torch is None:
+            raise RuntimeError("torch was not importable during the build; use `pip install --no-build-isolation`")
+        if not self.extensions[0].sources:
+            raise RuntimeError("there are no C++ sources under csrc/")
+        compiler = self.compiler.compiler_cxx[0]
+        if shutil.which(compiler) is None:
+            raise RuntimeError(f"no C++ compiler: {compiler!r} is not on the PATH; install one or set CXX")
+
+    def run(self) -> None:
+        super().run()
+        package = pathlib.Path("vattn") if self.inplace else pathlib.Path(self.build_lib, "vattn")
+        if self.inplace and self.record["error"]:
+            for outdated in package.glob("_C.*.so"):
+                outdated.unlink()
+        (package / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
+
+
+def extension() -> Extension:
+    """``vattn._C`` with the CPU kernels, and the CUDA C++ ones where torch has CUDA and nvcc is found."""
+    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    headers = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+    # As system headers, so that -Wextra speaks of our code and not of torch's.
+    system = [flag for path in (cpp_extension.include_paths() if torch else []) for flag in ("-isystem", path)]
+    options: dict[str, Any] = {"include_dirs": ["csrc"], "depends": headers, "optional": True}
+    if torch is None:
+        return Extension("vattn._C", sources, **options)
+    if cuda_sources and torch.version.cuda and cpp_extension.CUDA_HOME:
+        flags = {"cxx": FLAGS + OPENMP + system, "nvcc": ["-O3", "-std=c++20"]}
+        return cpp_extension.CUDAExtension("vattn._C", sources + cuda_sources, extra_compile_args=flags, **options)
+    return cpp_extension.CppExtension("vattn._C", sources, extra_compile_args=FLAGS + OPENMP + system, **options)
+
+
+setup(
+    # The kernels are vattn.kernels and not a top-level module: Hugging Face owns the name `kernels`.
+    packages=[*find_packages(include=["vattn", "vattn.*"]), "vattn.kernels"],
+    package_dir={"vattn": "vattn", "vattn.kernels": "kernels"},
+    package_data={"vattn": ["py.typed"]},
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildOrExplain},
+)
