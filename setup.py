@@ -24,7 +24,8 @@ except ImportError:
 
 BUILD_CPP = os.environ.get("VATTN_BUILD_CPP")
 # Contracted multiply-adds, and vectorised loops without errno or traps; sums keep the order they are written in.
-FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+FLAGS = ["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-Wall", "-Wextra"]
 # To compile only: linked in, it might bring a second OpenMP beside the one that torch carries.
 OPENMP = ["-fopenmp"]
 
@@ -64,9 +65,10 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
 
     def run(self) -> None:
         super().run()
-        package = pathlib.Path("vattn") if self.inplace else pathlib.Path(self.build_lib, "vattn")
-        if self.inplace and self.record["error"]:
-            for outdated in package.glob("_C.*.so"):
+        built = pathlib.Path(self.build_lib, "vattn")
+        package = pathlib.Path("vattn") if self.inplace else built
+        if self.record["error"]:
+            for outdated in (*built.glob("_C.*"), *package.glob("_C.*.so")):
                 outdated.unlink()
         (package / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
 

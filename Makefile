@@ -1,0 +1,63 @@
+# Everything runs in $(VENV), which the first call makes: Python, torch, the packages, the C++ extension.
+#
+#   make demo       the main job on a real clip: outputs/
+#   make test       all tests and doctests
+#   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
+#   make lint       ruff and mypy
+#   make bench      timings, tables and plots: benchmarks/results/
+#   make docs       API pages: docs/_build/
+#   make clean      remove what was built, but not $(VENV)
+
+PYTHON ?= python3
+VENV ?= .venv
+# PyTorch's builds for the CPU, a tenth of the download; for a GPU pass the index of your CUDA version, such as
+# TORCH_INDEX=https://download.pytorch.org/whl/cu130. The version is pinned in constraints.txt.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+ifeq ($(VENV),)
+RUN := $(PYTHON)
+else
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+endif
+BUILT := vattn/_build.json
+SOURCES := $(shell find csrc -type f)
+
+.PHONY: demo test test-gpu lint bench docs clean
+
+demo: $(BUILT)
+	$(RUN) examples/demo.py
+
+test: $(BUILT)
+	$(RUN) -m pytest
+
+test-gpu: $(BUILT)
+	$(RUN) -m pytest -m gpu
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+bench: $(BUILT)
+	$(RUN) -m benchmarks
+
+docs: $(BUILT)
+	$(RUN) -m pdoc --docformat google --output-directory docs/_build vattn
+
+clean:
+	rm -rf build dist outputs docs/_build *.egg-info vattn/_C.*.so $(BUILT)
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The extension is built in place, and not by pip, so that ninja recompiles only what has changed.
+$(BUILT): $(SOURCES) setup.py $(INSTALLED)
+	VATTN_BUILD_CPP=1 $(RUN) setup.py --quiet build_ext --inplace
+
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vattn needs Python 3.11 or later: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --extra-index-url $(TORCH_INDEX) --constraint constraints.txt torch setuptools ninja
+	VATTN_BUILD_CPP=0 $(RUN) -m pip install --constraint constraints.txt --no-build-isolation \
+		--editable '.[demo,test,dev]'
+	touch $@
