@@ -45,7 +45,7 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
         except Exception as error:
             if BUILD_CPP == "1":
                 raise
-            self.record["error"] = f"{type(error).__name__}: {error}"
+            self.record["error"] = str(error)
             warnings.warn(
                 f"vattn is installed without compiled CPU kernels and will run its slower reference there: {error}",
                 stacklevel=1,

@@ -13,6 +13,8 @@ own autograd.
 
 import functools
 import importlib.util
+import json
+import pathlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +22,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from vattn import _C  # registers the CPU kernels
 
-    extension_error: str | None = None
-except ImportError as error:  # no compiler at install time, or built for another torch
-    _C = None  # type: ignore[assignment]
-    extension_error = str(error)
+def build_record() -> dict[str, Any]:
+    """What the install wrote down about the build of ``vattn._C``; empty if there was none."""
+    path = pathlib.Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _load_extension() -> tuple[Any, str | None]:
+    """The compiled extension, which registers the CPU kernels; or None, and why there is none."""
+    try:
+        return importlib.import_module("vattn._C"), None
+    except ModuleNotFoundError:
+        return None, build_record().get("error") or "the extension vattn._C was never built"
+    except ImportError as error:
+        built_for = build_record().get("torch")
+        if built_for not in (None, torch.__version__):
+            return None, f"the extension was built for torch {built_for}, this is torch {torch.__version__}"
+        return None, str(error)
+
+
+_C, extension_error = _load_extension()
 
 KERNEL_DEVICES = {"meta"}
 if _C is not None:

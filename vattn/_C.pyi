@@ -1,0 +1,4 @@
+"""The compiled CPU kernels: importing this module registers them with PyTorch's dispatcher."""
+
+def cpu_capability() -> str:
+    """The instruction set that the kernels were chosen for: "avx512", "avx2" or "generic"."""
