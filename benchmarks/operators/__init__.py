@@ -1,0 +1,1 @@
+"""One file per operator: its cases and its providers, as ``OPERATOR``."""

@@ -1,0 +1,72 @@
+"""Pictures of the stored lines, and of nothing else."""
+
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+
+from benchmarks.records import Line, load
+
+
+def plot(operator: str, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draw speed and memory, one picture each for every machine and dtype; returns the files written to `folder`.
+
+    Of each case and pass the last run counts: only lines of one run were measured side by side.
+    """
+    groups: dict[tuple[str, str], dict[tuple[str, str], list[Line]]] = {}
+    for line in load(operator, folder):
+        group = groups.setdefault((line.machine, line.dtype), {})
+        panel = group.setdefault((line.pass_name, line.case), [])
+        if panel and panel[0].run != line.run:
+            panel.clear()
+        panel.append(line)
+    written = []
+    for (machine, dtype), group in groups.items():
+        slug = re.sub(r"[^a-z0-9]+", "-", f"{operator} {machine} {dtype}".lower()).strip("-")
+        written.append(_draw(group, _time_over_vattn, "time / time of vattn", folder / f"{slug}-speed.png"))
+        written.append(_draw(group, _extra_mebibytes, "extra memory, MiB", folder / f"{slug}-memory.png"))
+    return written
+
+
+def _time_over_vattn(line: Line, side_by_side: Sequence[Line]) -> float | None:
+    vattn = next((other.median for other in side_by_side if other.role == "vattn"), None)
+    return None if vattn is None or line.median is None else line.median / vattn
+
+
+def _extra_mebibytes(line: Line, side_by_side: Sequence[Line]) -> float | None:
+    return None if line.extra_memory is None else line.extra_memory / 2**20
+
+
+def _draw(
+    group: dict[tuple[str, str], list[Line]],
+    value: Callable[[Line, Sequence[Line]], float | None],
+    label: str,
+    path: pathlib.Path,
+) -> pathlib.Path:
+    """One panel per pass, one cluster of bars per case, one bar per provider; a provider without a time has none."""
+    from matplotlib.figure import Figure
+
+    passes = list(dict.fromkeys(pass_name for pass_name, _ in group))
+    providers = list(dict.fromkeys(line.provider for lines in group.values() for line in lines))
+    figure = Figure(figsize=(12, 4 * len(passes) + 0.5), layout="constrained")
+    for axes, pass_name in zip(figure.subplots(len(passes), squeeze=False)[:, 0], passes):
+        cases = [case for name, case in group if name == pass_name]
+        for index, provider in enumerate(providers):
+            bars = [
+                (position + (index + 0.5) / len(providers) * 0.8 - 0.4, height)
+                for position, case in enumerate(cases)
+                for line in group[pass_name, case]
+                if line.provider == provider and (height := value(line, group[pass_name, case])) is not None
+            ]
+            container = axes.bar([x for x, _ in bars], [h for _, h in bars], 0.8 / len(providers), label=provider)
+            axes.bar_label(container, fmt="%.2f", fontsize=7, rotation=90, padding=2)
+        axes.set_xticks(range(len(cases)), [case.replace(" ", "\n", 2) for case in cases], fontsize=8)
+        axes.set_ylabel(label)
+        axes.set_title(pass_name)
+        axes.margins(y=0.15)
+        axes.legend(fontsize=8, ncols=len(providers))
+    first = next(iter(group.values()))[0]
+    threads = "" if first.threads is None else f", {first.threads} threads"
+    runs = ", ".join(sorted({f"{lines[0].run[:10]} at {lines[0].commit[:9]}" for lines in group.values()}))
+    figure.suptitle(f"{first.operator}, {first.dtype}, {first.machine}{threads}, torch {first.versions['torch']}\n{runs}")
+    figure.savefig(path, dpi=120)
+    return path
