@@ -1,0 +1,226 @@
+"""The online softmax: the one core that every attention kernel here runs.
+
+For one tile of queries and the key tiles of its itinerary, with s = scale * q k^T in units of log2,
+
+    m' = max(m, max_k s)          l' = l * 2^(m - m') + sum_k 2^(s - m')
+    acc' = acc * 2^(m - m') + 2^(s - m') v
+    out = acc / l                 lse = ln 2 * (m + log2 l)
+
+and its derivative, from lse and delta = <d out, out> - d lse, both one number per query:
+
+    p = exp(s - lse)      dv = p^T dout      ds = p * (dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
+
+Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao, "FlashAttention-2" (2023).
+
+An operator is an itinerary over this core: it decides which rows the next tile holds and where they lie, and
+loads them with :func:`load_rows`; they may come from anywhere, one offset per row::
+
+    queries  offs_q -> q --+
+                           +-- scores -> (mask, bias) -> forward_step --+-- forward_finish -> out, lse
+    keys     offs_k -> k --+                                  ^         |
+                       v -------------------------------------+   next tile
+
+A tile of rows is a tuple of (rows, chunk) blocks, so that a head dim of 80 is 64 + 16 columns wide and not 128;
+`SHAPE`, from :func:`shape`, says how rows are cut and aligned. All state is float32. `PRECISION` is that of
+``tl.dot`` for float32.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Shape(NamedTuple):
+    """How the rows of a tile look: known when a kernel is compiled."""
+
+    head_dim: int
+    chunks: tuple[int, ...]  # widths of its pieces, which matrix instructions want to be powers of two from 16 up
+    alignment: int  # every row starts at a multiple of so many elements
+
+
+def shape(head_dim: int, alignment: int) -> Shape:
+    """Cut `head_dim` columns into one power of two, or into two if that wastes fewer columns (80 = 64 + 16)."""
+    whole = max(16, triton.next_power_of_2(head_dim))
+    main = whole // 2
+    rest = max(16, triton.next_power_of_2(max(head_dim - main, 1)))
+    split = main >= 16 and main + rest < whole
+    return Shape(head_dim, (main, rest) if split else (whole,), alignment)
+
+
+@triton.jit
+def load_rows(ptr, offs_row, mask_row, SHAPE: tl.constexpr):
+    """The rows at ``ptr + offs_row``, 0 where `mask_row` is off (None: nowhere) and past the head dim."""
+    HEAD_DIM: tl.constexpr = SHAPE[0]
+    CHUNKS: tl.constexpr = SHAPE[1]
+    offs_row = tl.multiple_of(offs_row, SHAPE[2])
+    tiles = ()
+    first: tl.constexpr = 0
+    for i in tl.static_range(len(CHUNKS)):
+        offs_d = first + tl.arange(0, CHUNKS[i])
+        ptrs = ptr + offs_row[:, None] + offs_d[None, :]  # (rows, chunk)
+        if mask_row is not None:
+            tile = tl.load(ptrs, mask=mask_row[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+        elif first + CHUNKS[i] <= HEAD_DIM:
+            tile = tl.load(ptrs)
+        else:
+            tile = tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+        tiles = tiles + (tile,)
+        first += CHUNKS[i]
+    return tiles
+
+
+@triton.jit
+def store_rows(ptr, offs_row, mask_row, tiles, SHAPE: tl.constexpr):
+    """Write the rows at ``ptr + offs_row`` where `mask_row` is on, in the dtype of `ptr`."""
+    HEAD_DIM: tl.constexpr = SHAPE[0]
+    CHUNKS: tl.constexpr = SHAPE[1]
+    offs_row = tl.multiple_of(offs_row, SHAPE[2])
+    first: tl.constexpr = 0
+    for i in tl.static_range(len(CHUNKS)):
+        offs_d = first + tl.arange(0, CHUNKS[i])
+        mask = mask_row[:, None] & (offs_d < HEAD_DIM)[None, :]
+        tl.store(ptr + offs_row[:, None] + offs_d[None, :], tiles[i].to(ptr.dtype.element_ty), mask=mask)
+        first += CHUNKS[i]
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """A float32 accumulator."""
+    CHUNKS: tl.constexpr = SHAPE[1]
+    tiles = ()
+    for i in tl.static_range(len(CHUNKS)):
+        tiles = tiles + (tl.zeros((ROWS, CHUNKS[i]), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def scale_rows(tiles, factor):
+    """Each row, or all rows, times `factor`, in the tiles' own dtype."""
+    scaled = ()
+    for i in tl.static_range(len(tiles)):
+        scaled = scaled + ((tiles[i] * factor).to(tiles[i].dtype),)
+    return scaled
+
+
+@triton.jit
+def row_dot(a, b):
+    """<a, b> of each row, in float32."""
+    dot = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(a)):
+        dot += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return dot
+
+
+@triton.jit
+def scores(a, b, PRECISION: tl.constexpr):
+    """``a b^T`` of two tiles of rows: (rows of a, rows of b)."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(a)):
+        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def accumulate(acc, weights, rows, PRECISION: tl.constexpr):
+    """``acc + weights rows``, the weights rounded to the dtype of the rows."""
+    weights = weights.to(rows[0].dtype)
+    total = ()
+    for i in tl.static_range(len(acc)):
+        total = total + (tl.dot(weights, rows[i], acc[i], input_precision=PRECISION),)
+    return total
+
+
+@triton.jit
+def split_scale(scale):
+    """`scale` as a sign for the queries (exact in any dtype) and a positive factor into log2 units.
+
+    With a positive factor the maximum of the products is that of the scaled scores, whatever the scale.
+    """
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
+    return sign, tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
+
+
+@triton.jit
+def forward_start(ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """The state (acc, m, l) of a query tile that has read nothing."""
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    return zero_rows(ROWS, SHAPE), m, tl.zeros((ROWS,), tl.float32)
+
+
+@triton.jit
+def forward_step(state, s, factor, v, keep, PRECISION: tl.constexpr):
+    """The state after reading one key tile.
+
+    `s` (queries, keys) becomes log2 units by the positive `factor` and is -inf where forbidden; `keep` is the
+    dropout mask or None. Dropout thins the values, not the softmax: l counts every key.
+    """
+    acc, m, l = state
+    m_next = tl.maximum(m, tl.max(s, 1) * factor)
+    # A query without keys so far has m = -inf, and -inf - -inf would be NaN.
+    m_finite = tl.where(m_next == float("-inf"), 0.0, m_next)
+    p = tl.exp2(s * factor - m_finite[:, None])
+    alpha = tl.exp2(m - m_finite)
+    l = l * alpha + tl.sum(p, 1)
+    if keep is not None:
+        p = tl.where(keep, p, 0.0)
+    return accumulate(scale_rows(acc, alpha[:, None]), p, v, PRECISION), m_next, l
+
+
+@triton.jit
+def forward_finish(state, keep_scale):
+    """The output times `keep_scale`, and the natural-log lse; 0 and -inf for a query without keys."""
+    acc, m, l = state
+    inverse = tl.where(l > 0, keep_scale / l, 0.0)
+    lse = tl.where(l > 0, (m + tl.log2(l)) * LN2, float("-inf"))
+    return scale_rows(acc, inverse[:, None]), lse
+
+
+@triton.jit
+def load_log2_lse(ptrs, mask):
+    """The lse of queries in log2 units; +inf, so that all weights are 0, where there is no query or no key."""
+    lse = tl.load(ptrs, mask=mask, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def backward_step(s, factor, lse, dp, delta, mask, keep, keep_scale):
+    """The weights p (dropped, not yet divided by the share kept) and ds of one pair of tiles.
+
+    `s`, `dp` = dout v^T, `mask` (None: all allowed) and `keep` are oriented alike, (queries, keys) or the
+    transpose; `lse` in log2 units and `delta` broadcast to them. `factor` may have any sign.
+    """
+    p = tl.exp2(s * factor - lse)
+    if mask is not None:
+        p = tl.where(mask, p, 0.0)
+    if keep is None:
+        return p, p * (dp - delta)
+    return tl.where(keep, p, 0.0), p * (tl.where(keep, dp * keep_scale, 0.0) - delta)
+
+
+@triton.jit
+def _mix(x):
+    x = tl.mul(x ^ (x >> 16), 0x21F0AAAD, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 15), 0xD35A2D97, sanitize_overflow=False)
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def dropout_query(seed_ptr, bh, query):
+    """What the dropout hash knows of queries before it meets a key; see ``vattn.reference.dropout``."""
+    seed = tl.load(seed_ptr)
+    a = _mix(tl.add(seed.to(tl.uint32), bh.to(tl.uint32), sanitize_overflow=False))
+    a = _mix(a ^ (seed >> 32).to(tl.uint32))
+    add = _mix(tl.add(query.to(tl.uint32), a, sanitize_overflow=False))
+    return add, _mix(add ^ a) | 1
+
+
+@triton.jit
+def dropout_keep(add, times, threshold, key):
+    """Which weights stay: `add`, `times` of queries and `key` token numbers that broadcast together."""
+    bits = tl.mul(times, key.to(tl.uint32), sanitize_overflow=False)
+    bits = _mix(tl.add(bits, add, sanitize_overflow=False))
+    return (bits >> 8) >= threshold.to(tl.uint32)

@@ -1,0 +1,57 @@
+"""The host's side of a kernel: what a launcher hands over, alike for all operators.
+
+A kernel is compiled once for its dtypes, head dim, flags and tile sizes, and never again for a length, a
+stride or an address: :func:`kernel` turns off Triton's specialisation on argument values. What a value used
+to tell the compiler, that rows may be loaded 16 bytes at a time, is one compile-time number, `ALIGNMENT`.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VECTOR_BYTES = 16  # the widest load of every GPU here
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """``triton.jit``, compiled anew only for other dtypes and other constexpr arguments."""
+    values = [name for name, p in inspect.signature(function).parameters.items() if p.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=values)
+
+
+def launch(function: Any, programs: int, like: Tensor, *args: Any, **settings: Any) -> None:
+    """Run `programs` programs of a kernel, in a one-dimensional grid, on the device of `like`."""
+    guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
+    with guard:
+        # Said aloud because Triton's default differs between versions; exp2(s * factor - m) wants one rounding.
+        function[(programs,)](*args, **settings, enable_fp_fusion=True)
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """`x`, copied if its last axis is not contiguous: a row must be one piece of memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(x: Tensor, axes: int) -> tuple[int, ...]:
+    """Strides of the first `axes` axes, 0 where there is nothing to step over."""
+    return tuple(step if size > 1 else 0 for size, step in zip(x.shape[:axes], x.stride()))
+
+
+def alignment(*tensors: Tensor) -> int:
+    """How many elements each row of `tensors` starts a multiple of: those of a vector load, or 1."""
+    vector = VECTOR_BYTES // tensors[0].element_size()
+    aligned = all(
+        x.data_ptr() % VECTOR_BYTES == 0 and all(step % vector == 0 for step in strides(x, x.dim() - 1))
+        for x in tensors
+    )
+    return vector if aligned else 1
+
+
+def precision() -> str:
+    """How float32 matrices are multiplied: as ``torch.set_float32_matmul_precision`` says."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
