@@ -65,6 +65,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
                 f"{op}: lses[{i}] must have the shape of outs[{i}] without its last axis, "
                 f"got lses[{i}].shape={tuple(lse.shape)}, outs[{i}].shape={tuple(out.shape)}"
             )
+    _checks.head_dim(op, outs[0])
     if runs_reference(outs[0]):
         return reference.merge_attention(outs, lses)
     return torch.ops.vattn.merge_attention(outs, lses)

@@ -35,12 +35,23 @@ def attention(
     scores = (query @ key.transpose(-1, -2)).to(wide) * scale
     if bias is not None:
         scores = scores + bias
-    if scores.shape[-1] == 0:
-        lse = scores.new_full(scores.shape[:-1], -torch.inf)
-        return query * 0, lse
-    lse = torch.logsumexp(scores, -1)
-    # exp(-inf - 0) is 0 where exp(-inf - -inf) would be NaN.
-    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+    weights, lse = softmax(scores, -1)
     if keep is not None:
         weights = weights * keep / (1 - dropout_p) if dropout_p < 1 else weights * 0
     return weights.to(query.dtype) @ value, lse
+
+
+def softmax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The softmax of `x` along `dim` and its log-sum-exp; where all of `x` is -inf, 0 and -inf, without NaN.
+
+    (torch.logsumexp has a NaN gradient there, and torch.softmax a NaN value.)
+    """
+    if x.shape[dim] == 0:
+        return x, x.sum(dim) - torch.inf
+    peak = x.detach().amax(dim, keepdim=True)
+    powers = torch.exp(x - torch.where(peak == -torch.inf, 0.0, peak))
+    total = powers.sum(dim, keepdim=True)
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, -torch.inf, total.log() + peak)
+    return powers / total, lse.squeeze(dim)

@@ -9,14 +9,13 @@ which is exact: it is the online softmax, applied to whole parts.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from vattn.reference.attention import softmax
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The definition of :func:`vattn.merge_attention`."""
-    stacked = torch.stack(list(lses))
-    lse = torch.logsumexp(stacked, 0)
-    weights = torch.exp(stacked - torch.where(lse == -torch.inf, 0.0, lse))
+    weights, lse = softmax(torch.stack(list(lses)), 0)
     out = sum(o.to(w.dtype) * w[..., None] for o, w in zip(outs, weights))
     return out.to(outs[0].dtype), lse

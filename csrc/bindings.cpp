@@ -1,0 +1,12 @@
+// The Python module vattn._C. Importing it registers the CPU kernels with PyTorch's dispatcher (each operator's file
+// in csrc/cpu does so for itself); the schemas are defined in vattn/ops, where they exist without a compiler too.
+#include <torch/extension.h>
+
+#include "cpu/kernels.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled kernels of vattn.";
+  m.def(
+      "cpu_capability", [] { return vattn::kernels().name; },
+      "The instruction set that the CPU kernels use: avx512, avx2 or generic.");
+}

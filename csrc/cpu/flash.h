@@ -1,0 +1,233 @@
+// The library's one online-softmax core in C++: attention of a tile of queries, and its gradients.
+//
+//     s = scale * q k^T,   p = exp(s - lse),   out = p v
+//     dv = p^T do,   dp = do v^T,   ds = p * (dp - delta),   dq = scale * ds k,   dk = scale * ds^T q
+//
+// It knows tiles, not tensors. Where rows live is told by an itinerary:
+//
+//     int64_t head_dim, queries, keys;  float scale;  const Dropout* dropout;
+//     load_query / load_key / load_value / load_grad_out (first, count, rows, ld, times)   to float rows
+//     store_out / store_grad_query / store_grad_key / store_grad_value (first, count, rows, ld, times)
+//     store_lse / load_lse / load_delta (first, count, floats)
+//     query_tokens / key_tokens (first, count, integers)      the operator's own numbers of rows, for dropout
+//
+// Forward, a panel holds TILE queries, transposed, so that a vector is VL queries: the softmax needs no sum across a
+// vector, and keys and values are read as they lie, a number at a time. Backward, a panel holds TILE keys, and
+// queries stream past it.
+//
+//            TILE queries                             TILE keys
+//     D   [ Q^T panel      ]                   D   [ K^T panel      ]
+//     k   [ S^T  (then P^T)]  <- keys          q   [ S   (then P)   ]  <- queries
+//     D   [ O^T panel      ]  <- values        D   [ dK^T, dV^T     ],  dq += dS K
+#pragma once
+
+#include "dropout.h"
+#include "gemm.h"
+
+namespace vattn {
+namespace VATTN_ISA {
+
+constexpr int64_t TILE = 64;
+
+// Hands out pieces of one thread's workspace; without one, it only counts.
+struct Pieces {
+  float* base;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* piece = base ? base + used : nullptr;
+    used += round_up(floats, 16);
+    return piece;
+  }
+};
+
+struct ForwardWorkspace {
+  float *rows, *values, *scores, *query, *out, *maximum, *sum;
+  uint32_t *tokens, *times, *add;
+  int64_t ld, size;
+
+  ForwardWorkspace(int64_t head_dim, int64_t panels, float* base) : ld(round_up(head_dim, VL)) {
+    Pieces p{base};
+    rows = p.take(TILE * ld);
+    values = p.take(TILE * ld);
+    scores = p.take(TILE * TILE);
+    query = p.take(panels * ld * TILE);
+    out = p.take(panels * ld * TILE);
+    maximum = p.take(panels * TILE);
+    sum = p.take(panels * TILE);
+    tokens = (uint32_t*)p.take(TILE);
+    times = (uint32_t*)p.take(panels * TILE);
+    add = (uint32_t*)p.take(panels * TILE);
+    size = p.used;
+  }
+};
+
+// One tile of keys for VL queries: scores become weights, and what was gathered so far is scaled to the new maximum.
+VATTN_INLINE Vec soften(float* scores, int64_t keys, float* maximum, float* sum) {
+  Vec old = load(maximum), most = old;
+  for (int64_t k = 0; k < keys; ++k) most = larger(load(scores + k * TILE), most);
+  Vec shift = select(most == -INFINITE, Vec{}, most);  // no key yet: exp(-inf - 0) is 0
+  Vec total{};
+  for (int64_t k = 0; k < keys; ++k) {
+    Vec weight = exp2(load(scores + k * TILE) - shift);
+    store(scores + k * TILE, weight);
+    total += weight;
+  }
+  Vec decay = exp2(old - shift);
+  store(maximum, most);
+  store(sum, load(sum) * decay + total);
+  return decay;
+}
+
+template <class Itinerary>
+void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
+  const int64_t D = it.head_dim, panels = (count + TILE - 1) / TILE;
+  const ForwardWorkspace w(D, panels, workspace);
+  const int64_t ld = w.ld, panel = ld * TILE;
+  const Dropout* dropout = it.dropout;
+
+  for (int64_t p = 0; p < panels; ++p) {
+    int64_t n = least(TILE, count - p * TILE), columns = round_up(n, VL), row = first + p * TILE;
+    it.load_query(row, n, w.rows, ld, it.scale * LOG2E);
+    zero(w.rows + n * ld, (columns - n) * ld);
+    transpose(w.query + p * panel, TILE, w.rows, ld, columns, ld);
+    for (int64_t j = 0; j < columns; ++j) w.maximum[p * TILE + j] = -INFINITE, w.sum[p * TILE + j] = 0;
+    if (dropout) {
+      it.query_tokens(row, n, w.tokens);
+      for (int64_t j = 0; j < n; ++j) dropout->query(w.tokens[j], w.times[p * TILE + j], w.add[p * TILE + j]);
+    }
+  }
+  if (it.keys == 0) zero(w.out, panels * panel);
+
+  for (int64_t k0 = 0; k0 < it.keys; k0 += TILE) {
+    int64_t keys = least(TILE, it.keys - k0);
+    it.load_key(k0, keys, w.rows, ld, 1);
+    it.load_value(k0, keys, w.values, ld, 1);
+    if (dropout) it.key_tokens(k0, keys, w.tokens);
+    for (int64_t p = 0; p < panels; ++p) {
+      int64_t columns = round_up(least(TILE, count - p * TILE), VL);
+      float* out = w.out + p * panel;
+      multiply(false, keys, columns, D, {w.rows, ld, 1}, w.query + p * panel, TILE, w.scores, TILE);
+      for (int64_t j = 0; j < columns; j += VL) {
+        Vec decay = soften(w.scores + j, keys, w.maximum + p * TILE + j, w.sum + p * TILE + j);
+        if (k0 > 0)
+          for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, decay * load(out + d * TILE + j));
+        if (dropout) {
+          VecUint times = load(w.times + p * TILE + j), add = load(w.add + p * TILE + j);
+          for (int64_t k = 0; k < keys; ++k) {
+            float* weight = w.scores + k * TILE + j;
+            store(weight, load(weight) * dropout->factors(w.tokens[k], times, add));
+          }
+        }
+      }
+      multiply(k0 > 0, D, columns, keys, {w.values, 1, ld}, w.scores, TILE, out, TILE);
+    }
+  }
+
+  for (int64_t p = 0; p < panels; ++p) {
+    int64_t n = least(TILE, count - p * TILE), columns = round_up(n, VL), row = first + p * TILE;
+    float* out = w.out + p * panel;
+    for (int64_t j = 0; j < columns; j += VL) {
+      Vec sum = load(w.sum + p * TILE + j);
+      Vec inverse = select(sum > 0, 1.f / sum, Vec{});
+      for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, inverse * load(out + d * TILE + j));
+    }
+    transpose(w.rows, ld, out, TILE, ld, columns);
+    it.store_out(row, n, w.rows, ld, 1);
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = w.sum[p * TILE + j];
+      w.rows[j] = sum > 0 ? w.maximum[p * TILE + j] * LN2 + __builtin_logf(sum) : -INFINITE;
+    }
+    it.store_lse(row, n, w.rows);
+  }
+}
+
+struct BackwardWorkspace {
+  float *keys, *key_panel, *value_panel, *grad_key, *grad_value, *query, *grad_out, *weights, *grad_scores;
+  float *lse, *delta, *grad_query;  // grad_query: for `queries` rows
+  uint32_t* tokens;
+  int64_t ld, size;
+
+  BackwardWorkspace(int64_t head_dim, int64_t queries, float* base) : ld(round_up(head_dim, VL)) {
+    Pieces p{base};
+    for (float** piece : {&keys, &key_panel, &value_panel, &grad_key, &grad_value, &query, &grad_out})
+      *piece = p.take(TILE * ld);
+    weights = p.take(TILE * TILE);
+    grad_scores = p.take(TILE * TILE);
+    tokens = (uint32_t*)p.take(2 * TILE);  // of the keys, then of the queries
+    lse = p.take(TILE);
+    delta = p.take(TILE);
+    grad_query = p.take(queries * ld);
+    size = p.used;
+  }
+};
+
+// One tile of keys against queries [begin, end): their dk and dv if KEY, their part of w.grad_query if QUERY.
+template <bool QUERY, bool KEY, class Itinerary>
+void backward_keys(const Itinerary& it, int64_t k0, int64_t begin, int64_t end, const BackwardWorkspace& w) {
+  const int64_t D = it.head_dim, ld = w.ld, keys = least(TILE, it.keys - k0), columns = round_up(keys, VL);
+  const Dropout* dropout = it.dropout;
+  it.load_value(k0, keys, w.keys, ld, 1);
+  zero(w.keys + keys * ld, (columns - keys) * ld);
+  transpose(w.value_panel, TILE, w.keys, ld, columns, ld);
+  it.load_key(k0, keys, w.keys, ld, 1);
+  transpose(w.key_panel, TILE, w.keys, ld, columns, ld);
+  if (dropout) it.key_tokens(k0, keys, w.tokens);
+
+  for (int64_t q0 = begin; q0 < end; q0 += TILE) {
+    int64_t queries = least(TILE, end - q0);
+    it.load_query(q0, queries, w.query, ld, it.scale * LOG2E);
+    it.load_grad_out(q0, queries, w.grad_out, ld, 1);
+    it.load_lse(q0, queries, w.lse);
+    it.load_delta(q0, queries, w.delta);
+    if (dropout) it.query_tokens(q0, queries, w.tokens + TILE);
+    multiply(false, queries, columns, D, {w.query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
+    multiply(false, queries, columns, D, {w.grad_out, ld, 1}, w.value_panel, TILE, w.grad_scores, TILE);
+    for (int64_t q = 0; q < queries; ++q) {
+      float delta = w.delta[q];
+      float shift = w.lse[q] == -INFINITE ? INFINITE : w.lse[q] * LOG2E;  // a query without keys has no weights
+      uint32_t times = 0, add = 0;
+      if (dropout) dropout->query(w.tokens[TILE + q], times, add);
+      for (int64_t j = 0; j < columns; j += VL) {
+        float *weight = w.weights + q * TILE + j, *grad = w.grad_scores + q * TILE + j;
+        Vec p = exp2(load(weight) - shift), dp = load(grad), dropped = p;
+        if (dropout) {
+          Vec factor = dropout->factors(load(w.tokens + j), times, add);
+          dp *= factor;
+          dropped *= factor;
+        }
+        store(weight, dropped);
+        store(grad, p * (dp - delta));
+      }
+    }
+    if constexpr (KEY) {
+      multiply(q0 > begin, D, columns, queries, {w.grad_out, 1, ld}, w.weights, TILE, w.grad_value, TILE);
+      multiply(q0 > begin, D, columns, queries, {w.query, 1, ld}, w.grad_scores, TILE, w.grad_key, TILE);
+    }
+    if constexpr (QUERY)
+      multiply(true, queries, ld, keys, {w.grad_scores, TILE, 1}, w.keys, ld, w.grad_query + (q0 - begin) * ld, ld);
+  }
+  if constexpr (KEY) {
+    if (begin == end) {
+      zero(w.grad_value, TILE * ld);
+      zero(w.grad_key, TILE * ld);
+    }
+    transpose(w.query, ld, w.grad_value, TILE, ld, columns);
+    it.store_grad_value(k0, keys, w.query, ld, 1);
+    transpose(w.query, ld, w.grad_key, TILE, ld, columns);
+    it.store_grad_key(k0, keys, w.query, ld, LN2);  // the queries carry scale * log2(e): scale is left
+  }
+}
+
+// All gradients of a whole graph component in one pass, or (QUERY or KEY alone) of a part of it.
+template <bool QUERY, bool KEY, class Itinerary>
+void backward(const Itinerary& it, int64_t query_begin, int64_t query_end, int64_t key_begin, int64_t key_end,
+              float* workspace) {
+  const BackwardWorkspace w(it.head_dim, QUERY ? query_end - query_begin : 0, workspace);
+  if constexpr (QUERY) zero(w.grad_query, (query_end - query_begin) * w.ld);
+  for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE)
+    backward_keys<QUERY, KEY>(it, k0, query_begin, query_end, w);
+  if constexpr (QUERY) it.store_grad_query(query_begin, query_end - query_begin, w.grad_query, w.ld, it.scale);
+}
+
+}  // namespace VATTN_ISA
+}  // namespace vattn

@@ -1,0 +1,193 @@
+// Leap attention's itinerary: the rows of a leap group, gathered where they lie.
+//
+// Row r of a group with first frame `base` is token r % N of frame base + r / N * leap. With `fold` channels shifted,
+// an output row is written, and its gradient read, in three pieces at frames t - 1, t + 1 and t.
+#pragma once
+
+#include "flash.h"
+
+namespace vattn {
+namespace VATTN_ISA {
+
+// Writes (or, turned around, reads) a row that the periodic shift tears apart: piece(frame or -1, channel, count).
+template <class Piece>
+VATTN_INLINE void shifted_pieces(int64_t t, int64_t T, int64_t fold, int64_t D, Piece piece) {
+  int64_t second = least(2 * fold, D);
+  if (fold > 0) piece(t - 1, 0, fold);
+  if (second > fold) piece(t + 1 < T ? t + 1 : -1, fold, second - fold);
+  if (D > second) piece(t, second, D - second);
+}
+
+template <class T>
+struct LeapGroup {
+  const LeapAttention& a;
+  int64_t b, h, base, head_dim, queries, keys;
+  float scale;
+  Dropout weights_dropout;
+  const Dropout* dropout;
+
+  // `index` counts groups with the heads innermost: neighbours read the same pages.
+  LeapGroup(const LeapAttention& a, int64_t index)
+      : a(a), head_dim(a.D), scale(a.scale), weights_dropout(0, 0, 0), dropout(nullptr) {
+    h = index % a.H;
+    int64_t group = index / a.H % a.groups();
+    b = index / a.H / a.groups();
+    base = group / a.leap * a.leap * a.group_size + group % a.leap;
+    queries = keys = least(a.group_size, (a.T - base + a.leap - 1) / a.leap) * a.N;
+    if (a.dropout_p > 0) {
+      weights_dropout = Dropout(a.dropout_p, a.seed, b * a.H + h);
+      dropout = &weights_dropout;
+    }
+  }
+  LeapGroup(const LeapGroup&) = delete;  // `dropout` points into this object
+
+  T* at(const Video& x, int64_t frame, int64_t token) const {
+    return (T*)x.data + b * x.batch + h * x.head + frame * x.frame + token * x.token;
+  }
+
+  // Calls f(frame, token, row of the tile) for `count` rows from `first` on; divides once, not per row.
+  template <class F>
+  VATTN_INLINE void each(int64_t first, int64_t count, F f) const {
+    int64_t t = base + first / a.N * a.leap, n = first % a.N;
+    for (int64_t i = 0; i < count; ++i) {
+      f(t, n, i);
+      if (++n == a.N) n = 0, t += a.leap;
+    }
+  }
+
+  void query_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) { tokens[i] = (uint32_t)(t * a.N + n); });
+  }
+  void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const { query_tokens(first, count, tokens); }
+
+  // Row sums lie in (B, H, T, N).
+  float& sum_of(float* sums, int64_t t, int64_t n) const { return sums[((b * a.H + h) * a.T + t) * a.N + n]; }
+  void load_lse(int64_t first, int64_t count, float* x) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) { x[i] = sum_of(a.lse, t, n); });
+  }
+  void store_lse(int64_t first, int64_t count, const float* x) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) { sum_of(a.lse, t, n) = x[i]; });
+  }
+  void load_delta(int64_t first, int64_t count, float* x) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) { x[i] = sum_of(a.delta, t, n); });
+  }
+
+  void load_rows(const Video& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) {
+      store(rows + i * ld + ld - VL, Vec{});
+      copy(rows + i * ld, at(x, t, n), head_dim, times);
+    });
+  }
+  void store_rows(const Video& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    each(first, count,
+         [&](int64_t t, int64_t n, int64_t i) { copy(at(x, t, n), rows + i * ld, head_dim, times); });
+  }
+  void load_shifted(const Video& x, int64_t first, int64_t count, float* rows, int64_t ld) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) {
+      float* row = rows + i * ld;
+      store(row + ld - VL, Vec{});
+      shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t from, int64_t channel, int64_t channels) {
+        if (from < 0)
+          zero(row + channel, channels);
+        else
+          copy(row + channel, at(x, from, n) + channel, channels);
+      });
+    });
+  }
+
+  void load_query(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.query, first, count, rows, ld, times);
+  }
+  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.key, first, count, rows, ld, times);
+  }
+  void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.value, first, count, rows, ld, times);
+  }
+  void load_grad_out(int64_t first, int64_t count, float* rows, int64_t ld, float) const {
+    load_shifted(a.grad_out, first, count, rows, ld);
+  }
+  void store_grad_query(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows(a.grad_query, first, count, rows, ld, times);
+  }
+  void store_grad_key(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows(a.grad_key, first, count, rows, ld, times);
+  }
+  void store_grad_value(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows(a.grad_value, first, count, rows, ld, times);
+  }
+  void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) {
+      const float* row = rows + i * ld;
+      shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t to, int64_t channel, int64_t channels) {
+        if (to >= 0) copy(at(a.out, to, n) + channel, row + channel, channels);
+      });
+      // What no frame gives: from beyond the last one, and from before the first.
+      if (t == a.T - 1) zero(at(a.out, t, n), a.fold);
+      if (t == 0) zero(at(a.out, t, n) + a.fold, least(a.fold, head_dim - a.fold));
+    });
+  }
+};
+
+template <class T>
+void leap_forward(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
+  int64_t rows = a.panels * TILE, tiles = (a.max_group() + rows - 1) / rows;
+  for (int64_t item = begin; item < end; ++item) {
+    LeapGroup<T> group(a, item / tiles);
+    int64_t first = item % tiles * rows;
+    if (first < group.queries) forward(group, first, least(rows, group.queries - first), workspace);
+  }
+}
+
+// delta = sum over channels of out * d out, where both were before the shift, minus the gradient of lse.
+template <class T>
+void leap_delta(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
+  int64_t ld = round_up(a.D, VL);
+  float *out = workspace, *grad = workspace + TILE * ld;
+  for (int64_t item = begin; item < end; ++item) {
+    LeapGroup<T> group(a, item);
+    for (int64_t first = 0; first < group.queries; first += TILE) {
+      int64_t count = least(TILE, group.queries - first);
+      group.load_shifted(a.out, first, count, out, ld);
+      group.load_shifted(a.grad_out, first, count, grad, ld);
+      group.each(first, count, [&](int64_t t, int64_t n, int64_t i) {
+        Vec products{};
+        for (int64_t d = 0; d < ld; d += VL) products += load(out + i * ld + d) * load(grad + i * ld + d);
+        float sum = 0;
+        for (int l = 0; l < VL; ++l) sum += products[l];
+        group.sum_of(a.delta, t, n) += sum;
+      });
+    }
+  }
+}
+
+template <class T>
+void leap_backward(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
+  for (int64_t item = begin; item < end; ++item) {
+    LeapGroup<T> group(a, item);
+    backward<true, true>(group, 0, group.queries, 0, group.keys, workspace);
+  }
+}
+
+template <class T>
+void leap_backward_query(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
+  int64_t rows = a.panels * TILE, tiles = (a.max_group() + rows - 1) / rows;
+  for (int64_t item = begin; item < end; ++item) {
+    LeapGroup<T> group(a, item / tiles);
+    int64_t first = item % tiles * rows, last = least(first + rows, group.queries);
+    if (first < last) backward<true, false>(group, first, last, 0, group.keys, workspace);
+  }
+}
+
+template <class T>
+void leap_backward_key(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
+  int64_t tiles = (a.max_group() + TILE - 1) / TILE;
+  for (int64_t item = begin; item < end; ++item) {
+    LeapGroup<T> group(a, item / tiles);
+    int64_t first = item % tiles * TILE, last = least(first + TILE, group.keys);
+    if (first < last) backward<false, true>(group, 0, group.queries, first, last, workspace);
+  }
+}
+
+}  // namespace VATTN_ISA
+}  // namespace vattn

@@ -1,0 +1,73 @@
+// The operators that only move and weigh rows: periodic shift and merging. Items are rows of the output.
+#pragma once
+
+#include "leap_attention.h"
+
+namespace vattn {
+namespace VATTN_ISA {
+
+// Items count (b, t, n, h), heads innermost, as the output lies.
+template <class T>
+void periodic_shift(const PeriodicShift& a, int64_t begin, int64_t end) {
+  auto at = [&](const Video& x, int64_t b, int64_t h, int64_t t, int64_t n) {
+    return (T*)x.data + b * x.batch + h * x.head + t * x.frame + n * x.token;
+  };
+  int64_t second = least(2 * a.fold, a.D);
+  int64_t step = a.transpose ? -1 : 1;
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t h = item % a.H, n = item / a.H % a.N, t = item / a.H / a.N % a.T, b = item / a.H / a.N / a.T;
+    T* out = at(a.out, b, h, t, n);
+    auto piece = [&](int64_t from, int64_t channel, int64_t channels) {
+      if (from < 0 || from >= a.T)
+        zero(out + channel, channels);
+      else
+        copy(out + channel, at(a.x, b, h, from, n) + channel, channels);
+    };
+    piece(t + step, 0, a.fold);
+    piece(t - step, a.fold, second - a.fold);
+    piece(t, second, a.D - second);
+  }
+}
+
+template <class T>
+void merge_forward(const MergeAttention& a, int64_t begin, int64_t end) {
+  const int64_t D = a.D;
+  float sum[MergeAttention::MAX_D], part[MergeAttention::MAX_D];
+  for (int64_t i = begin; i < end; ++i) {
+    float most = -INFINITE, total = 0;
+    for (int64_t p = 0; p < a.parts; ++p) most = a.lses[p][i] > most ? a.lses[p][i] : most;
+    if (most != -INFINITE)
+      for (int64_t p = 0; p < a.parts; ++p) total += __builtin_expf(a.lses[p][i] - most);
+    float lse = most == -INFINITE ? most : most + __builtin_logf(total);
+    a.lse[i] = lse;
+    zero(sum, D);
+    for (int64_t p = 0; p < a.parts && lse != -INFINITE; ++p) {
+      if (a.lses[p][i] == -INFINITE) continue;
+      copy(part, (const T*)a.outs[p] + i * D, D, __builtin_expf(a.lses[p][i] - lse));
+      for (int64_t d = 0; d < D; ++d) sum[d] += part[d];
+    }
+    copy((T*)a.out + i * D, sum, D);
+  }
+}
+
+// d out_p = w_p g,  d lse_p = w_p (<g, out_p - out> + g_lse),  w_p = exp(lse_p - lse)
+template <class T>
+void merge_backward(const MergeAttention& a, int64_t begin, int64_t end) {
+  const int64_t D = a.D;
+  float grad[MergeAttention::MAX_D], out[MergeAttention::MAX_D], part[MergeAttention::MAX_D];
+  for (int64_t i = begin; i < end; ++i) {
+    copy(grad, (const T*)a.grad_out + i * D, D);
+    copy(out, (const T*)a.out + i * D, D);
+    for (int64_t p = 0; p < a.parts; ++p) {
+      float weight = a.lses[p][i] == -INFINITE ? 0 : __builtin_expf(a.lses[p][i] - a.lse[i]);
+      copy(part, (const T*)a.outs[p] + i * D, D);
+      float dot = a.grad_lse ? a.grad_lse[i] : 0;
+      for (int64_t d = 0; d < D; ++d) dot += grad[d] * (part[d] - out[d]);
+      a.grad_lses[p][i] = weight * dot;
+      copy((T*)a.grad_outs[p] + i * D, grad, D, weight);
+    }
+  }
+}
+
+}  // namespace VATTN_ISA
+}  // namespace vattn

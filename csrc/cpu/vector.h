@@ -1,0 +1,150 @@
+// Vectors of float, for whichever instruction set the including file is compiled.
+//
+// Written with the vector extensions that GCC and Clang share, so that one source serves every width: the
+// including file sets VATTN_VECTOR_BYTES (64, 32 or 16) and the namespace VATTN_ISA. No standard header may be
+// included below this point of a translation unit: its inline functions would be compiled for the wrong machine.
+#pragma once
+
+#include <cstdint>
+
+#define VATTN_INLINE inline __attribute__((always_inline))
+
+namespace vattn {
+namespace VATTN_ISA {
+
+constexpr int VL = VATTN_VECTOR_BYTES / 4;  // floats in a vector
+
+typedef float Vec __attribute__((vector_size(VATTN_VECTOR_BYTES)));
+typedef int32_t VecInt __attribute__((vector_size(VATTN_VECTOR_BYTES)));
+typedef uint32_t VecUint __attribute__((vector_size(VATTN_VECTOR_BYTES)));
+typedef uint16_t VecHalf __attribute__((vector_size(VATTN_VECTOR_BYTES / 2)));
+typedef float VecLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint32_t VecUintLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint16_t VecHalfLoose __attribute__((vector_size(VATTN_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+constexpr float LOG2E = 1.44269504088896340736f;
+constexpr float LN2 = 0.69314718055994530942f;
+constexpr float INFINITE = __builtin_inff();
+
+VATTN_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+VATTN_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+VATTN_INLINE Vec splat(float x) { return x - Vec{}; }
+VATTN_INLINE Vec select(VecInt mask, Vec a, Vec b) { return (Vec)((mask & (VecInt)a) | (~mask & (VecInt)b)); }
+VATTN_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+VATTN_INLINE Vec load(const float* p) { return *(const VecLoose*)p; }
+VATTN_INLINE void store(float* p, Vec x) { *(VecLoose*)p = x; }
+VATTN_INLINE VecUint load(const uint32_t* p) { return *(const VecUintLoose*)p; }
+
+// bfloat16 is the upper half of a float; it is rounded to nearest even.
+VATTN_INLINE Vec load(const BFloat16* p) {
+  return (Vec)(__builtin_convertvector(*(const VecHalfLoose*)p, VecUint) << 16);
+}
+VATTN_INLINE void store(BFloat16* p, Vec x) {
+  VecUint bits = (VecUint)x;
+  VecUint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  VecUint quiet = (bits >> 16) | 0x40;  // rounding must not turn a NaN into an infinity
+  VecUint nan = (VecUint)(x != x);
+  *(VecHalfLoose*)p = __builtin_convertvector((nan & quiet) | (~nan & rounded), VecHalf);
+}
+
+#if VATTN_VECTOR_BYTES == 64
+VATTN_INLINE Vec load(const Float16* p) {
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));  // the plain form warns in GCC 12
+}
+VATTN_INLINE void store(Float16* p, Vec x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif VATTN_VECTOR_BYTES == 32
+VATTN_INLINE Vec load(const Float16* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+VATTN_INLINE void store(Float16* p, Vec x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+VATTN_INLINE Vec load(const Float16* p) {
+  Vec x;
+  for (int i = 0; i < VL; ++i) x[i] = c10::detail::fp16_ieee_to_fp32_value(p[i].bits);
+  return x;
+}
+VATTN_INLINE void store(Float16* p, Vec x) {
+  for (int i = 0; i < VL; ++i) p[i].bits = c10::detail::fp16_ieee_from_fp32_value(x[i]);
+}
+#endif
+
+// dst[0:n] = times * src[0:n], converting. The last vector overlaps the one before it, so that no n needs a mask.
+template <class To, class From>
+VATTN_INLINE void copy(To* dst, const From* src, int64_t n, float times = 1.f) {
+  if (n >= VL) {
+    for (int64_t i = 0; i + VL <= n; i += VL) store(dst + i, times * load(src + i));
+    if (n % VL) store(dst + n - VL, times * load(src + n - VL));
+    return;
+  }
+  From padded[VL] = {};
+  To converted[VL];
+  for (int64_t i = 0; i < n; ++i) padded[i] = src[i];
+  store(converted, times * load(padded));
+  for (int64_t i = 0; i < n; ++i) dst[i] = converted[i];
+}
+
+template <class To>
+VATTN_INLINE void zero(To* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = To{};
+}
+
+// 2^x for x <= 0 to about one unit in the last place; below the normal numbers, and for -inf and NaN, exactly 0.
+VATTN_INLINE Vec exp2(Vec x) {
+  Vec shifted = x + 12582912.f;  // 1.5 * 2^23: the integer nearest to x lands in the low bits
+  Vec f = x - (shifted - 12582912.f);
+  Vec p = splat(1.534581216e-4f);  // minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-9
+  p = p * f + 1.339993118e-3f;
+  p = p * f + 9.618488956e-3f;
+  p = p * f + 5.550328777e-2f;
+  p = p * f + 2.402264689e-1f;
+  p = p * f + 6.931472057e-1f;
+  p = p * f + 1.0f;
+  VecInt scaled = (VecInt)p + ((VecInt)shifted << 23);
+  return (Vec)(scaled & (x > -126.f));
+}
+
+// Transposes a VL x VL block: rows of `src` (ld_src apart) become columns of `dst` (rows ld_dst apart).
+VATTN_INLINE void transpose_block(float* dst, int64_t ld_dst, const float* src, int64_t ld_src) {
+  Vec row[VL];
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) row[i] = load(src + i * ld_src);
+#pragma GCC unroll 4
+  for (int half = VL / 2; half > 0; half /= 2) {
+    VecInt upper, lower;  // lane l of the two results, as an index into the concatenation of two rows
+#pragma GCC unroll 16
+    for (int l = 0; l < VL; ++l) {
+      upper[l] = l & half ? VL + l - half : l;
+      lower[l] = l & half ? VL + l : l + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) {
+      if (i & half) continue;
+      Vec a = row[i], b = row[i + half];
+#if defined(__clang__)
+      for (int l = 0; l < VL; ++l) {
+        row[i][l] = l & half ? b[l - half] : a[l];
+        row[i + half][l] = l & half ? b[l] : a[l + half];
+      }
+#else
+      row[i] = __builtin_shuffle(a, b, upper);
+      row[i + half] = __builtin_shuffle(a, b, lower);
+#endif
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) store(dst + i * ld_dst, row[i]);
+}
+
+// dst (columns x rows) = transpose of src (rows x columns); both are padded to whole blocks.
+inline void transpose(float* dst, int64_t ld_dst, const float* src, int64_t ld_src, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += VL)
+    for (int64_t j = 0; j < columns; j += VL)
+      transpose_block(dst + j * ld_dst + i, ld_dst, src + i * ld_src + j, ld_src);
+}
+
+}  // namespace VATTN_ISA
+}  // namespace vattn
