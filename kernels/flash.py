@@ -34,12 +34,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+class Chunk(NamedTuple):
+    """Some columns of a tile of rows."""
+
+    first: int
+    width: int  # a power of two from 16 up, as matrix instructions want it
+
+
 class Shape(NamedTuple):
     """How the rows of a tile look: known when a kernel is compiled."""
 
     head_dim: int
-    chunks: tuple[int, ...]  # widths of its pieces, which matrix instructions want to be powers of two from 16 up
-    alignment: int  # every row starts at a multiple of so many elements
+    alignment: int  # in elements: each row starts at a multiple of it
+    chunks: tuple[Chunk, ...]
 
 
 def shape(head_dim: int, alignment: int) -> Shape:
@@ -47,53 +54,57 @@ def shape(head_dim: int, alignment: int) -> Shape:
     whole = max(16, triton.next_power_of_2(head_dim))
     main = whole // 2
     rest = max(16, triton.next_power_of_2(max(head_dim - main, 1)))
-    split = main >= 16 and main + rest < whole
-    return Shape(head_dim, (main, rest) if split else (whole,), alignment)
+    if main >= 16 and main + rest < whole:
+        return Shape(head_dim, alignment, (Chunk(0, main), Chunk(main, rest)))
+    return Shape(head_dim, alignment, (Chunk(0, whole),))
+
+
+@triton.jit
+def columns(SHAPE: tl.constexpr, I: tl.constexpr):
+    """Column numbers of chunk I."""
+    return SHAPE.chunks[I].first + tl.arange(0, SHAPE.chunks[I].width)
+
+
+@triton.jit
+def aligned(ptr, offs_row, SHAPE: tl.constexpr):
+    """``ptr + offs_row`` (rows, 1), with what the compiler must know to move 16 bytes at a time."""
+    BYTES: tl.constexpr = SHAPE.alignment * (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    return tl.multiple_of(ptr + offs_row[:, None], (BYTES, BYTES))
 
 
 @triton.jit
 def load_rows(ptr, offs_row, mask_row, SHAPE: tl.constexpr):
     """The rows at ``ptr + offs_row``, 0 where `mask_row` is off (None: nowhere) and past the head dim."""
-    HEAD_DIM: tl.constexpr = SHAPE[0]
-    CHUNKS: tl.constexpr = SHAPE[1]
-    offs_row = tl.multiple_of(offs_row, SHAPE[2])
+    ptrs = aligned(ptr, offs_row, SHAPE)
     tiles = ()
-    first: tl.constexpr = 0
-    for i in tl.static_range(len(CHUNKS)):
-        offs_d = first + tl.arange(0, CHUNKS[i])
-        ptrs = ptr + offs_row[:, None] + offs_d[None, :]  # (rows, chunk)
+    for i in tl.static_range(len(SHAPE.chunks)):
+        offs_d = columns(SHAPE, i)[None, :]
         if mask_row is not None:
-            tile = tl.load(ptrs, mask=mask_row[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-        elif first + CHUNKS[i] <= HEAD_DIM:
-            tile = tl.load(ptrs)
+            tile = tl.load(ptrs + offs_d, mask=mask_row[:, None] & (offs_d < SHAPE.head_dim), other=0.0)
+        elif SHAPE.chunks[i].first + SHAPE.chunks[i].width <= SHAPE.head_dim:
+            tile = tl.load(ptrs + offs_d)
         else:
-            tile = tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+            tile = tl.load(ptrs + offs_d, mask=offs_d < SHAPE.head_dim, other=0.0)
         tiles = tiles + (tile,)
-        first += CHUNKS[i]
     return tiles
 
 
 @triton.jit
 def store_rows(ptr, offs_row, mask_row, tiles, SHAPE: tl.constexpr):
     """Write the rows at ``ptr + offs_row`` where `mask_row` is on, in the dtype of `ptr`."""
-    HEAD_DIM: tl.constexpr = SHAPE[0]
-    CHUNKS: tl.constexpr = SHAPE[1]
-    offs_row = tl.multiple_of(offs_row, SHAPE[2])
-    first: tl.constexpr = 0
-    for i in tl.static_range(len(CHUNKS)):
-        offs_d = first + tl.arange(0, CHUNKS[i])
-        mask = mask_row[:, None] & (offs_d < HEAD_DIM)[None, :]
-        tl.store(ptr + offs_row[:, None] + offs_d[None, :], tiles[i].to(ptr.dtype.element_ty), mask=mask)
-        first += CHUNKS[i]
+    ptrs = aligned(ptr, offs_row, SHAPE)
+    for i in tl.static_range(len(SHAPE.chunks)):
+        offs_d = columns(SHAPE, i)[None, :]
+        mask = mask_row[:, None] & (offs_d < SHAPE.head_dim)
+        tl.store(ptrs + offs_d, tiles[i].to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def zero_rows(ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """A float32 accumulator."""
-    CHUNKS: tl.constexpr = SHAPE[1]
     tiles = ()
-    for i in tl.static_range(len(CHUNKS)):
-        tiles = tiles + (tl.zeros((ROWS, CHUNKS[i]), tl.float32),)
+    for i in tl.static_range(len(SHAPE.chunks)):
+        tiles = tiles + (tl.zeros((ROWS, SHAPE.chunks[i].width), tl.float32),)
     return tiles
 
 
@@ -197,8 +208,11 @@ def backward_step(s, factor, lse, dp, delta, mask, keep, keep_scale):
     if mask is not None:
         p = tl.where(mask, p, 0.0)
     if keep is None:
-        return p, p * (dp - delta)
-    return tl.where(keep, p, 0.0), p * (tl.where(keep, dp * keep_scale, 0.0) - delta)
+        ds = p * (dp - delta)
+    else:
+        ds = p * (tl.where(keep, dp * keep_scale, 0.0) - delta)
+        p = tl.where(keep, p, 0.0)
+    return p, ds
 
 
 @triton.jit
