@@ -26,7 +26,7 @@ SOURCES := $(shell find csrc -type f)
 .PHONY: demo test test-gpu lint bench docs clean
 
 demo: $(BUILT)
-	$(RUN) examples/demo.py
+	$(RUN) -m examples.demo
 
 test: $(BUILT)
 	$(RUN) -m pytest

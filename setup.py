@@ -20,7 +20,7 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ImportError:
-    torch = None
+    torch = None  # type: ignore[assignment]
 
 BUILD_CPP = os.environ.get("VATTN_BUILD_CPP")
 # Contracted multiply-adds, and vectorised loops without errno or traps; sums keep the order they are written in.

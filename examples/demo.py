@@ -1,0 +1,190 @@
+"""The main job on real video: an image ViT becomes a LAPS video model, and learns, twice.
+
+Three clips are played forwards and backwards; the model is to say which clip it is and which way it runs. It
+trains once with ``vattn.leap_attention`` and once with what one would write in plain PyTorch (frames permuted
+into pairs, scaled dot product attention, frames permuted back, channels shifted), from the same weights, on the
+same batches. The demo fails if the gradients differ or a loss does not fall.
+
+    python -m examples.demo
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ViTConfig, ViTForImageClassification
+
+import vattn
+from benchmarks.measure import peak_memory
+from examples import clips, pictures
+from vattn.models.laps import video_from_image
+
+NUM_FRAMES = 8
+LEVELS = (1, 2, 3, 1)
+FOLD_DIV = 4
+IMAGE_SIZE = 160
+STRIDE = 3  # every third frame of a clip
+WARMUP = 2  # steps left out of the timing
+GRADIENT_TOLERANCE = 1e-4  # float32, summed in another order; 1e-6 is typical
+LOSS_TOLERANCE = 0.8  # the last losses are at most this share of the first ones
+
+Attention = Callable[..., Tensor | tuple[Tensor, Tensor]]
+
+
+def plain_leap_attention(
+    query: Tensor, key: Tensor, value: Tensor, leap: int, *, group_size: int, fold_div: int, scale: float, **_: object
+) -> Tensor:
+    """Leap attention and periodic shift without vattn, for clips that are made of whole groups."""
+    frames = value.movedim(1, 3).shape  # (B, T, N, H, D)
+
+    def pair(x: Tensor) -> Tensor:
+        spans = x.movedim(1, 3).unflatten(1, (-1, group_size, leap))  # (B, T / span, group, leap, N, H, D)
+        return spans.transpose(2, 3).flatten(0, 2).flatten(1, 2).transpose(1, 2)  # (B * T / group, H, group * N, D)
+
+    out = F.scaled_dot_product_attention(pair(query), pair(key), pair(value), scale=scale).transpose(1, 2)
+    spans = out.reshape(frames[0], -1, leap, group_size, *frames[2:])
+    out = spans.transpose(2, 3).reshape(frames)
+    fold = frames[-1] // fold_div
+    shifted = torch.zeros_like(out)
+    shifted[:, :-1, ..., :fold] = out[:, 1:, ..., :fold]
+    shifted[:, 1:, ..., fold : 2 * fold] = out[:, :-1, ..., fold : 2 * fold]
+    shifted[..., 2 * fold :] = out[..., 2 * fold :]
+    return shifted.movedim(3, 1)
+
+
+@dataclasses.dataclass
+class Run:
+    """One model in training, and the attention that it runs."""
+
+    name: str
+    model: nn.Module
+    attention: Attention
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4, weight_decay=0.05)
+
+    def gradients(self, video: Tensor, label: Tensor) -> Tensor:
+        """Set the gradients of the model, and return the loss."""
+        self.model.zero_grad()
+        with mock.patch("vattn.nn.leap_attention", self.attention):
+            loss = F.cross_entropy(self.model(video), label)
+            loss.backward()
+        return loss.detach()
+
+    def step(self, video: Tensor, label: Tensor) -> None:
+        start = now(video.device)
+        loss = self.gradients(video, label)
+        self.optimizer.step()
+        self.seconds.append(now(video.device) - start)
+        self.losses.append(loss.item())
+
+    @property
+    def step_time(self) -> float:
+        return statistics.median(self.seconds[WARMUP:])
+
+    def learned(self) -> bool:
+        return statistics.mean(self.losses[-5:]) < LOSS_TOLERANCE * statistics.mean(self.losses[:5])
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def gradient_difference(first: Run, second: Run) -> float:
+    """The largest difference between gradients of the two models, relative to each parameter's largest gradient."""
+    gradients = ([x.grad for x in run.model.parameters() if x.grad is not None] for run in (first, second))
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True))
+
+
+def video_model(num_classes: int) -> nn.Module:
+    """A small image ViT with random weights, turned into a video model."""
+    config = ViTConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=16,
+        hidden_size=192,
+        num_hidden_layers=len(LEVELS),
+        num_attention_heads=3,
+        intermediate_size=768,
+        # The gradient of a key bias is 0, as softmax ignores what all keys have in common: nothing to compare.
+        qkv_bias=False,
+        num_labels=num_classes,
+    )
+    image_model = ViTForImageClassification(config)
+    return video_from_image(image_model, num_frames=NUM_FRAMES, levels=LEVELS, fold_div=FOLD_DIV)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--outputs", type=pathlib.Path, default=pathlib.Path("outputs"))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    torch.manual_seed(options.seed)
+
+    print(f"decoding {', '.join(clips.NAMES)}")
+    generator = torch.Generator().manual_seed(options.seed)
+    batches = clips.batches(clips.NAMES, IMAGE_SIZE, NUM_FRAMES, STRIDE, generator)
+    model = video_model(2 * len(clips.NAMES)).to(device)
+    ours = Run("vattn", model, vattn.leap_attention)
+    plain = Run("PyTorch", copy.deepcopy(model), plain_leap_attention)
+    runs = (ours, plain)
+
+    video, label = (x.to(device) for x in next(batches))
+    for run in runs:
+        run.gradients(video, label)
+    difference = gradient_difference(ours, plain)
+
+    print(f"training on {tuple(video.shape)} (clips, frames, channels, height, width), {device}")
+    bar = tqdm(range(options.steps), unit="step")
+    for index in bar:
+        for run in runs if index % 2 else reversed(runs):  # in turns, so that neither always runs on a warm cache
+            run.step(video, label)
+        bar.set_postfix({f"loss {run.name}": f"{run.losses[-1]:.3f}" for run in runs})
+        video, label = (x.to(device) for x in next(batches))
+    memory = [peak_memory(functools.partial(run.gradients, video, label), device) for run in runs]
+
+    options.outputs.mkdir(parents=True, exist_ok=True)
+    curves, attended = (options.outputs / f"demo_{name}.png" for name in ("loss", "attention"))
+    pictures.loss_curves({run.name: run.losses for run in runs}, curves)
+    span = NUM_FRAMES * STRIDE
+    shown = clips.to_model(clips.decode("carphone_pristine", IMAGE_SIZE)[:span:STRIDE])
+    pictures.attention(ours.model, shown.to(device), attended)
+
+    print()
+    print(f"{'':<12}{'first loss':>12}{'last loss':>12}{'step':>12}{'extra memory':>16}")
+    for run, size in zip(runs, memory, strict=True):
+        print(
+            f"{run.name:<12}{run.losses[0]:>12.3f}{run.losses[-1]:>12.3f}{run.step_time * 1e3:>9.0f} ms"
+            f"{size / 2**20:>12.0f} MiB"
+        )
+    print(f"vattn takes {plain.step_time / ours.step_time:.2f}x less time for a training step of the whole model")
+    print(f"gradients differ by at most {difference:.1e} of the largest one of their parameter")
+    print(f"wrote {curves} and {attended}")
+
+    failures = [f"the loss of {run.name} did not fall" for run in runs if not run.learned()]
+    if not difference <= GRADIENT_TOLERANCE:
+        failures.append(f"the gradients differ by {difference:.1e}, more than {GRADIENT_TOLERANCE:.0e}")
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Pictures of a LAPS model: its loss, and what one patch attends to across the leap."""
+
+import itertools
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+
+import vattn
+
+Heat = dict[int, Tensor]  # frame -> (rows, columns) of patches: the attention that each one gets
+
+
+def loss_curves(losses: Mapping[str, Sequence[float]], path: pathlib.Path) -> None:
+    """One curve per name over the steps, dashed after the first, as they should lie on top of each other."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for style, (name, values) in zip(itertools.chain("-", itertools.repeat("--")), losses.items(), strict=False):
+        axes.plot(range(1, len(values) + 1), values, style, label=name)
+    axes.set(xlabel="step", ylabel="cross-entropy", title="which clip, and which way does it run?")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def attention(model: nn.Module, video: Tensor, path: pathlib.Path) -> None:
+    """What the patch that moves most attends to, in every layer of `model`, on a clip ``video (T, 3, S, S)``.
+
+    A column is a frame; under the clip, a row is a layer. The frames that the patch may read, its own and its
+    leap partner, carry their share of its attention and a heat map, from the least to the most attended patch of
+    the layer; the others are faint.
+    """
+    num_frames, size = video.shape[0], video.shape[-1]
+    query_frame = num_frames // 2
+    layers, patch = _attention_of_layers(model, video, query_frame)
+    grid = next(iter(layers[0][1].values())).shape[0]
+    row, column = divmod(patch, grid)
+    side = size / grid
+
+    pixels = ((video.permute(0, 2, 3, 1).cpu() + 1) / 2).clamp(0, 1)
+    figure = Figure(figsize=(1.5 * num_frames, 1.6 * (len(layers) + 1)), layout="constrained")
+    rows = figure.subplots(len(layers) + 1, num_frames, squeeze=False)
+    for t, axes in enumerate(rows[0]):
+        _frame(axes, f"frame {t}").imshow(pixels[t])
+    for (leap, heat), panels in zip(layers, rows[1:], strict=True):
+        low, high = (float(x) for x in torch.stack(list(heat.values())).aminmax())
+        for t, axes in enumerate(panels):
+            _frame(axes, f"{heat[t].sum():.0%}" if t in heat else "")
+            axes.imshow(pixels[t].mean(-1), cmap="gray", vmin=0, vmax=1, alpha=1.0 if t in heat else 0.3)
+            if t in heat:
+                axes.imshow(heat[t], cmap="inferno", vmin=low, vmax=high, alpha=0.6, extent=(0, size, size, 0))
+        panels[0].set_ylabel(f"leap {leap}")
+    for axes in rows[:, query_frame]:
+        axes.add_patch(Rectangle((column * side, row * side), side, side, fill=False, color="cyan", linewidth=1.5))
+    figure.suptitle("what the marked patch attends to, in its own frame and across the leap (mean over heads)")
+    figure.savefig(path, dpi=120)
+
+
+def _frame(axes: Axes, title: str) -> Axes:
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=9)
+    return axes
+
+
+@torch.no_grad()
+def _attention_of_layers(model: nn.Module, video: Tensor, query_frame: int) -> tuple[list[tuple[int, Heat]], int]:
+    """For every layer its leap and the attention that one patch of `query_frame` pays; and which patch it is."""
+    calls: list[tuple[Tensor, Tensor, int, dict[str, Any]]] = []
+
+    def record(query: Tensor, key: Tensor, value: Tensor, leap: int, **settings: Any) -> Any:
+        calls.append((query, key, leap, settings))
+        return vattn.leap_attention(query, key, value, leap, **settings)
+
+    with mock.patch("vattn.nn.leap_attention", record):
+        model(video[None])
+
+    num_frames, num_tokens = calls[0][0].shape[2:4]
+    grid = math.isqrt(num_tokens)
+    first_patch = num_tokens - grid * grid  # after the class token
+    motion = (video[query_frame] - video[query_frame - 1]).abs().mean(0)
+    patch = int(motion.unflatten(0, (grid, -1)).unflatten(2, (grid, -1)).mean((1, 3)).argmax())
+
+    layers = []
+    for query, key, leap, settings in calls:
+        groups = vattn.reference.leap_groups(num_frames, leap, settings["group_size"])
+        frames = next(group for group in groups if query_frame in group)
+        q, k = query[0, :, query_frame, first_patch + patch], key[0, :, frames]  # (H, D), (H, frames, N, D)
+        scale = q.shape[-1] ** -0.5 if settings["scale"] is None else settings["scale"]
+        scores = torch.einsum("hd,hfnd->hfn", q, k) * scale
+        weights = scores.flatten(1).softmax(-1).view_as(scores).mean(0).cpu()  # (frames, N)
+        maps = weights[:, first_patch:].unflatten(1, (grid, grid))
+        layers.append((leap, dict(zip(frames, maps, strict=True))))
+    return layers, patch
