@@ -59,6 +59,11 @@ def shape(head_dim: int, alignment: int) -> Shape:
     return Shape(head_dim, alignment, (Chunk(0, whole),))
 
 
+def split_scale(scale: float) -> tuple[int, float]:
+    """`scale` as the sign of the scores and a positive factor, so that their maximum is that of scale * scores."""
+    return (scale > 0) - (scale < 0), abs(scale) or 1.0
+
+
 @triton.jit
 def columns(SHAPE: tl.constexpr, I: tl.constexpr):
     """Column numbers of chunk I."""
@@ -127,11 +132,13 @@ def row_dot(a, b):
 
 
 @triton.jit
-def scores(a, b, PRECISION: tl.constexpr):
-    """``a b^T`` of two tiles of rows: (rows of a, rows of b)."""
+def scores(a, b, PRECISION: tl.constexpr, SIGN: tl.constexpr = 1):
+    """``SIGN * a b^T`` of two tiles of rows: (rows of a, rows of b)."""
     s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for i in tl.static_range(1, len(a)):
         s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION)
+    if SIGN != 1:
+        s *= SIGN
     return s
 
 
@@ -146,16 +153,6 @@ def accumulate(acc, weights, rows, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def split_scale(scale):
-    """`scale` as a sign for the queries (exact in any dtype) and a positive factor into log2 units.
-
-    With a positive factor the maximum of the products is that of the scaled scores, whatever the scale.
-    """
-    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
-    return sign, tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
-
-
-@triton.jit
 def forward_start(ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """The state (acc, m, l) of a query tile that has read nothing."""
     m = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -163,13 +160,14 @@ def forward_start(ROWS: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def forward_step(state, s, factor, v, keep, PRECISION: tl.constexpr):
+def forward_step(state, s, scale, v, keep, PRECISION: tl.constexpr):
     """The state after reading one key tile.
 
-    `s` (queries, keys) becomes log2 units by the positive `factor` and is -inf where forbidden; `keep` is the
-    dropout mask or None. Dropout thins the values, not the softmax: l counts every key.
+    `s` (queries, keys), times the positive `scale`, is -inf where forbidden; `keep` is the dropout mask or None.
+    Dropout thins the values, not the softmax: l counts every key.
     """
     acc, m, l = state
+    factor = scale * LOG2E
     m_next = tl.maximum(m, tl.max(s, 1) * factor)
     # A query without keys so far has m = -inf, and -inf - -inf would be NaN.
     m_finite = tl.where(m_next == float("-inf"), 0.0, m_next)
@@ -198,13 +196,13 @@ def load_log2_lse(ptrs, mask):
 
 
 @triton.jit
-def backward_step(s, factor, lse, dp, delta, mask, keep, keep_scale):
+def backward_step(s, scale, lse, dp, delta, mask, keep, keep_scale):
     """The weights p (dropped, not yet divided by the share kept) and ds of one pair of tiles.
 
     `s`, `dp` = dout v^T, `mask` (None: all allowed) and `keep` are oriented alike, (queries, keys) or the
-    transpose; `lse` in log2 units and `delta` broadcast to them. `factor` may have any sign.
+    transpose; `lse` in log2 units and `delta` broadcast to them. `scale` may have any sign.
     """
-    p = tl.exp2(s * factor - lse)
+    p = tl.exp2(s * (scale * LOG2E) - lse)
     if mask is not None:
         p = tl.where(mask, p, 0.0)
     if keep is None:

@@ -86,24 +86,25 @@ def load_keys(kv, first, mask, lanes, group, SHAPE: tl.constexpr):
 
 @triton.jit
 def forward_keys(
-    state, q, factor, kv, first, mask, lanes, group, dropout, SHAPE: tl.constexpr, PRECISION: tl.constexpr
+    state, q, scale, kv, first, mask, lanes, group, dropout,
+    SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """The next key tile of a query tile; `mask` (keys,) is None where all of it exists."""
     k, v, number = load_keys(kv, first, mask, lanes, group, SHAPE)
-    s = flash.scores(q, k, PRECISION)  # (BLOCK_Q, BLOCK_K)
+    s = flash.scores(q, k, PRECISION, SIGN)  # (BLOCK_Q, BLOCK_K)
     if mask is not None:
         s = tl.where(mask[None, :], s, float("-inf"))
     keep = None
     if dropout is not None:
         keep = flash.dropout_keep(*dropout, number[None, :])
-    return flash.forward_step(state, s, factor, v, keep, PRECISION)
+    return flash.forward_step(state, s, scale, v, keep, PRECISION)
 
 
 @launch.kernel
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr, q_strides, k_strides, v_strides, out_strides,
     H, T, N, leap, group_size, groups, scale, threshold, keep_scale,
-    SHAPE: tl.constexpr, FOLD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SHAPE: tl.constexpr, FOLD: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: batch and head x group x query tile. A program owns BLOCK_Q queries of a group: their out and lse.
@@ -123,19 +124,17 @@ def forward_kernel(
         add, times = flash.dropout_query(seed_ptr, bh, number)
         dropout = (add[:, None], times[:, None], threshold)
 
-    sign, factor = flash.split_scale(scale)
     q = load_rows(head(q_ptr, q_strides, bh, H), frame, token, mask_q, q_strides, T, SHAPE, 0)
-    q = flash.scale_rows(q, sign)
     kv = (head(k_ptr, k_strides, bh, H), head(v_ptr, v_strides, bh, H), k_strides, v_strides)
     state = flash.forward_start(BLOCK_Q, SHAPE)
     lane_k = tl.arange(0, BLOCK_K)
     lanes_k = (lane_k // N, lane_k % N)
     whole = rows // BLOCK_K * BLOCK_K
     for first in range(0, whole, BLOCK_K):
-        state = forward_keys(state, q, factor, kv, first, None, lanes_k, group, dropout, SHAPE, PRECISION)
+        state = forward_keys(state, q, scale, kv, first, None, lanes_k, group, dropout, SHAPE, PRECISION, SIGN)
     if whole < rows:
         mask = whole + lane_k < rows
-        state = forward_keys(state, q, factor, kv, whole, mask, lanes_k, group, dropout, SHAPE, PRECISION)
+        state = forward_keys(state, q, scale, kv, whole, mask, lanes_k, group, dropout, SHAPE, PRECISION, SIGN)
 
     out, lse = flash.forward_finish(state, keep_scale)
     tl.store(lse_ptr + bh.to(tl.int64) * T * N + number, lse, mask=mask_q)
@@ -149,7 +148,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_keys(
-    dq, query, factor, kv, first, mask, lanes, group, dropout, keep_scale,
+    dq, query, scale, kv, first, mask, lanes, group, dropout, keep_scale,
     SHAPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the next key tile adds to the gradient of a query tile: dq += ds k."""
@@ -161,7 +160,7 @@ def backward_keys(
         keep = flash.dropout_keep(*dropout, number[None, :])
     if mask is not None:
         mask = mask[None, :]
-    _, ds = flash.backward_step(s, factor, lse[:, None], dp, delta[:, None], mask, keep, keep_scale)
+    _, ds = flash.backward_step(s, scale, lse[:, None], dp, delta[:, None], mask, keep, keep_scale)
     return flash.accumulate(dq, ds, k, PRECISION)
 
 
@@ -204,19 +203,18 @@ def backward_query_kernel(
 
     query = (q, do, lse, delta)
     kv = (head(k_ptr, k_strides, bh, H), head(v_ptr, v_strides, bh, H), k_strides, v_strides)
-    factor = scale * flash.LOG2E
     dq = flash.zero_rows(BLOCK_Q, SHAPE)
     lane_k = tl.arange(0, BLOCK_K)
     lanes_k = (lane_k // N, lane_k % N)
     whole = rows // BLOCK_K * BLOCK_K
     for first in range(0, whole, BLOCK_K):
         dq = backward_keys(
-            dq, query, factor, kv, first, None, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION
+            dq, query, scale, kv, first, None, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION
         )
     if whole < rows:
         mask = whole + lane_k < rows
         dq = backward_keys(
-            dq, query, factor, kv, whole, mask, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION
+            dq, query, scale, kv, whole, mask, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION
         )
 
     offs = offsets(frame, token, dq_strides)
@@ -248,7 +246,6 @@ def backward_key_kernel(
 
     do_ptr, q_ptr = head(do_ptr, do_strides, bh, H), head(q_ptr, q_strides, bh, H)
     rows_before = bh.to(tl.int64) * T * N
-    factor = scale * flash.LOG2E
     dk, dv = flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)
     lane_q = tl.arange(0, BLOCK_Q)
     lanes_q = (lane_q // N, lane_q % N)
@@ -265,7 +262,7 @@ def backward_key_kernel(
         if DROPOUT:
             add, times = flash.dropout_query(seed_ptr, bh, number)
             keep = flash.dropout_keep(add[None, :], times[None, :], threshold, number_k[:, None])
-        p, ds = flash.backward_step(s, factor, lse[None, :], dp, delta[None, :], None, keep, keep_scale)
+        p, ds = flash.backward_step(s, scale, lse[None, :], dp, delta[None, :], None, keep, keep_scale)
         dv = flash.accumulate(dv, p, do, PRECISION)
         dk = flash.accumulate(dk, ds, q, PRECISION)
 
@@ -285,10 +282,11 @@ def forward(
     if lse.numel() == 0:
         return out, lse
     query, key, value = (launch.with_rows(x) for x in (query, key, value))
+    sign, scale = flash.split_scale(scale)
     work = _Work(query, leap, group_size, fold_div, dropout_p, scale, (query, key, value, out))
     work.run(
         forward_kernel, "forward", query, key, value, out, lse, seed,
-        *(launch.strides(x, 4) for x in (query, key, value, out)),
+        *(launch.strides(x, 4) for x in (query, key, value, out)), SIGN=sign,
     )  # fmt: skip
     return out, lse
 
@@ -341,9 +339,9 @@ class _Work:
             "PRECISION": launch.precision(),
         }
 
-    def run(self, kernel: Any, phase: str, *args: Any) -> None:
+    def run(self, kernel: Any, phase: str, *args: Any, **settings: Any) -> None:
         """Launch `kernel`, with a program for every tile of every group."""
         tiles = configs.tiles(phase, self.like)
         block = tiles["BLOCK_K" if phase == "backward_key" else "BLOCK_Q"]
         programs = triton.cdiv(self.rows, block) * self.heads_and_groups
-        launch.launch(kernel, programs, self.like, *args, *self.values, **self.settings, **tiles)
+        launch.launch(kernel, programs, self.like, *args, *self.values, **self.settings, **settings, **tiles)
