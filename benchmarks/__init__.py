@@ -14,3 +14,8 @@ run from the root of the checkout. One process measures all providers on the ver
 To add an operator, add one file to ``operators/`` with a subclass of :class:`registry.Case` and an
 ``OPERATOR``; nothing else changes.
 """
+
+import os
+
+# The profiler, which measures memory, reports its starts and stops on stderr below this level, from torch's import on.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     drawing.add_argument("operator", choices=operator_names())
     for name in operator_names():
         command = commands.add_parser(name, help="measure this operator")
-        command.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument(
+            "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+        )
         command.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32 on cpu, bfloat16 on cuda")
         command.add_argument("--cases", choices=load_operator(name).cases, help='default: "gpu" on cuda')
         command.add_argument("--providers", nargs="+", choices=[p.name for p in load_operator(name).providers])

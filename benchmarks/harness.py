@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gate import Gate, Pass, Verdict
 from benchmarks.measure import machine_limits, peak_memory, time_interleaved
-from benchmarks.records import Line, environment
+from benchmarks.records import Line, Measured, environment
 from benchmarks.registry import Case, Operator, Provider
 from vattn._library import runs_reference
 
@@ -23,33 +23,32 @@ BACKWARD_OVER_FORWARD = 2.5  # five matrix products over two: the scores are com
 class Entrant:
     """A provider, built for one case and given the case's leaves."""
 
-    def __init__(self, provider: Provider[Any], case: Case, leaves: tuple[Tensor, ...], grad_out: Tensor) -> None:
+    def __init__(self, provider: Provider[Any], case: Case, leaves: Sequence[Tensor], grad_out: Tensor) -> None:
         self.provider = provider
         self.case = case
         self.leaves = leaves
         self.grad_out = grad_out
-        self.run = provider.build(case, leaves[0].device)
-        with torch.no_grad():
-            self.inputs = tuple(x.detach().requires_grad_() for x in provider.before(case, *leaves))
-            # What a limit returns need not look like the output; what stands in for its gradient must.
-            self.grad_run = grad_out if provider.role != "limit" else torch.randn_like(self.run(*self.inputs))
+        self.run = provider.build(case, grad_out.device)
+        self.inputs = provider.before(case, *leaves)
+        # What a limit returns need not look like the output; what stands in for its gradient must.
+        self.grad_run = grad_out if provider.role != "limit" else torch.randn_like(self.run(*self.inputs))
 
     def execute(self, pass_name: Pass) -> tuple[Tensor, ...]:
         """What is timed. Gradients are made contiguous, as the backward of the projection before needs them."""
         if pass_name == "forward":
             with torch.no_grad():
                 return (self.run(*self.inputs),)
-        out = self.run(*self.inputs)
-        grads = torch.autograd.grad(out, self.inputs, self.grad_run)
-        return out, *(grad.contiguous() for grad in grads)
+        inputs = [x.detach().requires_grad_() for x in self.inputs]
+        out = self.run(*inputs)
+        return out, *(grad.contiguous() for grad in torch.autograd.grad(out, inputs, self.grad_run))
 
     def judge(self, gate: Gate, pass_name: Pass) -> Verdict:
         """What the gate says of the pass, from the leaves to the output and back."""
-        with torch.set_grad_enabled(pass_name != "forward"):
-            out = self.provider.after(self.case, self.run(*self.provider.before(self.case, *self.leaves)))
+        leaves = [leaf.detach().requires_grad_(pass_name != "forward") for leaf in self.leaves]
+        out = self.provider.after(self.case, self.run(*self.provider.before(self.case, *leaves)))
         if pass_name == "forward":
             return gate.judge(out)
-        return gate.judge(out.detach(), torch.autograd.grad(out, self.leaves, self.grad_out))
+        return gate.judge(out.detach(), torch.autograd.grad(out, leaves, self.grad_out))
 
 
 class Session:
@@ -85,13 +84,12 @@ class Session:
             torch.randn(shape, generator=generator).to(self.device, self.dtype)
             for shape in [*case.leaf_shapes, case.output_shape]
         )
-        inputs = tuple(leaf.requires_grad_() for leaf in leaves)
-        gate = Gate(case, inputs, grad_out)
+        gate = Gate(case, leaves, grad_out)
         entrants: dict[str, Entrant] = {}
         reasons: dict[str, str] = {}
         for provider in self.providers:
             with _explained(provider.name, reasons):
-                entrants[provider.name] = Entrant(provider, case, inputs, grad_out)
+                entrants[provider.name] = Entrant(provider, case, leaves, grad_out)
         for pass_name in passes:
             yield self._measure_pass(case, pass_name, entrants, gate, dict(reasons))
 
@@ -99,55 +97,63 @@ class Session:
         self, case: Case, pass_name: Pass, entrants: dict[str, Entrant], gate: Gate, reasons: dict[str, str]
     ) -> list[Line]:
         verdicts: dict[str, Verdict] = {}
+        green: dict[str, Callable[[], object]] = {}
         for name, entrant in entrants.items():
             with _explained(name, reasons):
                 verdicts[name] = verdict = entrant.judge(gate, pass_name)
-                if verdict.complaint is not None:
+                if verdict.complaint is None:
+                    green[name] = functools.partial(entrant.execute, pass_name)
+                else:
                     reasons[name] = f"red at the gate: {verdict.complaint}"
-        green = {name: functools.partial(e.execute, pass_name) for name, e in entrants.items() if name not in reasons}
         memory = {name: peak_memory(function, self.device) for name, function in green.items()}
-        machine = machine_limits(self.device, self.dtype)
-        functions = {**green, **{limit: function for limit, (function, _) in machine.items()}}
+        limits = machine_limits(self.device, self.dtype)
+        functions = green | {name: function for name, (function, _) in limits.items()}
         spreads = time_interleaved(functions, self.device, self.rounds)
-        rates = {limit: amount / spreads[limit].median for limit, (_, amount) in machine.items()}
+        mm, copy = (amount / spreads[name].median for name, (_, amount) in limits.items())
 
         flops, traffic, needed = _costs(case, pass_name, self.dtype)
         peers = {p.name: spreads[p.name].median for p in self.providers if p.role == "peer" and p.name in green}
         best_peer = min(peers, key=peers.__getitem__, default=None)
+        shared = {
+            **self.common,
+            "kernel": not runs_reference(gate.grad_out),
+            "case": case.name,
+            "sizes": dataclasses.asdict(case),  # type: ignore[call-overload]
+            "pass_name": pass_name,
+            "flops": flops,
+            "mm_flops_per_second": mm,
+            "copy_bytes_per_second": copy,
+            "best_peer": best_peer,
+        }
         lines = []
         for provider in self.providers:
-            verdict, spread = verdicts.get(provider.name), spreads.get(provider.name)
+            name, measured = provider.name, None
+            if name in green:
+                spread = spreads[name]
+                measured = Measured(
+                    **dataclasses.asdict(spread),
+                    share_of_mm=flops / spread.median / mm,
+                    share_of_copy=traffic / spread.median / copy,
+                    extra_memory=None if provider.role == "limit" else memory[name] - needed,
+                    speedup=None if best_peer is None else peers[best_peer] / spread.median,
+                )
+            judged = verdicts.get(name)
             lines.append(
                 Line(
-                    **self.common,
-                    kernel=not runs_reference(gate.grad_out),
-                    case=case.name,
-                    sizes=dataclasses.asdict(case),  # type: ignore[call-overload]
-                    pass_name=pass_name,
-                    provider=provider.name,
+                    **shared,
+                    provider=name,
                     role=provider.role,
-                    reason=reasons.get(provider.name),
-                    error=verdict and verdict.error,
-                    budget=verdict and verdict.budget,
-                    median=spread and spread.median,
-                    p20=spread and spread.p20,
-                    p80=spread and spread.p80,
-                    samples=spread.samples if spread else 0,
-                    flops=flops,
-                    share_of_mm=spread and flops / spread.median / rates["mm"],
-                    share_of_copy=spread and traffic / spread.median / rates["copy"],
-                    mm_flops_per_second=rates["mm"],
-                    copy_bytes_per_second=rates["copy"],
-                    extra_memory=memory[provider.name] - needed if spread and provider.role != "limit" else None,
-                    best_peer=best_peer,
-                    speedup=peers[best_peer] / spread.median if spread and best_peer else None,
+                    reason=reasons.get(name),
+                    error=None if judged is None else judged.error,
+                    budget=None if judged is None else judged.budget,
+                    measured=measured,
                 )
             )
         return lines
 
 
 def _costs(case: Case, pass_name: Pass, dtype: torch.dtype) -> tuple[int, int, int]:
-    """FLOP, the bytes that must move and the bytes that must be held: see :class:`records.Line`."""
+    """FLOP, the bytes that must move and the bytes that must be held: see :class:`records.Measured`."""
     inputs = sum(math.prod(shape) for shape in case.leaf_shapes) * dtype.itemsize
     output = math.prod(case.output_shape) * dtype.itemsize
     lse = case.num_rows * 4
@@ -163,6 +169,7 @@ def _explained(name: str, reasons: dict[str, str]) -> Iterator[None]:
     """A provider that cannot run here does not end the run; `reasons` says why."""
     try:
         yield
-    except Exception as error:
+    except Exception as raised:
+        error = raised.__cause__ or raised  # the compiler wraps what really went wrong
         first_line = str(error).strip().split("\n")[0][:200]
         reasons[name] = f"unavailable: {type(error).__name__}: {first_line}"

@@ -6,6 +6,7 @@ import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
@@ -45,7 +46,8 @@ def time_interleaved(
 
 def _cpu_sampler(function: Callable[[], object]) -> Callable[[], list[float]]:
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    number = max(1, round(SECONDS_PER_ROUND / timer.timeit(1).mean))
+    fastest = min(timer.timeit(1).mean for _ in range(3))  # one alone may have been interrupted
+    number = max(1, round(SECONDS_PER_ROUND / fastest))
     return lambda: [timer.timeit(number).mean]
 
 
@@ -57,7 +59,7 @@ def _cuda_sampler(function: Callable[[], object]) -> Callable[[], list[float]]:
 
 
 def _spread(times: list[float]) -> Spread:
-    p20, median, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    p20, median, p80 = np.quantile(times, [0.2, 0.5, 0.8]).tolist()
     return Spread(median, p20, p80, len(times))
 
 

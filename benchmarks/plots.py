@@ -28,12 +28,13 @@ def plot(operator: str, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _time_over_vattn(line: Line, side_by_side: Sequence[Line]) -> float | None:
-    vattn = next((other.median for other in side_by_side if other.role == "vattn"), None)
-    return None if vattn is None or line.median is None else line.median / vattn
+    vattn = next((other.measured for other in side_by_side if other.role == "vattn"), None)
+    return line.measured.median / vattn.median if line.measured and vattn else None
 
 
 def _extra_mebibytes(line: Line, side_by_side: Sequence[Line]) -> float | None:
-    return None if line.extra_memory is None else line.extra_memory / 2**20
+    extra = line.measured.extra_memory if line.measured else None
+    return None if extra is None else extra / 2**20
 
 
 def _draw(
@@ -48,7 +49,7 @@ def _draw(
     passes = list(dict.fromkeys(pass_name for pass_name, _ in group))
     providers = list(dict.fromkeys(line.provider for lines in group.values() for line in lines))
     figure = Figure(figsize=(12, 4 * len(passes) + 0.5), layout="constrained")
-    for axes, pass_name in zip(figure.subplots(len(passes), squeeze=False)[:, 0], passes):
+    for axes, pass_name in zip(figure.subplots(len(passes), squeeze=False)[:, 0], passes, strict=True):
         cases = [case for name, case in group if name == pass_name]
         for index, provider in enumerate(providers):
             bars = [
@@ -67,6 +68,7 @@ def _draw(
     first = next(iter(group.values()))[0]
     threads = "" if first.threads is None else f", {first.threads} threads"
     runs = ", ".join(sorted({f"{lines[0].run[:10]} at {lines[0].commit[:9]}" for lines in group.values()}))
-    figure.suptitle(f"{first.operator}, {first.dtype}, {first.machine}{threads}, torch {first.versions['torch']}\n{runs}")
+    torch_version = first.versions["torch"]
+    figure.suptitle(f"{first.operator}, {first.dtype}, {first.machine}{threads}, torch {torch_version}\n{runs}")
     figure.savefig(path, dpi=120)
     return path

@@ -1,6 +1,7 @@
 """The stored form of a measurement: one JSON line with all that is needed to read it years later."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -9,7 +10,6 @@ import subprocess
 from typing import Any
 
 import torch
-import triton
 
 import vattn
 
@@ -18,23 +18,43 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclasses.dataclass(frozen=True)
+class Measured:
+    """Times in seconds, memory in bytes.
+
+    Attributes:
+        median, p20, p80, samples: of the rounds.
+        share_of_mm: of the FLOP/s of a large ``torch.mm`` in the same dtype, timed in the same rounds.
+        share_of_copy: of the bytes per second of a large copy, if inputs, output and gradients moved just once.
+        extra_memory: peak beyond what any implementation must hold: the output, lse, and with a backward the
+            gradients (once on their own, once stacked into the leaf's) and one more buffer like lse. None for a
+            limit, which does not do all the work.
+        speedup: the fastest peer's median over this one; None if no peer was measured.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+    share_of_mm: float
+    share_of_copy: float
+    extra_memory: int | None
+    speedup: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Line:
-    """One provider on one case in one pass. Times are in seconds, rates per second, memory in bytes.
+    """One provider on one case in one pass.
 
     Attributes:
         run: when the run began, UTC: lines of one run were measured side by side, in one process.
         threads: torch's on a CPU, None on a GPU.
         kernel: whether vattn ran its kernel, or the reference for want of one.
         pass_name: "forward" (no_grad) or "forward+backward".
-        reason: why there is no time: unavailable here, or red at the gate. None if it was timed.
-        error, budget: of the tensor that was closest to its budget at the gate.
-        median, p20, p80, samples: of the rounds.
         flops: the arithmetic of the matrix products of the pass (the backward counts five, the forward two).
-        share_of_mm: of the FLOP/s of a large ``torch.mm`` in the same dtype, timed in the same rounds.
-        share_of_copy: of the bytes per second of a large copy, if inputs, output and gradients moved just once.
-        extra_memory: peak beyond what any implementation must hold: the output, lse, and with a backward the
-            gradients (once on their own, once stacked into the leaf's) and one more buffer like lse.
-        best_peer, speedup: the fastest peer of the same run, and its median over this one.
+        mm_flops_per_second, copy_bytes_per_second: what the machine did, timed in the same rounds.
+        best_peer: the fastest of the peers in the same rounds.
+        reason: why nothing was measured: unavailable here, or red at the gate.
+        error, budget: of the tensor that was closest to its budget at the gate.
     """
 
     run: str
@@ -51,23 +71,16 @@ class Line:
     sizes: dict[str, Any]
     dtype: str
     pass_name: str
+    flops: int
+    mm_flops_per_second: float
+    copy_bytes_per_second: float
+    best_peer: str | None
     provider: str
     role: str
     reason: str | None
     error: float | None
     budget: float | None
-    median: float | None
-    p20: float | None
-    p80: float | None
-    samples: int
-    flops: int
-    share_of_mm: float | None
-    share_of_copy: float | None
-    mm_flops_per_second: float
-    copy_bytes_per_second: float
-    extra_memory: int | None
-    best_peer: str | None
-    speedup: float | None
+    measured: Measured | None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -84,7 +97,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": triton.__version__,
+            "triton": importlib.metadata.version("triton"),
             "vattn": vattn.__version__,
         },
     }
@@ -104,7 +117,12 @@ def load(operator: str, folder: pathlib.Path) -> list[Line]:
     path = folder / f"{operator}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"benchmarks: nothing is stored at {path}; run `python -m benchmarks {operator}` first")
-    return [Line(**json.loads(text)) for text in path.read_text().splitlines()]
+    lines = []
+    for text in path.read_text().splitlines():
+        fields = json.loads(text)
+        measured = fields.pop("measured")
+        lines.append(Line(**fields, measured=None if measured is None else Measured(**measured)))
+    return lines
 
 
 def _git(*arguments: str) -> str:

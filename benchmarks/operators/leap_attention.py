@@ -58,9 +58,10 @@ class LeapCase(Case):
         return out.movedim(1, -2).flatten(-2)
 
 
-def _heads(qkv: Tensor) -> list[Tensor]:
+def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views ``(B, H, T, N, D)`` of query, key and value. Unbinding in place keeps the gradient contiguous."""
-    return [x.movedim(-2, 1) for x in qkv.unbind(3)]
+    query, key, value = qkv.unbind(3)
+    return query.movedim(-2, 1), key.movedim(-2, 1), value.movedim(-2, 1)
 
 
 def _shift(x: Tensor, fold_div: int) -> Tensor:

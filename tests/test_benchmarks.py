@@ -1,0 +1,222 @@
+"""The benchmark harness: what it compares, what it refuses to time, what it stores and draws."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks import measure as measuring
+from benchmarks import plots, records, report
+from benchmarks.__main__ import main
+from benchmarks.harness import Session
+from benchmarks.registry import Provider, load_operator, operator_names
+
+CPU = torch.device("cpu")
+PASSES = ["forward", "forward+backward"]
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch):
+    """No test looks at how long something took."""
+    monkeypatch.setattr(measuring, "SECONDS_PER_ROUND", 1e-4)
+    monkeypatch.setattr(measuring, "MM_SIZE", 64)
+    monkeypatch.setitem(measuring.COPY_BYTES, "cpu", 2**16)
+
+
+@pytest.fixture(scope="module")
+def leap():
+    return load_operator("leap_attention")
+
+
+def measure(operator, provider_names=None, passes=PASSES, dtype=torch.float32):
+    session = Session(operator, dtype, CPU, provider_names, rounds=1)
+    return [line for lines in session.measure(operator.cases["quick"][0], passes) for line in lines]
+
+
+def with_provider(operator, name, role, build):
+    """`operator` with the provider `name` replaced, or added."""
+    others = [provider for provider in operator.providers if provider.name != name]
+    return dataclasses.replace(operator, providers=[*others, Provider(name, role, build)])
+
+
+def off_by(operator, amount):
+    """The official formula, its output off by a share `amount` where it matters least: in the last sample's end."""
+    (official,) = (provider for provider in operator.providers if provider.name == "official")
+
+    def build(case, device):
+        run = official.build(case, device)
+
+        def wrong(qkv):
+            factors = torch.ones(case.output_shape)
+            factors[-1, -1, -1, -1] += amount
+            return run(qkv) * factors
+
+        return wrong
+
+    return build
+
+
+@pytest.mark.parametrize("name", operator_names())
+def test_an_operator_is_complete(name):
+    operator = load_operator(name)
+    assert operator.name == name
+    assert {"default", "gpu", "quick"} <= operator.cases.keys()
+    assert [provider.role for provider in operator.providers].count("vattn") == 1
+    assert any(provider.role == "peer" for provider in operator.providers)
+    provider_names = [provider.name for provider in operator.providers]
+    assert len(set(provider_names)) == len(provider_names)
+    for cases in operator.cases.values():
+        assert len({case.name for case in cases}) == len(cases) > 0
+
+
+@pytest.mark.parametrize("name", operator_names())
+def test_a_case_describes_its_reference(name):
+    for case in load_operator(name).cases["quick"]:
+        out = case.reference(*(torch.randn(shape) for shape in case.leaf_shapes))
+        assert tuple(out.shape) == case.output_shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_eager_providers_agree(leap, dtype):
+    eager = ["vattn", "sdpa", "official", "sdpa-pregathered"]
+    lines = measure(leap, eager, dtype=dtype)
+    assert [(line.pass_name, line.provider) for line in lines] == [(p, name) for p in PASSES for name in eager]
+    for line in lines:
+        assert line.reason is None
+        assert line.measured is not None
+        assert 0 < line.error <= line.budget
+
+
+def test_one_wrong_element_is_red_and_not_timed(leap):
+    lines = measure(with_provider(leap, "wrong", "peer", off_by(leap, 1e-3)), ["vattn", "wrong"])
+    vattn, wrong = lines[:2]
+    assert wrong.measured is None
+    assert wrong.reason.startswith("red at the gate: output is off by")
+    assert wrong.error > wrong.budget
+    assert vattn.best_peer is None
+    assert vattn.measured.speedup is None
+
+
+def test_a_wrong_gradient_is_red_in_the_backward_only(leap):
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.001
+
+    (official,) = (provider for provider in leap.providers if provider.name == "official")
+
+    def build(case, device):
+        run = official.build(case, device)
+        return lambda qkv: Forward.apply(run(qkv))
+
+    forward, backward = measure(with_provider(leap, "wrong", "peer", build), ["wrong"])
+    assert forward.measured is not None
+    assert backward.measured is None
+    assert backward.reason.startswith("red at the gate: gradient 0 is off by")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param(lambda out: out * torch.nan, "output is off by nan", id="nan"),
+        pytest.param(lambda out: out.transpose(0, 1), "output must be contiguous", id="not ready for the next layer"),
+        pytest.param(lambda out: [][0], "unavailable: IndexError", id="raises"),
+    ],
+)
+def test_an_unusable_output_is_not_timed(leap, change, reason):
+    (official,) = (provider for provider in leap.providers if provider.name == "official")
+
+    def build(case, device):
+        run = official.build(case, device)
+        return lambda qkv: change(run(qkv))
+
+    (line,) = measure(with_provider(leap, "wrong", "peer", build), ["wrong"], passes=["forward"])
+    assert line.measured is None
+    assert reason in line.reason
+
+
+def test_a_provider_that_cannot_be_built_says_why(leap):
+    def build(case, device):
+        raise RuntimeError("not here")
+
+    lines = measure(with_provider(leap, "absent", "other", build), ["vattn", "absent"])
+    assert [line.reason for line in lines] == [None, "unavailable: RuntimeError: not here"] * 2
+
+
+def test_the_best_peer_is_the_one_compared_with(leap):
+    vattn, sdpa, official = measure(leap, ["vattn", "sdpa", "official"], passes=["forward"])
+    fastest = min((sdpa, official), key=lambda line: line.measured.median)
+    assert vattn.best_peer == fastest.provider
+    assert vattn.measured.speedup == pytest.approx(fastest.measured.median / vattn.measured.median)
+    assert f"best peer / vattn: geometric mean {vattn.measured.speedup:.2f}x" in report.summary([vattn, sdpa, official])
+
+
+def test_peak_memory_counts_what_is_freed_on_the_way():
+    x = torch.ones(1000)
+    y = [torch.ones(500)]
+
+    def function():
+        y.clear()  # was there before: giving it back does not lower the peak
+        scratch = torch.empty(3000)
+        result = -x
+        del scratch
+        return result + torch.empty(1000)
+
+    assert measuring.peak_memory(function, CPU) == 4 * (3000 + 1000)
+
+
+def test_vattn_needs_less_memory_than_the_formula_that_keeps_the_scores(leap):
+    case = dataclasses.replace(leap.cases["quick"][0], N=65)
+    operator = dataclasses.replace(leap, cases={"quick": [case]})
+    _, official = measure(operator, ["vattn", "official"], passes=["forward"])
+    scores = case.B * case.H * case.T * case.N * 2 * case.N * 4
+    assert official.measured.extra_memory >= scores
+
+
+def test_stored_lines_come_back_and_are_drawn(leap, tmp_path):
+    lines = measure(leap, ["vattn", "sdpa"])
+    path = records.store(lines, tmp_path)
+    records.store([dataclasses.replace(lines[0], reason="red at the gate", measured=None)], tmp_path)
+    assert records.load("leap_attention", tmp_path)[:-1] == lines
+
+    first, *_, last = map(json.loads, path.read_text().splitlines())
+    assert first.keys() == {field.name for field in dataclasses.fields(records.Line)}
+    assert first["measured"].keys() == {field.name for field in dataclasses.fields(records.Measured)}
+    assert first["sizes"] == dataclasses.asdict(leap.cases["quick"][0])
+    assert first["versions"].keys() == {"python", "torch", "triton", "vattn"}
+    assert last["measured"] is None
+
+    pictures = plots.plot("leap_attention", tmp_path)
+    assert [picture.name.rsplit("-", 2)[1:] for picture in pictures] == [
+        ["float32", "speed.png"],
+        ["float32", "memory.png"],
+    ]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_a_plot_shows_the_last_run_only(leap, tmp_path, monkeypatch):
+    (line,) = measure(leap, ["vattn"], passes=["forward"])
+    records.store([dataclasses.replace(line, run="2001-01-01T00:00:00+00:00", provider="older"), line], tmp_path)
+    drawn = []
+    monkeypatch.setattr(plots, "_draw", lambda group, value, label, path: drawn.append(group))
+    plots.plot("leap_attention", tmp_path)
+    assert drawn[0] == {("forward", line.case): [line]}
+
+
+def test_nothing_stored_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run `python -m benchmarks leap_attention` first"):
+        plots.plot("leap_attention", tmp_path)
+
+
+def test_the_command_line_prints_stores_and_draws(tmp_path, capsys):
+    arguments = ["leap_attention", "--device", "cpu", "--cases", "quick", "--rounds", "1", "--results", str(tmp_path)]
+    assert main([*arguments, "--providers", "vattn", "sdpa"]) == 0
+    assert "best peer / vattn: geometric mean" in capsys.readouterr().out
+    assert len(records.load("leap_attention", tmp_path)) == 4
+    assert main(["plot", "leap_attention", "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split() == [str(path) for path in sorted(tmp_path.glob("*.png"), reverse=True)]
