@@ -123,6 +123,15 @@ def scale_rows(tiles, factor):
 
 
 @triton.jit
+def add_rows(acc, tiles, factor):
+    """``acc + factor * tiles``, in float32."""
+    total = ()
+    for i in tl.static_range(len(acc)):
+        total = total + (acc[i] + tiles[i].to(tl.float32) * factor,)
+    return total
+
+
+@triton.jit
 def row_dot(a, b):
     """<a, b> of each row, in float32."""
     dot = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
@@ -183,9 +192,9 @@ def forward_step(state, s, scale, v, keep, PRECISION: tl.constexpr):
 def forward_finish(state, keep_scale):
     """The output times `keep_scale`, and the natural-log lse; 0 and -inf for a query without keys."""
     acc, m, l = state
-    inverse = tl.where(l > 0, keep_scale / l, 0.0)
-    lse = tl.where(l > 0, (m + tl.log2(l)) * LN2, float("-inf"))
-    return scale_rows(acc, inverse[:, None]), lse
+    some = tl.where(l > 0, l, 1.0)
+    lse = tl.where(l > 0, (m + tl.log2(some)) * LN2, float("-inf"))
+    return scale_rows(acc, (keep_scale / some)[:, None]), lse
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def launch(function: Any, programs: int, like: Tensor, *args: Any, **settings: A
 
 def with_rows(x: Tensor) -> Tensor:
     """`x`, copied if its last axis is not contiguous: a row must be one piece of memory."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def strides(x: Tensor, axes: int) -> tuple[int, ...]:

@@ -1,0 +1,160 @@
+"""Attention over a union of key sets, from attention over its parts.
+
+    lse = log sum_i exp(lse_i),   out = sum_i exp(lse_i - lse) out_i
+
+With w_i = exp(lse_i - lse) and gradients g of out and g_lse of lse, the backward is
+
+    d out_i = w_i g,   d lse_i = w_i (<g, out_i - out> + g_lse)
+
+Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), section 3: this is the online
+softmax with whole parts for keys::
+
+    part      0           1           2
+    lse_i   ---+-----------+-----------+--> weights w_i, sum 1
+    out_i   ---+-----------+-----------+--> out
+
+The parts are a tuple of pointers, one compiled kernel for each length of it, and nothing is stacked.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vattn.kernels import flash, launch
+
+MAX_PARTS = 16  # of one kernel, whose loops over the parts are unrolled; more are merged in rounds
+TILE, NUM_WARPS = 2048, 4  # elements of a program
+
+
+@triton.jit
+def row_offsets(row, sizes, strides):
+    """Offsets of rows that are numbered in the order of `sizes`."""
+    offs = row * 0
+    for i in tl.static_range(len(sizes) - 1, -1, -1):
+        offs += row % sizes[i] * strides[i]
+        row = row // sizes[i]
+    return offs
+
+
+@launch.kernel
+def forward_kernel(
+    out_ptrs, lse_ptrs, out_ptr, lse_ptr, sizes, strides, out_strides, rows,
+    SHAPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of rows. A program writes BLOCK rows of out and lse."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    m = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for i in tl.static_range(len(lse_ptrs)):
+        m = tl.maximum(m, tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf")))
+    m_finite = tl.where(m == float("-inf"), 0.0, m)
+    offs = row_offsets(row, sizes, strides)
+    total = tl.zeros((BLOCK,), tl.float32)
+    acc = flash.zero_rows(BLOCK, SHAPE)
+    for i in tl.static_range(len(lse_ptrs)):
+        weight = tl.exp(tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf")) - m_finite)
+        total += weight
+        part = flash.load_rows(out_ptrs[i], offs, mask, SHAPE)
+        acc = flash.add_rows(acc, part, weight[:, None])
+    some = tl.where(total > 0, total, 1.0)
+    tl.store(lse_ptr + row, m + tl.log(some), mask=mask)
+    offs_out = row_offsets(row, sizes, out_strides)
+    flash.store_rows(out_ptr, offs_out, mask, flash.scale_rows(acc, (1 / some)[:, None]), SHAPE)
+
+
+@launch.kernel
+def backward_kernel(
+    g_ptr, g_lse_ptr, out_ptrs, lse_ptrs, out_ptr, lse_ptr, grad_out_ptrs, grad_lse_ptrs,
+    sizes, g_strides, strides, out_strides, grad_strides, rows, SHAPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of rows. A program writes BLOCK rows of the gradients of every part."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    g = flash.load_rows(g_ptr, row_offsets(row, sizes, g_strides), mask, SHAPE)
+    out = flash.load_rows(out_ptr, row_offsets(row, sizes, out_strides), mask, SHAPE)
+    shared = -flash.row_dot(g, out)
+    if g_lse_ptr is not None:
+        shared += tl.load(g_lse_ptr + row, mask=mask, other=0.0)
+    lse = tl.load(lse_ptr + row, mask=mask, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no part has a key, and none a weight
+    offs = row_offsets(row, sizes, strides)
+    offs_grad = row_offsets(row, sizes, grad_strides)
+    for i in tl.static_range(len(lse_ptrs)):
+        weight = tl.exp(tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf")) - lse)
+        part = flash.load_rows(out_ptrs[i], offs, mask, SHAPE)
+        tl.store(grad_lse_ptrs[i] + row, weight * (flash.row_dot(g, part) + shared), mask=mask)
+        flash.store_rows(grad_out_ptrs[i], offs_grad, mask, flash.scale_rows(g, weight[:, None]), SHAPE)
+
+
+def forward(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """out, laid out like the first part, and the contiguous lse."""
+    return _merge(outs, lses, outs[0].dtype)
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """The gradients of the outs, each laid out like its part, and of the lses."""
+    grad_outs = [torch.empty_like(x) for x in outs]
+    grad_lses = [x.new_empty(x.shape) for x in lses]
+    if lse.numel() == 0:
+        return grad_outs, grad_lses
+    grad_out, out = launch.with_rows(grad_out), launch.with_rows(out)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    parts, lses, stores = _alike(outs), [x.contiguous() for x in lses], _alike(grad_outs)
+    sizes, block = _rows(out)
+    settings = {"SHAPE": _shape(grad_out, out, *parts, *stores), "BLOCK": block, "num_warps": NUM_WARPS}
+    layouts = [_strides(x) for x in (grad_out, parts[0], out, stores[0])]
+    for i in range(0, len(parts), MAX_PARTS):
+        some = slice(i, i + MAX_PARTS)
+        launch.launch(
+            backward_kernel, triton.cdiv(lse.numel(), block), out, grad_out, grad_lse,
+            tuple(parts[some]), tuple(lses[some]), out, lse, tuple(stores[some]), tuple(grad_lses[some]),
+            sizes, *layouts, lse.numel(), **settings,
+        )  # fmt: skip
+    for grad, stored in zip(grad_outs, stores):
+        if stored is not grad:
+            grad.copy_(stored)
+    return grad_outs, grad_lses
+
+
+def _merge(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if len(outs) > MAX_PARTS:
+        rounds = range(0, len(outs), MAX_PARTS)
+        merged = [_merge(outs[i : i + MAX_PARTS], lses[i : i + MAX_PARTS], torch.float32) for i in rounds]
+        return _merge([out for out, _ in merged], [lse for _, lse in merged], dtype)
+    out = torch.empty_like(outs[0], dtype=dtype)
+    lse = lses[0].new_empty(lses[0].shape)
+    if lse.numel() == 0:
+        return out, lse
+    parts, stored = _alike(outs), launch.with_rows(out)
+    sizes, block = _rows(out)
+    launch.launch(
+        forward_kernel, triton.cdiv(lse.numel(), block), out,
+        tuple(parts), tuple(x.contiguous() for x in lses), stored, lse,
+        sizes, _strides(parts[0]), _strides(stored), lse.numel(),
+        SHAPE=_shape(stored, *parts), BLOCK=block, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return (out if stored is out else out.copy_(stored)), lse
+
+
+def _alike(tensors: list[Tensor]) -> list[Tensor]:
+    """`tensors` if they are laid out alike, row by row, as the kernels read them; else contiguous copies."""
+    layouts = {(_strides(x), launch.with_rows(x) is x) for x in tensors}
+    alike = len(layouts) == 1 and next(iter(layouts))[1]
+    return tensors if alike else [x.contiguous() for x in tensors]
+
+
+def _rows(x: Tensor) -> tuple[tuple[int, ...], int]:
+    """The sizes of all axes but the last, and how many rows a program has."""
+    return tuple(x.shape[:-1]) or (1,), max(1, TILE // triton.next_power_of_2(max(x.shape[-1], 1)))
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return launch.strides(x, x.dim() - 1) or (0,)
+
+
+def _shape(*tensors: Tensor) -> flash.Shape:
+    # Merging in rounds mixes dtypes: each pointer is aligned by its own, and a vector is the narrowest one's.
+    return flash.shape(tensors[0].shape[-1], min(launch.alignment(x) for x in tensors))
