@@ -177,19 +177,16 @@ class LapsVisformer(FrameModel):
         """
         op = "LapsVisformer.from_official"
         weights = official_weights(op, state_dict, "patch_embed2.proj.weight", "pos_embed1", "head.weight")
-        stages = [[f"stage{i}.{j}" for j in range(count_blocks(weights, f"stage{i}"))] for i in (1, 2, 3)]
-        first = [stage[0] if stage else "" for stage in stages]
+        blocks = ("stage1.0", "stage2.0", "stage3.0")
         embed_dim = weights["patch_embed2.proj.weight"].shape[0]
         stem = weights.get("stem.0.weight")
-        spatial = [f"{block}.mlp.conv2.weight" in weights for block in first]
-        groups = 8
-        # The official hidden size is int(ratio * dim) in every stage: the largest quotient gives all of them.
-        ratios = []
-        for block, is_spatial in zip(first, spatial, strict=True):
+        spatial = [f"{block}.mlp.conv2.weight" in weights for block in blocks]
+        groups, ratios = 8, []
+        for block, is_spatial in zip(blocks, spatial, strict=True):
             if is_spatial:
                 hidden, per_group = weights[f"{block}.mlp.conv2.weight"].shape[:2]
                 groups = hidden // per_group
-            elif block:
+            elif f"{block}.mlp.conv1.weight" in weights:
                 hidden, dim = weights[f"{block}.mlp.conv1.weight"].shape[:2]
                 ratios.append(hidden / dim)
         return load(
@@ -202,12 +199,17 @@ class LapsVisformer(FrameModel):
                 stem_channels=None if stem is None else stem.shape[0],
                 num_classes=weights["head.weight"].shape[0],
                 embed_dim=embed_dim,
-                depth=(len(stages[0]), len(stages[1]), len(stages[2])),
+                depth=(
+                    count_blocks(weights, "stage1"),
+                    count_blocks(weights, "stage2"),
+                    count_blocks(weights, "stage3"),
+                ),
                 num_heads=heads_or_default(op, num_heads, embed_dim),
+                # Official hidden sizes are int(ratio * dim) in every stage: the largest quotient gives all of them.
                 mlp_ratio=max(ratios, default=4.0),
                 qkv_bias=any(name.endswith("qkv.bias") for name in weights),
                 groups=groups,
-                attn_stage="".join(str(int(f"{block}.attn.qkv.weight" in weights)) for block in first),
+                attn_stage="".join(str(int(f"{block}.attn.qkv.weight" in weights)) for block in blocks),
                 spatial_conv="".join(str(int(flag)) for flag in spatial),
                 scale_exponent=2 * (-0.25 if qk_scale is None else qk_scale),
             ),
