@@ -63,11 +63,17 @@ struct ForwardWorkspace {
 
 // One tile of keys for VL queries: scores become weights, and what was gathered so far is scaled to the new maximum.
 VATTN_INLINE Vec soften(float* scores, int64_t keys, float* maximum, float* sum) {
-  Vec old = load(maximum), most = old;
-  for (int64_t k = 0; k < keys; ++k) most = larger(load(scores + k * TILE), most);
+  Vec old = load(maximum), most = old, others = old;  // two chains: one would wait for itself
+  int64_t k = 0;
+  for (; k + 4 <= keys; k += 4) {
+    most = larger(larger(load(scores + k * TILE), load(scores + (k + 1) * TILE)), most);
+    others = larger(larger(load(scores + (k + 2) * TILE), load(scores + (k + 3) * TILE)), others);
+  }
+  for (; k < keys; ++k) most = larger(load(scores + k * TILE), most);
+  most = larger(most, others);
   Vec shift = select(most == -INFINITE, Vec{}, most);  // no key yet: exp(-inf - 0) is 0
   Vec total{};
-  for (int64_t k = 0; k < keys; ++k) {
+  for (k = 0; k < keys; ++k) {
     Vec weight = exp2(load(scores + k * TILE) - shift);
     store(scores + k * TILE, weight);
     total += weight;
@@ -141,92 +147,105 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   }
 }
 
+// Rows of queries that are held at once: all of them where their gradients are gathered, or a tile of them.
 struct BackwardWorkspace {
-  float *keys, *key_panel, *value_panel, *grad_key, *grad_value, *query, *grad_out, *weights, *grad_scores;
-  float *lse, *delta, *grad_query;  // grad_query: for `queries` rows
-  uint32_t* tokens;
+  float *keys, *key_panel, *value_panel, *grad_key, *grad_value, *weights, *grad_scores;
+  float *query, *grad_out, *lse, *delta, *grad_query;  // of the queries held
+  uint32_t *key_tokens, *query_tokens;
   int64_t ld, size;
 
   BackwardWorkspace(int64_t head_dim, int64_t queries, float* base) : ld(round_up(head_dim, VL)) {
     Pieces p{base};
-    for (float** piece : {&keys, &key_panel, &value_panel, &grad_key, &grad_value, &query, &grad_out})
-      *piece = p.take(TILE * ld);
-    weights = p.take(TILE * TILE);
-    grad_scores = p.take(TILE * TILE);
-    tokens = (uint32_t*)p.take(2 * TILE);  // of the keys, then of the queries
-    lse = p.take(TILE);
-    delta = p.take(TILE);
-    grad_query = p.take(queries * ld);
+    for (float** piece : {&keys, &key_panel, &value_panel, &grad_key, &grad_value}) *piece = p.take(TILE * ld);
+    for (float** piece : {&weights, &grad_scores}) *piece = p.take(TILE * TILE);
+    for (float** piece : {&query, &grad_out, &grad_query}) *piece = p.take(queries * ld);
+    for (float** piece : {&lse, &delta}) *piece = p.take(queries);
+    query_tokens = (uint32_t*)p.take(queries);
+    key_tokens = (uint32_t*)p.take(TILE);
     size = p.used;
   }
+
+  template <class Itinerary>
+  void hold(const Itinerary& it, int64_t first, int64_t count) const {
+    it.load_query(first, count, query, ld, it.scale * LOG2E);
+    it.load_grad_out(first, count, grad_out, ld, 1);
+    it.load_lse(first, count, lse);
+    it.load_delta(first, count, delta);
+    if (it.dropout) it.query_tokens(first, count, query_tokens);
+  }
 };
+
+// Scores and their gradients, a row of either for one query, become weights and gradients of scores.
+VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse, float delta, const Dropout* dropout,
+                        uint32_t query_token, const uint32_t* key_tokens) {
+  float shift = lse == -INFINITE ? INFINITE : lse * LOG2E;  // a query without keys has no weights
+  uint32_t times = 0, add = 0;
+  if (dropout) dropout->query(query_token, times, add);
+  for (int64_t j = 0; j < columns; j += VL) {
+    Vec p = exp2(load(weights + j) - shift), dp = load(grads + j), dropped = p;
+    if (dropout) {
+      Vec factor = dropout->factors(load(key_tokens + j), times, add);
+      dp *= factor;
+      dropped *= factor;
+    }
+    store(weights + j, dropped);
+    store(grads + j, p * (dp - delta));
+  }
+}
 
 // One tile of keys against queries [begin, end): their dk and dv if KEY, their part of w.grad_query if QUERY.
 template <bool QUERY, bool KEY, class Itinerary>
 void backward_keys(const Itinerary& it, int64_t k0, int64_t begin, int64_t end, const BackwardWorkspace& w) {
   const int64_t D = it.head_dim, ld = w.ld, keys = least(TILE, it.keys - k0), columns = round_up(keys, VL);
-  const Dropout* dropout = it.dropout;
   it.load_value(k0, keys, w.keys, ld, 1);
   zero(w.keys + keys * ld, (columns - keys) * ld);
   transpose(w.value_panel, TILE, w.keys, ld, columns, ld);
   it.load_key(k0, keys, w.keys, ld, 1);
   transpose(w.key_panel, TILE, w.keys, ld, columns, ld);
-  if (dropout) it.key_tokens(k0, keys, w.tokens);
+  if (it.dropout) it.key_tokens(k0, keys, w.key_tokens);
+  if constexpr (KEY) {
+    zero(w.grad_key, TILE * ld);
+    zero(w.grad_value, TILE * ld);
+  }
 
   for (int64_t q0 = begin; q0 < end; q0 += TILE) {
-    int64_t queries = least(TILE, end - q0);
-    it.load_query(q0, queries, w.query, ld, it.scale * LOG2E);
-    it.load_grad_out(q0, queries, w.grad_out, ld, 1);
-    it.load_lse(q0, queries, w.lse);
-    it.load_delta(q0, queries, w.delta);
-    if (dropout) it.query_tokens(q0, queries, w.tokens + TILE);
-    multiply(false, queries, columns, D, {w.query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
-    multiply(false, queries, columns, D, {w.grad_out, ld, 1}, w.value_panel, TILE, w.grad_scores, TILE);
-    for (int64_t q = 0; q < queries; ++q) {
-      float delta = w.delta[q];
-      float shift = w.lse[q] == -INFINITE ? INFINITE : w.lse[q] * LOG2E;  // a query without keys has no weights
-      uint32_t times = 0, add = 0;
-      if (dropout) dropout->query(w.tokens[TILE + q], times, add);
-      for (int64_t j = 0; j < columns; j += VL) {
-        float *weight = w.weights + q * TILE + j, *grad = w.grad_scores + q * TILE + j;
-        Vec p = exp2(load(weight) - shift), dp = load(grad), dropped = p;
-        if (dropout) {
-          Vec factor = dropout->factors(load(w.tokens + j), times, add);
-          dp *= factor;
-          dropped *= factor;
-        }
-        store(weight, dropped);
-        store(grad, p * (dp - delta));
-      }
-    }
+    int64_t queries = least(TILE, end - q0), held = QUERY ? q0 - begin : 0;
+    if constexpr (!QUERY) w.hold(it, q0, queries);
+    const float *query = w.query + held * ld, *grad_out = w.grad_out + held * ld;
+    multiply(false, queries, columns, D, {query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
+    multiply(false, queries, columns, D, {grad_out, ld, 1}, w.value_panel, TILE, w.grad_scores, TILE);
+    for (int64_t q = 0; q < queries; ++q)
+      weigh(w.weights + q * TILE, w.grad_scores + q * TILE, columns, w.lse[held + q], w.delta[held + q], it.dropout,
+            w.query_tokens[held + q], w.key_tokens);
     if constexpr (KEY) {
-      multiply(q0 > begin, D, columns, queries, {w.grad_out, 1, ld}, w.weights, TILE, w.grad_value, TILE);
-      multiply(q0 > begin, D, columns, queries, {w.query, 1, ld}, w.grad_scores, TILE, w.grad_key, TILE);
+      multiply(true, D, columns, queries, {grad_out, 1, ld}, w.weights, TILE, w.grad_value, TILE);
+      multiply(true, D, columns, queries, {query, 1, ld}, w.grad_scores, TILE, w.grad_key, TILE);
     }
     if constexpr (QUERY)
-      multiply(true, queries, ld, keys, {w.grad_scores, TILE, 1}, w.keys, ld, w.grad_query + (q0 - begin) * ld, ld);
+      multiply(true, queries, ld, keys, {w.grad_scores, TILE, 1}, w.keys, ld, w.grad_query + held * ld, ld);
   }
   if constexpr (KEY) {
-    if (begin == end) {
-      zero(w.grad_value, TILE * ld);
-      zero(w.grad_key, TILE * ld);
-    }
-    transpose(w.query, ld, w.grad_value, TILE, ld, columns);
-    it.store_grad_value(k0, keys, w.query, ld, 1);
-    transpose(w.query, ld, w.grad_key, TILE, ld, columns);
-    it.store_grad_key(k0, keys, w.query, ld, LN2);  // the queries carry scale * log2(e): scale is left
+    float* rows = w.keys;
+    transpose(rows, ld, w.grad_value, TILE, ld, columns);
+    it.store_grad_value(k0, keys, rows, ld, 1);
+    transpose(rows, ld, w.grad_key, TILE, ld, columns);
+    it.store_grad_key(k0, keys, rows, ld, LN2);  // the queries carry scale * log2(e): scale is left
   }
 }
 
-// All gradients of a whole graph component in one pass, or (QUERY or KEY alone) of a part of it.
+// All gradients of queries and keys that only know each other, in one pass; or, QUERY or KEY alone, those of one side.
 template <bool QUERY, bool KEY, class Itinerary>
 void backward(const Itinerary& it, int64_t query_begin, int64_t query_end, int64_t key_begin, int64_t key_end,
               float* workspace) {
-  const BackwardWorkspace w(it.head_dim, QUERY ? query_end - query_begin : 0, workspace);
-  if constexpr (QUERY) zero(w.grad_query, (query_end - query_begin) * w.ld);
+  const int64_t queries = query_end - query_begin;
+  const BackwardWorkspace w(it.head_dim, QUERY ? queries : TILE, workspace);
+  if constexpr (QUERY) {
+    w.hold(it, query_begin, queries);
+    zero(w.grad_query, queries * w.ld);
+  }
   for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE)
     backward_keys<QUERY, KEY>(it, k0, query_begin, query_end, w);
-  if constexpr (QUERY) it.store_grad_query(query_begin, query_end - query_begin, w.grad_query, w.ld, it.scale);
+  if constexpr (QUERY) it.store_grad_query(query_begin, queries, w.grad_query, w.ld, it.scale);
 }
 
 }  // namespace VATTN_ISA

@@ -28,10 +28,12 @@ LeapAttention arguments(const at::Tensor& query, const at::Tensor& key, const at
   return a;
 }
 
+constexpr int64_t CACHED_FLOATS = 1 << 16;  // what an item keeps in the second-level cache
+
 // Panels of queries to an item: as many as share one load of the keys and still leave work for every thread.
 int64_t panels_per_item(const LeapAttention& a, int64_t tile) {
   int64_t panels = (a.max_group() + tile - 1) / tile;
-  int64_t most = a.D <= 128 ? 4 : 2;  // their queries and outputs stay in the second-level cache
+  int64_t most = std::max<int64_t>(1, CACHED_FLOATS / (2 * tile * a.D));  // for their queries and outputs
   int64_t groups = a.B * a.H * a.groups(), items = 1;
   while ((panels + items - 1) / items > most || (groups * items < 2 * at::get_num_threads() && items < panels)) ++items;
   return (panels + items - 1) / items;
@@ -74,19 +76,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   a.grad_out = video(grad_out);
   a.grad_query = video(grad_query), a.grad_key = video(grad_key), a.grad_value = video(grad_value);
 
-  // A thread takes whole groups while their query gradients stay in cache and there are groups enough: five products
+  // A thread takes whole groups while their queries stay in cache and there are groups enough: five products
   // instead of seven. Otherwise queries and keys are cut separately.
-  constexpr int64_t CACHED_FLOATS = 1 << 19;
   int64_t groups = a.B * a.H * a.groups();
   run(k.leap_delta, a, groups, k.forward_workspace(a.D, 1));
-  if (a.max_group() * a.D <= CACHED_FLOATS && groups >= at::get_num_threads()) {
+  if (a.max_group() * a.D <= 4 * CACHED_FLOATS && groups >= at::get_num_threads()) {
     run(k.leap_backward, a, groups, k.backward_workspace(a.D, a.max_group()));
   } else {
     a.panels = 4;
     int64_t rows = a.panels * k.tile, queries = (a.max_group() + rows - 1) / rows;
     int64_t keys = (a.max_group() + k.tile - 1) / k.tile;
     run(k.leap_backward_query, a, groups * queries, k.backward_workspace(a.D, rows));
-    run(k.leap_backward_key, a, groups * keys, k.backward_workspace(a.D, 0));
+    run(k.leap_backward_key, a, groups * keys, k.backward_workspace(a.D, k.tile));
   }
   return {grad_query, grad_key, grad_value};
 }

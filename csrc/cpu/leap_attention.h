@@ -18,6 +18,8 @@ VATTN_INLINE void shifted_pieces(int64_t t, int64_t T, int64_t fold, int64_t D, 
   if (D > second) piece(t, second, D - second);
 }
 
+constexpr int64_t AHEAD = 6;  // rows: they lie on pages of their own, which no processor foresees
+
 template <class T>
 struct LeapGroup {
   const LeapAttention& a;
@@ -75,6 +77,7 @@ struct LeapGroup {
   void load_rows(const Video& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     each(first, count, [&](int64_t t, int64_t n, int64_t i) {
       store(rows + i * ld + ld - VL, Vec{});
+      prefetch(at(x, t, n) + AHEAD * x.token, head_dim);
       copy(rows + i * ld, at(x, t, n), head_dim, times);
     });
   }
@@ -87,10 +90,10 @@ struct LeapGroup {
       float* row = rows + i * ld;
       store(row + ld - VL, Vec{});
       shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t from, int64_t channel, int64_t channels) {
-        if (from < 0)
-          zero(row + channel, channels);
-        else
-          copy(row + channel, at(x, from, n) + channel, channels);
+        if (from < 0) return zero(row + channel, channels);
+        const T* piece = at(x, from, n) + channel;
+        prefetch(piece + AHEAD * x.token, channels);
+        copy(row + channel, piece, channels);
       });
     });
   }

@@ -87,6 +87,11 @@ VATTN_INLINE void copy(To* dst, const From* src, int64_t n, float times = 1.f) {
   for (int64_t i = 0; i < n; ++i) dst[i] = converted[i];
 }
 
+template <class T>
+VATTN_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
+}
+
 template <class To>
 VATTN_INLINE void zero(To* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = To{};
