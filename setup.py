@@ -37,38 +37,44 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
 
     def build_extensions(self) -> None:
         self.record = {"error": None, "flags": FLAGS, "torch": torch and torch.__version__, "cuda": False}
-        try:
-            self.require()
-            self.record["compiler"] = self.compiler.compiler_cxx[0]
+        compiler = self.compiler.compiler_cxx[0]
+        reason = self.missing(compiler)
+        if reason is None:
+            self.record["compiler"] = compiler
             self.record["cuda"] = any(source.endswith(".cu") for source in self.extensions[0].sources)
-            super().build_extensions()
-        except Exception as error:
-            if BUILD_CPP == "1":
-                raise
-            self.record["error"] = str(error)
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if BUILD_CPP == "1":
+                    raise
+                reason = f"the C++ compiler {compiler!r} failed ({error}); `pip install --verbose` shows what it said"
+        elif BUILD_CPP == "1":
+            raise SystemExit(f"VATTN_BUILD_CPP=1 was set, but {reason}")
+        if reason is not None:
+            self.record["error"] = reason
             warnings.warn(
-                f"vattn is installed without compiled CPU kernels and will run its slower reference there: {error}",
+                f"vattn is installed without compiled CPU kernels and will run its slower reference there: {reason}",
                 stacklevel=1,
             )
 
-    def require(self) -> None:
-        """Raise what a person can act upon, before the compiler raises what they cannot."""
+    def missing(self, compiler: str) -> str | None:
+        """What the build lacks, in words that a person can act upon; None if it may begin."""
         if BUILD_CPP == "0":
-            raise RuntimeError("VATTN_BUILD_CPP=0 was set")
+            return "VATTN_BUILD_CPP=0 was set"
         if torch is None:
-            raise RuntimeError("torch was not importable during the build; use `pip install --no-build-isolation`")
+            return "torch was not importable during the build; use `pip install --no-build-isolation`"
         if not self.extensions[0].sources:
-            raise RuntimeError("there are no C++ sources under csrc/")
-        compiler = self.compiler.compiler_cxx[0]
+            return "there are no C++ sources under csrc/"
         if shutil.which(compiler) is None:
-            raise RuntimeError(f"no C++ compiler: {compiler!r} is not on the PATH; install one or set CXX")
+            return f"no C++ compiler: {compiler!r} is not on the PATH; install one or set CXX"
+        return None
 
     def run(self) -> None:
         super().run()
         built = pathlib.Path(self.build_lib, "vattn")
         package = pathlib.Path("vattn") if self.inplace else built
         if self.record["error"]:
-            for outdated in (*built.glob("_C.*"), *package.glob("_C.*.so")):
+            for outdated in (*built.glob("_C.*.so"), *package.glob("_C.*.so")):
                 outdated.unlink()
         (package / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
@@ -93,7 +99,7 @@ setup(
     # The kernels are vattn.kernels and not a top-level module: Hugging Face owns the name `kernels`.
     packages=[*find_packages(include=["vattn", "vattn.*"]), "vattn.kernels"],
     package_dir={"vattn": "vattn", "vattn.kernels": "kernels"},
-    package_data={"vattn": ["py.typed"]},
+    package_data={"vattn": ["py.typed", "*.pyi"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildOrExplain},
 )

@@ -1,0 +1,57 @@
+"""`vattn.info` tells what runs, and why."""
+
+import torch
+
+import vattn
+from vattn import _library, info
+
+
+def test_versions_are_those_of_the_running_process():
+    versions = info.collect()["versions"]
+    assert versions["vattn"] == vattn.__version__
+    assert versions["torch"] == torch.__version__
+
+
+def test_every_public_operator_is_listed_for_every_device():
+    operators = info.collect()["operators"]
+    assert set(operators) == {"leap_attention", "merge_attention", "periodic_shift"}
+    assert all(set(devices) == set(info.DEVICES) for devices in operators.values())
+
+
+def test_a_missing_extension_is_explained(monkeypatch, capsys):
+    monkeypatch.setattr(_library, "_C", None)
+    monkeypatch.setattr(_library, "extension_error", "no C++ compiler: 'g++' is not on the PATH")
+    info.main()
+    printed = capsys.readouterr().out
+    assert "leap_attention    cpu   reference: no C++ compiler: 'g++' is not on the PATH" in printed
+
+
+def test_a_kernel_names_its_instruction_set(monkeypatch):
+    class Extension:
+        __file__ = "/somewhere/_C.so"
+
+        @staticmethod
+        def cpu_capability() -> str:
+            return "avx2"
+
+    monkeypatch.setattr(_library, "_C", Extension)
+    found = info.collect()
+    assert found["extension"]["path"] == "/somewhere/_C.so"
+    assert found["operators"]["periodic_shift"]["cpu"] == "kernel: C++, avx2"
+
+
+def test_missing_triton_is_explained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_library, "KERNEL_DEVICES", {"meta", "cpu"})
+    assert info.collect()["operators"]["leap_attention"]["cuda"] == "reference: Triton is not installed"
+
+
+def test_an_extension_for_another_torch_is_explained(monkeypatch):
+    def fail(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN2at4_ops")
+
+    monkeypatch.setattr(_library.importlib, "import_module", fail)
+    monkeypatch.setattr(_library, "build_record", lambda: {"error": None, "torch": "2.11.0"})
+    extension, error = _library._load_extension()
+    assert extension is None
+    assert error == f"the extension was built for torch 2.11.0, this is torch {torch.__version__}"

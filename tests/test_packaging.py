@@ -1,0 +1,114 @@
+"""What an install contains, and what it does where there is no compiler."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCES = ("csrc", "kernels", "vattn", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+
+
+def build_wheel(folder: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel in `folder` from a copy of the sources."""
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(
+                ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+            )
+        else:
+            shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "--verbose", "wheel", "--no-build-isolation", "--no-deps"]
+    command += ["--wheel-dir", str(folder), str(source)]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def unpack(folder: pathlib.Path) -> pathlib.Path:
+    """The contents of the wheel in `folder`."""
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def python(installed: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where `vattn` is the one in `installed`, without site and so without an editable install."""
+    path = os.pathsep.join([str(installed), sysconfig.get_path("purelib")])
+    command = [sys.executable, "-S", *arguments]
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, cwd=installed, env=environment, capture_output=True, text=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def without_compiler(tmp_path_factory):
+    """An install on a machine whose compiler always fails, and what the build printed."""
+    folder = tmp_path_factory.mktemp("without_compiler")
+    result = build_wheel(folder, CC="false", CXX="false")
+    assert result.returncode == 0, result.stdout
+    return unpack(folder), result.stdout
+
+
+def test_kernels_are_in_the_package_and_not_beside_it(without_compiler):
+    installed, _ = without_compiler
+    assert (installed / "vattn" / "kernels" / "flash.py").is_file()
+    assert not (installed / "vattn" / "kernels" / "__init__.py").exists()
+    assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"vattn"}
+    imported = python(installed, "-c", "import vattn.kernels.flash as flash; print(flash.__file__)").stdout
+    assert pathlib.Path(imported.strip()) == installed / "vattn" / "kernels" / "flash.py"
+
+
+def test_every_module_and_the_type_marker_are_installed(without_compiler):
+    installed, _ = without_compiler
+    for source, package in ((ROOT / "vattn", "vattn"), (ROOT / "kernels", "vattn/kernels")):
+        expected = {
+            path.relative_to(source) for pattern in ("*.py", "*.pyi", "py.typed") for path in source.rglob(pattern)
+        }
+        found = {path.relative_to(installed / package) for path in (installed / package).rglob("*")}
+        assert expected <= found
+
+
+def test_a_failed_build_is_said_during_the_install(without_compiler):
+    _, printed = without_compiler
+    assert printed.count("vattn is installed without compiled CPU kernels") == 1
+
+
+def test_without_kernels_the_reference_runs_and_says_so_once(without_compiler):
+    installed, _ = without_compiler
+    program = """
+import torch, vattn
+q = torch.randn(1, 2, 4, 3, 8)
+for _ in range(2):
+    out = vattn.leap_attention(q, q, q, leap=1)
+    vattn.periodic_shift(q, 4)
+assert torch.equal(out, vattn.reference.leap_attention(q, q, q, leap=1))
+"""
+    warned = python(installed, "-c", program).stderr
+    assert warned.count("vattn has no compiled CPU kernels here") == 1
+
+
+def test_info_explains_the_missing_kernels(without_compiler):
+    installed, _ = without_compiler
+    printed = python(installed, "-m", "vattn.info").stdout
+    assert "leap_attention    cpu   reference: the C++ compiler 'false' failed" in printed
+
+
+def test_the_build_can_be_required(tmp_path):
+    result = build_wheel(tmp_path, CC="false", CXX="no-such-compiler", VATTN_BUILD_CPP="1")
+    assert result.returncode != 0
+    assert "no C++ compiler: 'no-such-compiler' is not on the PATH" in result.stdout
+
+
+def test_the_build_can_be_left_out(tmp_path):
+    build_wheel(tmp_path, VATTN_BUILD_CPP="0")
+    installed = unpack(tmp_path)
+    assert json.loads((installed / "vattn" / "_build.json").read_text())["error"] == "VATTN_BUILD_CPP=0 was set"
+    assert not list(installed.rglob("*.so"))
