@@ -73,6 +73,9 @@ __attribute__((noinline)) void multiply_columns(bool accumulate, int64_t m, int6
 
 inline void multiply(bool accumulate, int64_t m, int64_t n, int64_t r, Matrix a, const float* b, int64_t ldb, float* c,
                      int64_t ldc) {
+  constexpr int64_t SHORT_SUM = 128;
+  for (; r > SHORT_SUM; r -= SHORT_SUM, a.data += SHORT_SUM * a.column, b += SHORT_SUM * ldb, accumulate = true)
+    multiply(accumulate, m, n, SHORT_SUM, a, b, ldb, c, ldc);
   int64_t vectors = n / VL;
   int64_t parts = (vectors + MAX_COLUMNS - 1) / MAX_COLUMNS;
   for (; parts > 0; --parts) {  // five vectors are three and two, not four and one
