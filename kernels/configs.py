@@ -1,8 +1,71 @@
-"""Tile sizes: a table by architecture, head dim and pass, never a run-time search."""
+"""Tile sizes: a checked-in table by architecture, pass and row width, never a search at run time.
+
+Chosen from ``benchmarks/kernel_report.py``, which compiles every kernel for every architecture here: the largest
+tiles that keep all state in registers, with the warps that the matrix instructions of that architecture want.
+"""
+
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from vattn.kernels.flash import shape
+
+
+class Tiles(NamedTuple):
+    """Rows of a query tile and of a key tile, and how a program runs them."""
+
+    BLOCK_Q: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+# architecture -> pass -> widest row in bytes -> tiles. A row of head dim 80 in bfloat16 is 64 + 16 columns wide: 160.
+TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
+    "sm80": {
+        "forward": {
+            128: Tiles(128, 64, 4, 3), 256: Tiles(128, 64, 8, 2), 512: Tiles(64, 32, 4, 2), 1024: Tiles(32, 32, 4, 1)
+        },
+        "backward_query": {
+            128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2), 512: Tiles(64, 32, 8, 1), 1024: Tiles(32, 32, 8, 1)
+        },
+        "backward_key": {
+            128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2), 512: Tiles(32, 64, 8, 1), 1024: Tiles(16, 32, 8, 1)
+        },
+    },
+    "sm90": {
+        "forward": {
+            128: Tiles(128, 64, 4, 3), 256: Tiles(128, 64, 8, 3), 512: Tiles(64, 64, 4, 2), 1024: Tiles(32, 32, 4, 1)
+        },
+        "backward_query": {
+            128: Tiles(128, 64, 8, 2), 256: Tiles(128, 64, 8, 2), 512: Tiles(64, 64, 8, 1), 1024: Tiles(32, 32, 8, 1)
+        },
+        "backward_key": {
+            128: Tiles(64, 128, 8, 2), 256: Tiles(64, 128, 8, 2), 512: Tiles(32, 64, 8, 1), 1024: Tiles(16, 32, 8, 1)
+        },
+    },
+}  # fmt: skip
+TABLE["sm100"] = TABLE["sm90"]
+TABLE["gfx942"] = TABLE["sm80"]
+
+# The interpreter pays for each tile, not for its size, and tests want several tiles of unequal sides.
+INTERPRETER = Tiles(16, 32, 4, 1)
+
+
+def architecture(device: torch.device) -> str:
+    """The name in the table of the architecture nearest to `device`."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    # 12.x, a small Blackwell, has the shared memory and the matrix instructions of Ampere.
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
+
+
 def tiles(phase: str, like: Tensor) -> dict[str, int]:
+    """Tile sizes, warps and stages for `phase` on rows of the last axis of `like`."""
     if like.device.type == "cpu":
-        return {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+        return INTERPRETER._asdict()
+    width = sum(chunk.width for chunk in shape(like.shape[-1], 1).chunks)
+    table = TABLE[architecture(like.device)][phase]
+    return next(found for widest, found in table.items() if width * like.element_size() <= widest)._asdict()

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 VECTOR_BYTES = 16  # the widest load of every GPU here
+# Said aloud because Triton's default changes with its version: ``exp2(s * factor - m)`` wants one rounding.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -28,8 +30,7 @@ def launch(function: Any, programs: int, like: Tensor, *args: Any, **settings: A
     """Run `programs` programs of a kernel, in a one-dimensional grid, on the device of `like`."""
     guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
     with guard:
-        # Said aloud because Triton's default differs between versions; exp2(s * factor - m) wants one rounding.
-        function[(programs,)](*args, **settings, enable_fp_fusion=True)
+        function[(programs,)](*args, **settings, **OPTIONS)
 
 
 def with_rows(x: Tensor) -> Tensor:

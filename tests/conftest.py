@@ -1,0 +1,66 @@
+"""One set of kernel tests for both worlds: Triton on a GPU, or its interpreter where there is none.
+
+The interpreter runs a kernel as numpy, on the CPU. It has two gaps, which are filled here so that the tests mean
+what they say: it multiplies bfloat16 matrices by their bits, and rounds float32 to bfloat16 towards zero. And it
+wastes most of its time: it patches ``triton.language`` again for each helper that a kernel calls, and copies the
+memory behind every argument onto itself at the end, all of it, also when a test maps gigabytes and touches little.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its decorators look
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the Triton kernels run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _complete_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:  # no Triton for this platform
+        return
+    builder = interpreter.InterpreterBuilder
+    dot, cast, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang
+    patched: set[int] = set()  # modules, by their globals, whose view of the language this launch has patched
+
+    def cast_impl(self, src, dst_type):  # type: ignore[no-untyped-def]
+        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(src.data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+            return interpreter.TensorHandle(rounded, tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, *rest):  # type: ignore[no-untyped-def]
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (cast(self, x, tl.float32) for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    class Launch:
+        """The patches of one launch, undone at its end."""
+
+        def __init__(self, scope):  # type: ignore[no-untyped-def]
+            self.scope = scope
+
+        def restore(self) -> None:
+            patched.clear()
+            self.scope.restore()
+
+    def patch_lang(fn):  # type: ignore[no-untyped-def]
+        if id(fn.__globals__) in patched:
+            return None
+        patched.add(id(fn.__globals__))
+        return Launch(patch(fn))
+
+    builder.create_dot, builder.cast_impl, interpreter._patch_lang = create_dot, cast_impl, patch_lang
+    if not torch.cuda.is_available():
+        interpreter.GridExecutor._restore_args_dev = lambda *args: None
