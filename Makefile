@@ -4,7 +4,7 @@
 #   make test       all tests and doctests
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
 #   make lint       ruff and mypy
-#   make bench      timings, tables and plots: benchmarks/results/
+#   make bench      timings, tables and plots of $(OPERATOR): benchmarks/results/
 #   make docs       API pages: docs/_build/
 #   make clean      remove what was built, but not $(VENV)
 
@@ -13,6 +13,7 @@ VENV ?= .venv
 # PyTorch's builds for the CPU, a tenth of the download; for a GPU pass the index of your CUDA version, such as
 # TORCH_INDEX=https://download.pytorch.org/whl/cu130. The version is pinned in constraints.txt.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+OPERATOR ?= leap_attention
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)
@@ -40,7 +41,8 @@ lint: $(INSTALLED)
 	$(RUN) -m mypy
 
 bench: $(BUILT)
-	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks $(OPERATOR) --backward
+	$(RUN) -m benchmarks plot $(OPERATOR)
 
 docs: $(BUILT)
 	$(RUN) -m pdoc --docformat google --output-directory docs/_build vattn

@@ -1,0 +1,32 @@
+"""The programs in the documents run, and every operator is documented."""
+
+import pathlib
+import re
+
+import pytest
+import torch
+
+import vattn
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if "```python" in path.read_text()], ids=lambda p: p.name)
+def test_programs_run(path):
+    names: dict[str, object] = {}
+    for program in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+        exec(compile(program, path.name, "exec"), names)
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs" / "operators.md"], ids=lambda p: p.name)
+def test_every_operator_is_documented(path):
+    operators = [name for name in vattn.__all__ if hasattr(torch.ops.vattn, name)]
+    assert operators
+    assert [name for name in operators if name not in path.read_text()] == []
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
+def test_links_between_files_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
