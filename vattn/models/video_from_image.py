@@ -139,7 +139,6 @@ def video_from_image(
         Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", section 3.
 
     Example:
-        >>> import torch
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> config = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
         ...                    image_size=32, patch_size=16, num_labels=5)
@@ -175,10 +174,10 @@ def _leaping(attention: nn.Module) -> Callable[[int, int | None, int], nn.Module
 
 
 def _describe(model: nn.Module) -> str:
-    """The innermost attention-like modules of `model` and their layers, for an error message."""
+    """The attention-like modules of `model` and their layers, for an error message."""
     kinds = {
-        f"{type(module).__name__} ({', '.join(name for name, _ in module.named_children())})"
+        f"{type(module).__name__} ({', '.join(child for child, _ in module.named_children())})"
         for name, module in model.named_modules()
-        if "att" in type(module).__name__.lower() or "att" in name.rpartition(".")[2].lower()
+        if any(word in f"{name.rpartition('.')[2]} {type(module).__name__}".lower() for word in ("attn", "attention"))
     }
     return f"{type(model).__name__} with {', '.join(sorted(kinds)) or 'no attention'}"
