@@ -9,4 +9,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cpu_capability", [] { return vattn::kernels().name; },
       "The instruction set that the CPU kernels use: avx512, avx2 or generic.");
+  m.def(
+      "cpu_capabilities",
+      [] {
+        std::vector<std::string> names;
+        for (const vattn::Kernels* kernels : vattn::available_kernels()) names.push_back(kernels->name);
+        return names;
+      },
+      "The instruction sets that they could use on this processor, the fastest first.");
 }

@@ -13,20 +13,29 @@ namespace avx2 { const Kernels& table(); }
 namespace avx512 { const Kernels& table(); }
 #endif
 
-static const Kernels& choose() {
-  const char* wish = std::getenv("VATTN_CPU_CAPABILITY");
-  auto wanted = [&](const char* name) { return wish == nullptr || *wish == '\0' || std::string(wish) == name; };
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> available;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && wanted("avx512")) return avx512::table();
-  if (has_avx2 && wanted("avx2")) return avx2::table();
+  if (has_avx512) available.push_back(&avx512::table());
+  if (has_avx2) available.push_back(&avx2::table());
 #endif
-  if (wanted("generic")) return generic::table();
-  throw std::runtime_error("VATTN_CPU_CAPABILITY must name an instruction set of this processor (avx512, avx2 or "
-                           "generic), got VATTN_CPU_CAPABILITY=" + std::string(wish));
+  available.push_back(&generic::table());
+  return available;
+}
+
+static const Kernels& choose() {
+  const char* wish = std::getenv("VATTN_CPU_CAPABILITY");
+  std::string names;
+  for (const Kernels* kernels : available_kernels()) {
+    if (wish == nullptr || *wish == '\0' || std::string(wish) == kernels->name) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::runtime_error("vattn: VATTN_CPU_CAPABILITY must be one of " + names +
+                           " on this processor, got VATTN_CPU_CAPABILITY=" + wish);
 }
 
 const Kernels& kernels() {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace vattn {
 
@@ -75,7 +76,10 @@ struct Kernels {
   void (*merge_backward)(const MergeAttention&, int64_t begin, int64_t end);
 };
 
-// The fastest kernels that this processor runs, or those that VATTN_CPU_CAPABILITY names.
+// All kernels that this processor runs, the fastest first.
+std::vector<const Kernels*> available_kernels();
+
+// The fastest of them, or those that VATTN_CPU_CAPABILITY names.
 const Kernels& kernels();
 
 }  // namespace vattn
