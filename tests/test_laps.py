@@ -421,23 +421,19 @@ def test_gradient_checkpointing() -> None:
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_attention_dropout_is_kept(p: float) -> None:
     image = transformers_vit(classes=True, attention_probs_dropout_prob=p)
-    model = video_from_image(image, 4, levels=(1, 2)).train()
-    attention = split_attentions(model)[0]
-    outputs: list[Tensor] = []
-    attention.o_proj.register_forward_pre_hook(lambda _module, inputs: outputs.append(inputs[0]))
-    model(torch.randn(2, 4, 3, 8, 8))
-    assert (outputs[0] == 0).all() == (p == 1)
+    attention = split_attentions(video_from_image(image, 4, levels=(1, 2)).train())[0]
+    first, second = (attention(torch.randn(4, 5, 16))[0] for _ in range(2))
+    assert torch.equal(first, second) == (p == 1)
 
 
 def test_masks_and_weights_are_refused() -> None:
-    model, x = video_from_image(transformers_vit(classes=True), 4, levels=(1,)), torch.randn(4, 3, 8, 8)
-    with pytest.raises(
-        ValueError, match=r"^video_from_image: leap attention has no masks.*, got output_attentions=True$"
-    ):
-        model.image_model(x, output_attentions=True)
-    attention = split_attentions(model)[0]
-    with pytest.raises(ValueError, match=r", got attention_mask, position_embeddings$"):
-        attention(torch.zeros(4, 5, 16), torch.zeros(4, 1, 5, 5), position_embeddings=(torch.zeros(1), torch.zeros(1)))
+    attention = split_attentions(video_from_image(transformers_vit(classes=True), 4, levels=(1,)))[0]
+    x, position = torch.zeros(4, 5, 16), (torch.zeros(5), torch.zeros(5))
+    with pytest.raises(ValueError, match=r"^video_from_image: leap attention has no .*, got attention_mask, position$"):
+        attention(x, torch.zeros(4, 1, 5, 5), position=position)
+    with pytest.raises(ValueError, match=r", got output_attentions=True$"):
+        attention(x, output_attentions=True)
+    attention(x, None, output_attentions=False, output_hidden_states=True)
 
 
 def test_unknown_models_are_refused() -> None:
