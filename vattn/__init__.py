@@ -13,7 +13,7 @@ _root = pathlib.Path(__file__).resolve().parent
 if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "flash.py").is_file():
     __path__.append(str(_root.parent))
 
-from vattn import reference
+from vattn import nn, reference
 from vattn._version import __version__
 from vattn.ops.leap_attention import leap_attention
 from vattn.ops.merge_attention import merge_attention
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "leap_attention",
     "merge_attention",
+    "nn",
     "periodic_shift",
     "reference",
 ]
