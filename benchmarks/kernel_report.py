@@ -239,7 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     broken = collections.Counter(why for row in rows for why in violations(row))
-    print(f"{len(rows)} kernels in {options.json}; " + (f"bounds broken: {dict(broken)}" if broken else "all in bounds"))
+    print(
+        f"{len(rows)} kernels in {options.json}; " + (f"bounds broken: {dict(broken)}" if broken else "all in bounds")
+    )
     return int(bool(broken))
 
 

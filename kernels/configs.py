@@ -21,28 +21,34 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# architecture -> pass -> widest row in bytes -> tiles. A row of head dim 80 in bfloat16 is 64 + 16 columns wide: 160.
+# Architecture -> pass -> widest row in bytes -> tiles. A row of head dim 80 in bfloat16 is 64 + 16 columns: 160.
 TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
     "sm80": {
         "forward": {
-            128: Tiles(128, 64, 4, 3), 256: Tiles(128, 64, 8, 2), 512: Tiles(64, 32, 4, 2), 1024: Tiles(32, 32, 4, 1)
+            128: Tiles(128, 64, 4, 3), 192: Tiles(128, 64, 8, 2), 256: Tiles(128, 64, 8, 2),
+            384: Tiles(64, 64, 8, 1), 512: Tiles(64, 32, 8, 2), 1024: Tiles(32, 16, 4, 1),
         },
         "backward_query": {
-            128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2), 512: Tiles(64, 32, 8, 1), 1024: Tiles(32, 32, 8, 1)
+            128: Tiles(128, 64, 8, 2), 192: Tiles(64, 64, 8, 2), 256: Tiles(64, 64, 8, 2),
+            384: Tiles(64, 32, 8, 1), 512: Tiles(64, 32, 8, 1), 1024: Tiles(32, 16, 8, 1),
         },
         "backward_key": {
-            128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2), 512: Tiles(32, 64, 8, 1), 1024: Tiles(16, 32, 8, 1)
+            128: Tiles(64, 128, 8, 2), 192: Tiles(32, 64, 8, 2), 256: Tiles(32, 64, 8, 2),
+            384: Tiles(32, 64, 8, 1), 512: Tiles(16, 64, 8, 1), 1024: Tiles(16, 32, 8, 1),
         },
     },
     "sm90": {
         "forward": {
-            128: Tiles(128, 64, 4, 3), 256: Tiles(128, 64, 8, 3), 512: Tiles(64, 64, 4, 2), 1024: Tiles(32, 32, 4, 1)
+            128: Tiles(128, 64, 4, 3), 192: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 3),
+            384: Tiles(128, 64, 8, 2), 512: Tiles(64, 64, 8, 2), 1024: Tiles(32, 32, 8, 1),
         },
         "backward_query": {
-            128: Tiles(128, 64, 8, 2), 256: Tiles(128, 64, 8, 2), 512: Tiles(64, 64, 8, 1), 1024: Tiles(32, 32, 8, 1)
+            128: Tiles(128, 64, 8, 2), 192: Tiles(128, 64, 8, 2), 256: Tiles(128, 64, 8, 2),
+            384: Tiles(128, 64, 8, 2), 512: Tiles(128, 32, 8, 1), 1024: Tiles(32, 32, 8, 1),
         },
         "backward_key": {
-            128: Tiles(64, 128, 8, 2), 256: Tiles(64, 128, 8, 2), 512: Tiles(32, 64, 8, 1), 1024: Tiles(16, 32, 8, 1)
+            128: Tiles(64, 128, 8, 2), 192: Tiles(32, 128, 8, 2), 256: Tiles(32, 128, 8, 2),
+            384: Tiles(32, 64, 8, 2), 512: Tiles(32, 64, 8, 2), 1024: Tiles(16, 32, 8, 1),
         },
     },
 }  # fmt: skip
@@ -62,10 +68,12 @@ def architecture(device: torch.device) -> str:
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
-def tiles(phase: str, like: Tensor) -> dict[str, int]:
+def tiles(phase: str, like: Tensor, dropout: bool) -> dict[str, int]:
     """Tile sizes, warps and stages for `phase` on rows of the last axis of `like`."""
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
-    width = sum(chunk.width for chunk in shape(like.shape[-1], 1).chunks)
+    width = sum(chunk.width for chunk in shape(like.shape[-1], alignment=1).chunks) * like.element_size()
+    if dropout:
+        width += width // 2  # its hash wants registers, as wider rows do
     table = TABLE[architecture(like.device)][phase]
-    return next(found for widest, found in table.items() if width * like.element_size() <= widest)._asdict()
+    return next((found for widest, found in table.items() if width <= widest), table[max(table)])._asdict()

@@ -1,14 +1,15 @@
 """The online softmax: the one core that every attention kernel here runs.
 
-For one tile of queries and the key tiles of its itinerary, with s = scale * q k^T in units of log2,
+For one tile of queries and the key tiles of its itinerary, with s = q k^T,
 
-    m' = max(m, max_k s)          l' = l * 2^(m - m') + sum_k 2^(s - m')
-    acc' = acc * 2^(m - m') + 2^(s - m') v
-    out = acc / l                 lse = ln 2 * (m + log2 l)
+    m' = max(m, max_k s)          l' = l * exp(scale * (m - m')) + sum_k exp(scale * (s - m'))
+    acc' = acc * exp(scale * (m - m')) + exp(scale * (s - m')) v
+    out = acc / l                 lse = scale * m + log l
 
 and its derivative, from lse and delta = <d out, out> - d lse, both one number per query:
 
-    p = exp(s - lse)      dv = p^T dout      ds = p * (dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
+    p = exp(scale * s - lse)      dv = p^T dout      ds = p * (dout v^T - delta)
+    dq = scale * ds k             dk = scale * ds^T q
 
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao, "FlashAttention-2" (2023).
 
@@ -176,12 +177,11 @@ def forward_step(state, s, scale, v, keep, PRECISION: tl.constexpr):
     Dropout thins the values, not the softmax: l counts every key.
     """
     acc, m, l = state
-    factor = scale * LOG2E
-    m_next = tl.maximum(m, tl.max(s, 1) * factor)
-    # A query without keys so far has m = -inf, and -inf - -inf would be NaN.
-    m_finite = tl.where(m_next == float("-inf"), 0.0, m_next)
-    p = tl.exp2(s * factor - m_finite[:, None])
-    alpha = tl.exp2(m - m_finite)
+    m_next = tl.maximum(m, tl.max(s, 1))
+    shift, shift_next = log2_shift(m, scale), log2_shift(m_next, scale)
+    p = tl.exp2(s * (scale * LOG2E) - shift_next[:, None])
+    # Nothing read yet means m = -inf, acc = l = 0, and any finite alpha.
+    alpha = tl.exp2(tl.minimum(shift - shift_next, 0.0))
     l = l * alpha + tl.sum(p, 1)
     if keep is not None:
         p = tl.where(keep, p, 0.0)
@@ -189,19 +189,32 @@ def forward_step(state, s, scale, v, keep, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def forward_finish(state, keep_scale):
-    """The output times `keep_scale`, and the natural-log lse; 0 and -inf for a query without keys."""
+def log2_shift(m, scale):
+    """What is subtracted in the exponent, in log2 units; 0 for a query without keys, as -inf - -inf is NaN."""
+    return tl.where(m == float("-inf"), 0.0, m * (scale * LOG2E))
+
+
+@triton.jit
+def forward_finish(state, scale, keep_scale):
+    """The output times `keep_scale`, and the natural-log lse; 0 and -inf for a query without keys.
+
+    scale * LOG2E and m times it are rounded, which would cost lse some units in its last place and the backward
+    as many in every weight. So lse is the exact m * scale, plus what is left of the rounded exponents.
+    """
     acc, m, l = state
     some = tl.where(l > 0, l, 1.0)
-    lse = tl.where(l > 0, (m + tl.log2(some)) * LN2, float("-inf"))
+    m_finite = tl.where(l > 0, m, 0.0)
+    factor = tl.zeros_like(m) + scale * LOG2E
+    rest = tl.log2(some) - tl.fma(m_finite, factor, -log2_shift(m_finite, scale))
+    lse = tl.where(l > 0, m_finite * scale + rest * LN2, float("-inf"))
     return scale_rows(acc, (keep_scale / some)[:, None]), lse
 
 
 @triton.jit
-def load_log2_lse(ptrs, mask):
-    """The lse of queries in log2 units; +inf, so that all weights are 0, where there is no query or no key."""
+def load_lse(ptrs, mask):
+    """The lse of queries; +inf, so that all weights are 0, where there is no query or it has no key."""
     lse = tl.load(ptrs, mask=mask, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -209,9 +222,9 @@ def backward_step(s, scale, lse, dp, delta, mask, keep, keep_scale):
     """The weights p (dropped, not yet divided by the share kept) and ds of one pair of tiles.
 
     `s`, `dp` = dout v^T, `mask` (None: all allowed) and `keep` are oriented alike, (queries, keys) or the
-    transpose; `lse` in log2 units and `delta` broadcast to them. `scale` may have any sign.
+    transpose; `lse` and `delta` broadcast to them. `scale` may have any sign.
     """
-    p = tl.exp2(s * (scale * LOG2E) - lse)
+    p = tl.exp(s * scale - lse)
     if mask is not None:
         p = tl.where(mask, p, 0.0)
     if keep is None:

@@ -136,7 +136,7 @@ def forward_kernel(
         mask = whole + lane_k < rows
         state = forward_keys(state, q, scale, kv, whole, mask, lanes_k, group, dropout, SHAPE, PRECISION, SIGN)
 
-    out, lse = flash.forward_finish(state, keep_scale)
+    out, lse = flash.forward_finish(state, scale, keep_scale)
     tl.store(lse_ptr + bh.to(tl.int64) * T * N + number, lse, mask=mask_q)
     out_ptr = head(out_ptr, out_strides, bh, H)
     offs = offsets(frame, token, out_strides)
@@ -198,7 +198,7 @@ def backward_query_kernel(
         delta -= tl.load(dlse_ptrs, mask=mask_q, other=0.0)
     rows_before = bh.to(tl.int64) * T * N
     tl.store(delta_ptr + rows_before + number, delta, mask=mask_q)
-    lse = flash.load_log2_lse(lse_ptr + rows_before + number, mask_q)
+    lse = flash.load_lse(lse_ptr + rows_before + number, mask_q)
     q = load_rows(head(q_ptr, q_strides, bh, H), frame, token, mask_q, q_strides, T, SHAPE, 0)
 
     query = (q, do, lse, delta)
@@ -255,7 +255,7 @@ def backward_key_kernel(
         number = frame.to(tl.int64) * N + token
         q = load_rows(q_ptr, frame, token, mask_q, q_strides, T, SHAPE, 0)
         do = load_rows(do_ptr, frame, token, mask_q, do_strides, T, SHAPE, FOLD)
-        lse = flash.load_log2_lse(lse_ptr + rows_before + number, mask_q)
+        lse = flash.load_lse(lse_ptr + rows_before + number, mask_q)
         delta = tl.load(delta_ptr + rows_before + number, mask=mask_q, other=0.0)
         s, dp = flash.scores(k, q, PRECISION), flash.scores(v, do, PRECISION)  # (BLOCK_K, BLOCK_Q)
         keep = None
@@ -341,7 +341,7 @@ class _Work:
 
     def run(self, kernel: Any, phase: str, *args: Any, **settings: Any) -> None:
         """Launch `kernel`, with a program for every tile of every group."""
-        tiles = configs.tiles(phase, self.like)
+        tiles = configs.tiles(phase, self.like, self.settings["DROPOUT"])
         block = tiles["BLOCK_K" if phase == "backward_key" else "BLOCK_Q"]
         programs = triton.cdiv(self.rows, block) * self.heads_and_groups
         launch.launch(kernel, programs, self.like, *args, *self.values, **self.settings, **settings, **tiles)
