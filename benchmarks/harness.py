@@ -79,9 +79,9 @@ class Session:
 
     def measure(self, case: Case, passes: Sequence[Pass]) -> Iterator[list[Line]]:
         """The lines of all providers on `case`, one pass at a time."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         *leaves, grad_out = (
-            torch.randn(shape, generator=generator).to(self.device, self.dtype)
+            torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
             for shape in [*case.leaf_shapes, case.output_shape]
         )
         gate = Gate(case, leaves, grad_out)

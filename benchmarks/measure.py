@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 SECONDS_PER_ROUND = 0.1
-MM_SIZE = 2048
+MM_SIZE = {"cpu": 2048, "cuda": 8192}  # large enough for the full rate
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # many times the last-level cache
 
 
@@ -65,14 +65,14 @@ def _spread(times: list[float]) -> Spread:
 
 def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], int]]:
     """What the machine can do: a large matrix product with its FLOP, a large copy with its bytes."""
-    a, b = torch.randn(2, MM_SIZE, MM_SIZE, device=device).to(dtype)
+    size = MM_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     product = torch.empty_like(a)
-    size = COPY_BYTES[device.type]
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return {
-        "mm": (lambda: torch.mm(a, b, out=product), 2 * MM_SIZE**3),
-        "copy": (lambda: target.copy_(source), 2 * size),
+        "mm": (lambda: torch.mm(a, b, out=product), 2 * size**3),
+        "copy": (lambda: target.copy_(source), 2 * source.numel()),
     }
 
 

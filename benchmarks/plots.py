@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 
 from benchmarks.records import Line, load
@@ -58,12 +59,15 @@ def _draw(
                 for line in group[pass_name, case]
                 if line.provider == provider and (height := value(line, group[pass_name, case])) is not None
             ]
-            container = axes.bar([x for x, _ in bars], [h for _, h in bars], 0.8 / len(providers), label=provider)
-            axes.bar_label(container, fmt="%.2f", fontsize=7, rotation=90, padding=2)
-        axes.set_xticks(range(len(cases)), [case.replace(" ", "\n", 2) for case in cases], fontsize=8)
+            if bars:
+                positions, heights = zip(*bars, strict=True)
+                width = 0.8 / len(providers)
+                container = axes.bar(positions, heights, width, label=provider, color=f"C{index}")
+                axes.bar_label(container, fmt="%.2f", fontsize=7, rotation=90, padding=2)
+        axes.set_xticks(range(len(cases)), [textwrap.fill(case, 18) for case in cases], fontsize=8)
         axes.set_ylabel(label)
         axes.set_title(pass_name)
-        axes.margins(y=0.15)
+        axes.margins(x=0.02, y=0.25)
         axes.legend(fontsize=8, ncols=len(providers))
     first = next(iter(group.values()))[0]
     threads = "" if first.threads is None else f", {first.threads} threads"

@@ -25,9 +25,9 @@ class Measured:
         median, p20, p80, samples: of the rounds.
         share_of_mm: of the FLOP/s of a large ``torch.mm`` in the same dtype, timed in the same rounds.
         share_of_copy: of the bytes per second of a large copy, if inputs, output and gradients moved just once.
-        extra_memory: peak beyond what any implementation must hold: the output, lse, and with a backward the
-            gradients (once on their own, once stacked into the leaf's) and one more buffer like lse. None for a
-            limit, which does not do all the work.
+        extra_memory: peak of the whole pass beyond what any implementation must hold: the output, lse, and with a
+            backward the gradients (once on their own, once stacked into the leaf's) and one more buffer like lse.
+            Negative where not all of that is held at once. None for a limit, which does not do all the work.
         speedup: the fastest peer's median over this one; None if no peer was measured.
     """
 

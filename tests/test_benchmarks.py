@@ -1,16 +1,19 @@
 """The benchmark harness: what it compares, what it refuses to time, what it stores and draws."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
 
+import vattn
 from benchmarks import measure as measuring
 from benchmarks import plots, records, report
 from benchmarks.__main__ import main
 from benchmarks.harness import Session
 from benchmarks.registry import Provider, load_operator, operator_names
+from vattn._library import KERNEL_DEVICES
 
 CPU = torch.device("cpu")
 PASSES = ["forward", "forward+backward"]
@@ -20,7 +23,7 @@ PASSES = ["forward", "forward+backward"]
 def short_rounds(monkeypatch):
     """No test looks at how long something took."""
     monkeypatch.setattr(measuring, "SECONDS_PER_ROUND", 1e-4)
-    monkeypatch.setattr(measuring, "MM_SIZE", 64)
+    monkeypatch.setitem(measuring.MM_SIZE, "cpu", 64)
     monkeypatch.setitem(measuring.COPY_BYTES, "cpu", 2**16)
 
 
@@ -170,12 +173,45 @@ def test_peak_memory_counts_what_is_freed_on_the_way():
     assert measuring.peak_memory(function, CPU) == 4 * (3000 + 1000)
 
 
-def test_vattn_needs_less_memory_than_the_formula_that_keeps_the_scores(leap):
+def test_extra_memory_shows_a_formula_that_keeps_the_scores(leap):
     case = dataclasses.replace(leap.cases["quick"][0], N=65)
     operator = dataclasses.replace(leap, cases={"quick": [case]})
-    _, official = measure(operator, ["vattn", "official"], passes=["forward"])
+    (official,) = measure(operator, ["official"], passes=["forward"])
     scores = case.B * case.H * case.T * case.N * 2 * case.N * 4
     assert official.measured.extra_memory >= scores
+
+
+@pytest.fixture
+def two_threads():
+    """Each thread has its own scratch, and the kernels cut their work by the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def scratch_of_leap_attention(pass_name, T, N):
+    """Bytes beyond output and lse, or in the backward beyond the gradients and one buffer like lse."""
+    q, k, v = (torch.randn(1, T, N, 1, 64).movedim(-2, 1).requires_grad_() for _ in range(3))
+    rows = q[..., 0].nbytes
+    with torch.set_grad_enabled(pass_name != "forward"):
+        if pass_name == "forward":
+            function = functools.partial(vattn.leap_attention, q, k, v, leap=1, fold_div=4)
+            return measuring.peak_memory(function, CPU) - q.nbytes - rows
+        out = vattn.leap_attention(q, k, v, leap=1, fold_div=4)
+        backward = functools.partial(torch.autograd.grad, out, (q, k, v), torch.randn(q.shape))
+        return measuring.peak_memory(backward, CPU) - 3 * q.nbytes - rows
+
+
+@pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="the reference keeps the scores")
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_leap_attention_holds_nothing_that_grows_with_the_frames(two_threads, pass_name):
+    assert scratch_of_leap_attention(pass_name, 16, 50) == scratch_of_leap_attention(pass_name, 8, 50)
+
+
+@pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="the reference keeps the scores")
+def test_the_forward_of_leap_attention_holds_nothing_that_grows_with_the_tokens(two_threads):
+    assert scratch_of_leap_attention("forward", 2, 2048) == scratch_of_leap_attention("forward", 2, 1024)
 
 
 def test_stored_lines_come_back_and_are_drawn(leap, tmp_path):
