@@ -10,9 +10,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# PyTorch's builds for the CPU, a tenth of the download; for a GPU pass the index of your CUDA version, such as
-# TORCH_INDEX=https://download.pytorch.org/whl/cu130. The version is pinned in constraints.txt.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Another index of PyTorch's builds, see https://pytorch.org/get-started/locally: that of its CPU builds is a tenth of
+# the download where there is no GPU. The version is pinned in constraints.txt.
+TORCH_INDEX ?=
 OPERATOR ?= leap_attention
 
 ifeq ($(VENV),)
@@ -59,7 +59,8 @@ $(BUILT): $(SOURCES) setup.py $(INSTALLED)
 $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vattn needs Python 3.11 or later: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --extra-index-url $(TORCH_INDEX) --constraint constraints.txt torch setuptools ninja
+	$(RUN) -m pip install $(addprefix --extra-index-url ,$(TORCH_INDEX)) --constraint constraints.txt \
+		torch setuptools ninja
 	VATTN_BUILD_CPP=0 $(RUN) -m pip install --constraint constraints.txt --no-build-isolation \
 		--editable '.[demo,test,dev]'
 	touch $@
