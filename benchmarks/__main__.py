@@ -39,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         for path in plots.plot(options.operator, options.results):
             print(path)
         return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU and a torch built for it")
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     return _measure(options)
 
 

@@ -249,6 +249,12 @@ def test_nothing_stored_is_said(tmp_path):
         plots.plot("leap_attention", tmp_path)
 
 
+def test_the_command_line_refuses_no_rounds(capsys):
+    with pytest.raises(SystemExit):
+        main(["leap_attention", "--device", "cpu", "--rounds", "0"])
+    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_the_command_line_prints_stores_and_draws(tmp_path, capsys):
     arguments = ["leap_attention", "--device", "cpu", "--cases", "quick", "--rounds", "1", "--results", str(tmp_path)]
     assert main([*arguments, "--providers", "vattn", "sdpa"]) == 0
