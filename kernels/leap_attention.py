@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vattn._library import empty_rows
 from vattn.kernels import configs, flash, launch
-from vattn.kernels.periodic_shift import load_moved, store_moved
+from vattn.kernels.periodic_shift import load_moved, store_moved, store_zeros
 
 
 @triton.jit
@@ -144,6 +144,9 @@ def forward_kernel(
         flash.store_rows(out_ptr, offs, mask_q, out, SHAPE)
     else:
         store_moved(out_ptr, offs, mask_q, out, frame, T, out_strides[2], SHAPE, FOLD)
+        # Only groups with the first or the last frame of the clip have rows to which nothing moves.
+        if (group[0] == 0) | (group[0] + (rows // N - 1) * leap == T - 1):
+            store_zeros(out_ptr, offs, mask_q, frame, T, SHAPE, FOLD)
 
 
 @triton.jit

@@ -57,18 +57,30 @@ def load_moved(
 def store_moved(
     ptr, offs_row, mask_row, tiles, frame, num_frames, stride_frame, SHAPE: tl.constexpr, FOLD: tl.constexpr
 ):  # fmt: skip
-    """Write rows through the shift, and the zeros that it leaves in the first and the last frame."""
+    """Write rows of `frame` to where the shift moves their channels.
+
+    One store for each direction: with offsets that differ by channel a thread would own few channels of very
+    many rows, and spill their addresses.
+    """
+    for step in tl.static_range(-1, 2):
+        target = frame + step
+        inside = mask_row & (target >= 0) & (target < num_frames)
+        ptrs = flash.aligned(ptr + step * stride_frame.to(tl.int64), offs_row, SHAPE)
+        for i in tl.static_range(len(SHAPE.chunks)):
+            offs_d = flash.columns(SHAPE, i)[None, :]
+            mask = inside[:, None] & (steps(offs_d, FOLD) == step) & (offs_d < SHAPE.head_dim)
+            tl.store(ptrs + offs_d, tiles[i].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_zeros(ptr, offs_row, mask_row, frame, num_frames, SHAPE: tl.constexpr, FOLD: tl.constexpr):
+    """Write zeros to the channels of rows of `frame` to which the shift moves none: they would come from outside."""
     ptrs = flash.aligned(ptr, offs_row, SHAPE)
     for i in tl.static_range(len(SHAPE.chunks)):
         offs_d = flash.columns(SHAPE, i)[None, :]
-        offs, mask = moved(offs_d, frame, num_frames, stride_frame, SHAPE, FOLD)
-        inside = mask_row[:, None] & (offs_d < SHAPE.head_dim)
-        tile = tiles[i].to(ptr.dtype.element_ty)
-        tl.store(ptrs + offs, tile, mask=inside & mask)
-        # A channel that no frame moves to these rows would come from beyond the clip, against its step.
         source = frame[:, None] - steps(offs_d, FOLD)
-        orphan = inside & ((source < 0) | (source >= num_frames))
-        tl.store(ptrs + offs_d, tl.zeros_like(tile), mask=orphan)
+        mask = mask_row[:, None] & (offs_d < SHAPE.head_dim) & ((source < 0) | (source >= num_frames))
+        tl.store(ptrs + offs_d, tl.zeros(mask.shape, ptr.dtype.element_ty), mask=mask)
 
 
 @launch.kernel
@@ -92,6 +104,7 @@ def shift_kernel(
     else:
         x = flash.load_rows(x_ptr, offs_x, mask_row, SHAPE)
         store_moved(out_ptr, offs_out, mask_row, x, t, T, out_strides[2], SHAPE, FOLD)
+        store_zeros(out_ptr, offs_out, mask_row, t, T, SHAPE, FOLD)
 
 
 def forward(x: Tensor, fold_div: int, transpose: bool) -> Tensor:
