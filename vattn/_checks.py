@@ -21,9 +21,7 @@ def tensor(op: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {name}={type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {name}.dtype={x.dtype}"
-        )
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {name}.dtype={x.dtype}")
 
 
 def rank(op: str, name: str, x: Tensor, axes: str) -> None:
@@ -35,27 +33,21 @@ def rank(op: str, name: str, x: Tensor, axes: str) -> None:
 def same(op: str, first_name: str, first: Tensor, name: str, x: Tensor, shape: bool = True) -> None:
     """`x` has the dtype, the device and (unless `shape` is off) the shape of `first`."""
     if compute_dtype(x) != compute_dtype(first):
-        raise TypeError(
-            f"{op}: {name} must have the dtype of {first_name} ({first.dtype}), got {name}.dtype={x.dtype}"
-        )
+        raise TypeError(f"{op}: {name} must have the dtype of {first_name} ({first.dtype}), got {name}.dtype={x.dtype}")
     if x.device != first.device:
         raise ValueError(
-            f"{op}: {name} must be on the device of {first_name} ({first.device}), "
-            f"got {name}.device={x.device}"
+            f"{op}: {name} must be on the device of {first_name} ({first.device}), got {name}.device={x.device}"
         )
     if shape and x.shape != first.shape:
         raise ValueError(
-            f"{op}: {name} must have the shape of {first_name} {tuple(first.shape)}, "
-            f"got {name}.shape={tuple(x.shape)}"
+            f"{op}: {name} must have the shape of {first_name} {tuple(first.shape)}, got {name}.shape={tuple(x.shape)}"
         )
 
 
 def head_dim(op: str, x: Tensor) -> None:
     """The last axis of `x` is a head dim that the kernels take."""
     if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{op}: head_dim must be between 1 and {MAX_HEAD_DIM}, got head_dim={x.shape[-1]}"
-        )
+        raise ValueError(f"{op}: head_dim must be between 1 and {MAX_HEAD_DIM}, got head_dim={x.shape[-1]}")
 
 
 def integer(op: str, name: str, value: object, least: int) -> None:

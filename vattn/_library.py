@@ -44,6 +44,7 @@ def _load_extension() -> tuple[Any, str | None]:
 
 _C, extension_error = _load_extension()
 
+AUTOCAST_DEVICES = ("cpu", "cuda")
 KERNEL_DEVICES = {"meta"}
 if _C is not None:
     KERNEL_DEVICES.add("cpu")
@@ -53,13 +54,17 @@ if importlib.util.find_spec("triton") is not None:
 library = torch.library.Library("vattn", "DEF")
 
 
-def define(schema: str, cuda: Callable[..., Any]) -> None:
-    """Define an operator by its `schema`, with its CUDA launcher; the CPU kernel is in ``vattn._C``."""
+def define(schema: str, cuda: Callable[..., Any], autocast: int = 0) -> None:
+    """Define an operator by its `schema`, with its CUDA launcher; the CPU kernel is in ``vattn._C``.
+
+    Under autocast its first `autocast` arguments, tensors or lists of them, are cast. A backward has none to cast:
+    it gets what its forward saved, also where autocast is still on around it.
+    """
     library.define(schema)
     name = schema.split("(")[0]
     library.impl(name, cuda, "CUDA")
-    for device_type in ("cpu", "cuda"):
-        rule = functools.partial(_run_autocast, name, device_type)
+    for device_type in AUTOCAST_DEVICES if autocast else ():
+        rule = functools.partial(_run_autocast, name, autocast, device_type)
         library.impl(name, rule, f"Autocast{device_type.upper()}")
 
 
@@ -92,7 +97,7 @@ def no_double_backward(name: str) -> None:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the operator will run in: that of `x`, or autocast's."""
     device_type = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if x.dtype != torch.float64 and device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
 
@@ -102,14 +107,10 @@ def empty_rows(like: Tensor) -> Tensor:
     return torch.empty_like(like.movedim(1, -2), memory_format=torch.contiguous_format).movedim(-2, 1)
 
 
-def _run_autocast(name: str, device_type: str, *args: Any) -> Any:
+def _run_autocast(name: str, count: int, device_type: str, *args: Any) -> Any:
     def cast(x: Any) -> Any:
-        if isinstance(x, (list, tuple)):
-            return [cast(y) for y in x]
-        if isinstance(x, Tensor) and x.is_floating_point():
-            return x.to(compute_dtype(x))
-        return x
+        return x.to(compute_dtype(x)) if isinstance(x, Tensor) else [cast(y) for y in x]
 
-    args = tuple(cast(x) for x in args)
+    args = tuple(cast(x) for x in args[:count]) + args[count:]
     with torch.autocast(device_type, enabled=False):
         return getattr(torch.ops.vattn, name)(*args)

@@ -46,17 +46,26 @@ struct PeriodicShift {
   Video x, out;
 };
 
+// A tensor of rows, by pointer and the strides of all axes but the last.
+struct Rows {
+  static constexpr int64_t MAX_AXES = 8;
+  void* data = nullptr;
+  int64_t strides[MAX_AXES] = {};
+};
+
 struct MergeAttention {
   static constexpr int64_t MAX_D = 256;
   Dtype dtype;
   int64_t parts, rows, D;
-  void* const* outs;         // each (rows, D), contiguous
-  float* const* lses;        // each (rows)
-  void* out;
+  int64_t axes, sizes[Rows::MAX_AXES];  // of which `rows` is the product
+  const Rows* outs;
+  const float* const* lses;  // each (rows), contiguous, like all numbers that belong to rows
+  Rows out;
   float* lse;
-  void* grad_out;            // backward only
-  const float* grad_lse;     // may be null
-  void* const* grad_outs;
+  // Backward only; grad_lse may be null.
+  Rows grad_out;
+  const float* grad_lse;
+  const Rows* grad_outs;
   float* const* grad_lses;
 };
 

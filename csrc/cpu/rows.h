@@ -29,24 +29,40 @@ void periodic_shift(const PeriodicShift& a, int64_t begin, int64_t end) {
   }
 }
 
+// Where row i of each of some tensors is: its place on every axis, found once.
+template <class T>
+struct RowPlace {
+  const MergeAttention& a;
+  int64_t index[Rows::MAX_AXES];
+
+  RowPlace(const MergeAttention& a, int64_t row) : a(a) {
+    for (int64_t axis = a.axes - 1; axis >= 0; --axis) index[axis] = row % a.sizes[axis], row /= a.sizes[axis];
+  }
+  T* in(const Rows& x) const {
+    T* p = (T*)x.data;
+    for (int64_t axis = 0; axis < a.axes; ++axis) p += index[axis] * x.strides[axis];
+    return p;
+  }
+};
+
 template <class T>
 void merge_forward(const MergeAttention& a, int64_t begin, int64_t end) {
   const int64_t D = a.D;
   float sum[MergeAttention::MAX_D], part[MergeAttention::MAX_D];
   for (int64_t i = begin; i < end; ++i) {
+    RowPlace<T> place(a, i);
     float most = -INFINITE, total = 0;
     for (int64_t p = 0; p < a.parts; ++p) most = a.lses[p][i] > most ? a.lses[p][i] : most;
-    if (most != -INFINITE)
-      for (int64_t p = 0; p < a.parts; ++p) total += __builtin_expf(a.lses[p][i] - most);
-    float lse = most == -INFINITE ? most : most + __builtin_logf(total);
-    a.lse[i] = lse;
     zero(sum, D);
-    for (int64_t p = 0; p < a.parts && lse != -INFINITE; ++p) {
-      if (a.lses[p][i] == -INFINITE) continue;
-      copy(part, (const T*)a.outs[p] + i * D, D, __builtin_expf(a.lses[p][i] - lse));
+    for (int64_t p = 0; p < a.parts && most != -INFINITE; ++p) {
+      float weight = __builtin_expf(a.lses[p][i] - most);
+      if (weight == 0) continue;
+      total += weight;
+      copy(part, (const T*)place.in(a.outs[p]), D, weight);
       for (int64_t d = 0; d < D; ++d) sum[d] += part[d];
     }
-    copy((T*)a.out + i * D, sum, D);
+    copy(place.in(a.out), sum, D, total > 0 ? 1 / total : 0);
+    a.lse[i] = total > 0 ? most + __builtin_logf(total) : -INFINITE;
   }
 }
 
@@ -56,15 +72,16 @@ void merge_backward(const MergeAttention& a, int64_t begin, int64_t end) {
   const int64_t D = a.D;
   float grad[MergeAttention::MAX_D], out[MergeAttention::MAX_D], part[MergeAttention::MAX_D];
   for (int64_t i = begin; i < end; ++i) {
-    copy(grad, (const T*)a.grad_out + i * D, D);
-    copy(out, (const T*)a.out + i * D, D);
+    RowPlace<T> place(a, i);
+    copy(grad, (const T*)place.in(a.grad_out), D);
+    copy(out, (const T*)place.in(a.out), D);
     for (int64_t p = 0; p < a.parts; ++p) {
       float weight = a.lses[p][i] == -INFINITE ? 0 : __builtin_expf(a.lses[p][i] - a.lse[i]);
-      copy(part, (const T*)a.outs[p] + i * D, D);
+      copy(part, (const T*)place.in(a.outs[p]), D);
       float dot = a.grad_lse ? a.grad_lse[i] : 0;
       for (int64_t d = 0; d < D; ++d) dot += grad[d] * (part[d] - out[d]);
       a.grad_lses[p][i] = weight * dot;
-      copy((T*)a.grad_outs[p] + i * D, grad, D, weight);
+      copy(place.in(a.grad_outs[p]), grad, D, weight);
     }
   }
 }

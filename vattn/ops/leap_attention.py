@@ -93,9 +93,7 @@ def leap_attention(
             return_lse=True, seed=seed,
         )  # fmt: skip
     else:
-        out, lse = torch.ops.vattn.leap_attention(
-            query, key, value, leap, group_size, fold_div, dropout_p, seed, scale
-        )
+        out, lse = torch.ops.vattn.leap_attention(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale)
     return (out, lse) if return_lse else out
 
 
@@ -115,6 +113,7 @@ define(
     "leap_attention(Tensor query, Tensor key, Tensor value, SymInt leap, SymInt group_size, int fold_div, "
     "float dropout_p, Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
     cuda=_cuda,
+    autocast=3,
 )
 define(
     "leap_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "

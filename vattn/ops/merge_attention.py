@@ -49,7 +49,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     outs, lses = _checks.sequence(op, "outs", outs), _checks.sequence(op, "lses", lses)
     if len(outs) != len(lses):
         raise ValueError(f"{op}: lses must be as many as outs ({len(outs)}), got len(lses)={len(lses)}")
-    for i, (out, lse) in enumerate(zip(outs, lses)):
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         _checks.tensor(op, f"outs[{i}]", out)
         _checks.tensor(op, f"lses[{i}]", lse)
         _checks.same(op, "outs[0]", outs[0], f"outs[{i}]", out)
@@ -83,7 +83,7 @@ def _cuda_backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
     return kernels.backward(*args)
 
 
-define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", cuda=_cuda)
+define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", cuda=_cuda, autocast=1)
 define(
     "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, "
     "Tensor lse) -> (Tensor[] grad_outs, Tensor[] grad_lses)",

@@ -25,7 +25,8 @@ def periodic_shift(x: Tensor, fold_div: int) -> Tensor:
 
     Args:
         x: ``(B, H, T, N, D)``, float32, bfloat16, float16 or float64, any strides.
-        fold_div: the share ``1 / fold_div`` of the channels that comes from each side, at least 1. Beyond D no channel moves.
+        fold_div: the share ``1 / fold_div`` of the channels that comes from each side, at least 1. Beyond D no
+            channel moves.
 
     Returns:
         ``(B, H, T, N, D)``, in memory as ``(B, T, N, H, D)``, so that merging heads is a view.
@@ -60,7 +61,7 @@ def _cuda(x: Tensor, fold_div: int, transpose: bool) -> Tensor:
 
 
 # The map is linear: its backward is its transpose, which is the same operator with the directions exchanged.
-define("periodic_shift(Tensor x, int fold_div, bool transpose) -> Tensor", cuda=_cuda)
+define("periodic_shift(Tensor x, int fold_div, bool transpose) -> Tensor", cuda=_cuda, autocast=1)
 
 
 @torch.library.register_fake("vattn::periodic_shift", lib=library)

@@ -9,6 +9,7 @@ which is exact: it is the online softmax, applied to whole parts.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vattn.reference.attention import softmax
@@ -17,5 +18,5 @@ from vattn.reference.attention import softmax
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The definition of :func:`vattn.merge_attention`."""
     weights, lse = softmax(torch.stack(list(lses)), 0)
-    out = sum(o.to(w.dtype) * w[..., None] for o, w in zip(outs, weights))
+    out = sum(o.to(w.dtype) * w[..., None] for o, w in zip(outs, weights, strict=True))
     return out.to(outs[0].dtype), lse

@@ -1,0 +1,424 @@
+"""What every public operator owes its caller, through the public functions: errors, gradients, compilation, autocast.
+
+What the kernels compute is tested in tests/kernels, against the references; here it is how they are called.
+"""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vattn
+from tests.utils import assert_within_budget, magnitude
+from vattn import _library, reference
+
+needs_kernels = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def video(*shape: int, dtype: torch.dtype = torch.float32, parts: int = 3) -> list[Tensor]:
+    """Leaves (B, H, T, N, D) that require gradients."""
+    return [x.requires_grad_() for x in torch.randn(parts, *shape).to(dtype).unbind()]
+
+
+def parts(*shape: int, count: int = 3, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
+    outs = [torch.randn(*shape).to(dtype).requires_grad_() for _ in range(count)]
+    wide = torch.promote_types(dtype, torch.float32)
+    return outs, [torch.randn(shape[:-1], dtype=wide).requires_grad_() for _ in range(count)]
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+class Call(NamedTuple):
+    """One way to call an operator: a function of tensors that all get gradients."""
+
+    function: Any
+    tensors: list[Tensor]
+
+
+def calls(dtype: torch.dtype) -> dict[str, Call]:
+    """Every operator, at a small size."""
+
+    def merge(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return vattn.merge_attention(tensors[:2], tensors[2:])
+
+    leap = functools.partial(vattn.leap_attention, leap=2, fold_div=3, return_lse=True)
+    shift = functools.partial(vattn.periodic_shift, fold_div=3)
+    outs, lses = parts(2, 3, 5, 6, count=2, dtype=dtype)
+    return {
+        "leap_attention": Call(leap, video(1, 2, 3, 2, 6, dtype=dtype)),
+        "periodic_shift": Call(shift, video(1, 2, 4, 2, 6, dtype=dtype)[:1]),
+        "merge_attention": Call(merge, [*outs, *lses]),
+    }
+
+
+OPERATORS = list(calls(torch.float32))
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_public_operator_is_here(op):
+    assert set(OPERATORS) == {name for name in vattn.__all__ if callable(getattr(vattn, name))}
+    assert hasattr(reference, op)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_gradcheck(op):
+    function, tensors = calls(torch.float64)[op]
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_gradcheck_with_dropout():
+    def dropped(*qkv: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return vattn.leap_attention(*qkv, leap=1, dropout_p=0.4)
+
+    assert torch.autograd.gradcheck(dropped, video(1, 2, 3, 2, 3, dtype=torch.float64))
+
+
+def test_gradcheck_of_parts_without_keys():
+    outs, lses = parts(4, 3, count=2, dtype=torch.float64)
+    with torch.no_grad():
+        lses[0][:2] = -torch.inf
+        lses[1][1:3] = -torch.inf
+    out, lse = vattn.merge_attention(outs, lses)
+    assert lse[1] == -torch.inf and (out[1] == 0).all()
+    grads = torch.autograd.grad([out, lse[[0, 2, 3]]], [*outs, *lses], [torch.ones_like(out), torch.ones(3).double()])
+    assert all(g.isfinite().all() for g in grads)
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", OPERATORS)
+def test_float64_and_kernels_agree(op):
+    """The kernels through the public function, autograd included, against the reference."""
+    function, tensors = calls(torch.float32)[op]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    results, exact_results = as_tuple(function(*tensors)), as_tuple(function(*exact))
+    gradients = [torch.randn_like(x) for x in results]
+    for x, y in zip(
+        [*results, *torch.autograd.grad(results, tensors, gradients)],
+        [*exact_results, *torch.autograd.grad(exact_results, exact, [g.double() for g in gradients])],
+        strict=True,
+    ):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_opcheck():
+    seed = torch.tensor([7])
+    q, k, v = video(1, 2, 5, 3, 6)
+    out, lse = (x.detach() for x in torch.ops.vattn.leap_attention(q, k, v, 2, 2, 3, 0.2, seed, 0.5))
+    outs, lses = parts(4, 6)
+    merged = [x.detach() for x in torch.ops.vattn.merge_attention(outs, lses)]
+    plain, plain_lses = [x.detach() for x in outs], [x.detach() for x in lses]
+    for op, args in [
+        ("leap_attention", (q, k, v, 2, 2, 3, 0.2, seed, 0.5)),
+        ("leap_attention", (q, k, v, 1, 5, 0, 0.0, None, 0.5)),
+        ("leap_attention_backward", (out, lse, *(x.detach() for x in (q, k, v)), out, lse, 2, 2, 3, 0.2, seed, 0.5)),
+        ("leap_attention_backward", (out, None, *(x.detach() for x in (q, k, v)), out, lse, 2, 2, 3, 0.2, seed, 0.5)),
+        ("periodic_shift", (q, 3, False)),
+        ("periodic_shift", (q, 3, True)),
+        ("merge_attention", (outs, lses)),
+        ("merge_attention_backward", (merged[0], merged[1], plain, plain_lses, *merged)),
+        ("merge_attention_backward", (merged[0], None, plain, plain_lses, *merged)),
+    ]:
+        torch.library.opcheck(getattr(torch.ops.vattn, op).default, args)
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", ["leap_attention", "merge_attention"])
+def test_second_derivatives_of_kernels_raise(op):
+    function, tensors = calls(torch.float32)[op]
+    grads = torch.autograd.grad(function(*tensors)[0].sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}: second derivatives need float64"):
+        sum(g.sum() for g in grads).backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", ["leap_attention", "merge_attention"])
+def test_gradient_of_lse_alone(op):
+    function, tensors = calls(torch.float32)[op]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    grads = torch.autograd.grad(function(*tensors)[1].sum(), tensors)
+    truth = torch.autograd.grad(function(*exact)[1].sum(), exact, materialize_grads=True)
+    for x, y in zip(grads, truth, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", OPERATORS)
+def test_compile_fullgraph(op):
+    function, tensors = calls(torch.float32)[op]
+    compiled = torch.compile(function, fullgraph=True)
+    results, expected = as_tuple(compiled(*tensors)), as_tuple(function(*tensors))
+    gradients = [torch.randn_like(x) for x in expected]
+    for x, y in zip(
+        [*results, *torch.autograd.grad(results, tensors, gradients)],
+        [*expected, *torch.autograd.grad(expected, tensors, gradients)],
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+
+
+@needs_kernels
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([(4, 7), (6, 7), (8, 7), (5, 7), (16, 7)], id="frames"),
+        pytest.param([(4, 7), (4, 9), (4, 16), (4, 2), (4, 33)], id="tokens"),
+        pytest.param([(4, 7), (6, 5), (8, 12), (5, 9), (16, 3)], id="both"),
+    ],
+)
+def test_changing_lengths_compile_at_most_twice(lengths, backward):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = vattn.leap_attention(q, k, v, q.shape[2] // 2, fold_div=4, dropout_p=0.1)
+        return vattn.periodic_shift(out, 4).movedim(1, -2).flatten(-2)
+
+    for frames, tokens in lengths:
+        qkv = video(2, 2, frames, tokens, 8)
+        out = layer(*qkv)
+        assert out.shape == (2, frames, tokens, 16)
+        if backward:
+            out.sum().backward()
+            assert all(x.grad is not None and x.grad.isfinite().all() for x in qkv)
+    assert counter.frame_count <= 2
+
+
+@needs_kernels
+def test_compiled_dropout_repeats_its_mask_in_the_backward():
+    """With values and output gradients of 1, dv of a key sums its column of the mask, and out its row."""
+    q, k = (torch.zeros(1, 1, 2, 40, 4) for _ in range(2))
+    v = torch.ones(1, 1, 2, 40, 4, requires_grad=True)
+    out = torch.compile(functools.partial(vattn.leap_attention, leap=1, dropout_p=0.5), fullgraph=True)(q, k, v)
+    out.sum().backward()
+    assert v.grad is not None
+    assert torch.isclose(out.sum(), v.grad.sum())
+    assert len(v.grad.unique()) > 3  # a mask, and not its mean
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    """Inputs are cast as PyTorch's own attention casts them, also where their dtypes differ; float64 is not."""
+    q, k, v = video(1, 2, 4, 5, 8)
+    with torch.autocast("cpu", dtype):
+        out, lse = vattn.leap_attention(q, k.to(dtype), v, 2, return_lse=True)
+        assert torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype == dtype
+        assert vattn.periodic_shift(q, 4).dtype == dtype
+        assert vattn.merge_attention([q, v], [lse, lse])[0].dtype == dtype
+        assert vattn.leap_attention(q.double(), k.double(), v.double(), 2).dtype == torch.float64
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert torch.equal(out, vattn.leap_attention(q.to(dtype), k.to(dtype), v.to(dtype), 2))
+    grads = torch.autograd.grad(out.float().sum(), [q, k, v], retain_graph=True)
+    assert all(g.dtype == torch.float32 for g in grads)
+    with torch.autocast("cpu", dtype):  # a backward meets the tensors of its forward, also in here
+        for x, y in zip(grads, torch.autograd.grad(out.float().sum(), [q, k, v]), strict=True):
+            assert torch.equal(x, y)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_leap_attention(data):
+    """Shapes, group sizes, strides and dtypes that nobody thought of, forward and backward."""
+    draw = data.draw
+    B, H = draw(st.integers(0, 2), label="B"), draw(st.integers(1, 3), label="H")
+    T, N = draw(st.integers(1, 7), label="T"), draw(st.integers(1, 70), label="N")
+    D = draw(st.sampled_from([1, 2, 7, 8, 16, 24, 31, 33, 64, 72, 129, 256]), label="D")
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), label="dtype")
+    order = draw(st.permutations(range(5)), label="memory order")
+    back = [order.index(axis) for axis in range(5)]
+    leap, group_size = draw(st.integers(1, T + 1), label="leap"), draw(st.integers(1, T + 1), label="group_size")
+    fold_div = draw(st.integers(0, D + 1), label="fold_div")
+    dropout_p = draw(st.sampled_from([0.0, 0.0, 0.3]), label="dropout_p")
+    shape = (B, H, T, N, D)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99), label="seed"))
+
+    def tensor() -> Tensor:
+        x = torch.randn([shape[axis] for axis in order], generator=generator).permute(back)
+        return x.to(dtype)
+
+    q, k, v, grad_out = (tensor() for _ in range(4))
+
+    def run(dtype: torch.dtype, attend: Any) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        torch.manual_seed(3)
+        out, lse = attend(*leaves, leap, group_size=group_size, fold_div=fold_div, dropout_p=dropout_p, return_lse=True)
+        grads = torch.autograd.grad([out, lse], leaves, [grad_out.to(dtype), torch.ones_like(lse)])
+        return out, lse, *grads
+
+    actual = run(dtype, vattn.leap_attention)
+    truth, plain = run(torch.float64, reference.leap_attention), run(dtype, reference.leap_attention)
+    # The backward reads the out that the forward has rounded: where gradients cancel, as for a query that reads a
+    # single key, half a unit in the last place of the terms is left.
+    rounded = max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 4)
+    intermediate = magnitude(*truth[2:]) * rounded if grad_out.numel() else 0.0
+    for name, a, t, p in zip(("out", "lse", "dq", "dk", "dv"), actual, truth, plain, strict=True):
+        assert_within_budget(a, t, p, name, intermediate if name.startswith("d") else 0.0)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_twice_the_same_bits(op):
+    function, tensors = calls(torch.float32)[op]
+    for _ in range(2):
+        first, second = as_tuple(function(*tensors)), as_tuple(function(*tensors))
+        grads = [torch.autograd.grad([x.sum() for x in results], tensors) for results in (first, second)]
+        for x, y in zip([*first, *grads[0]], [*second, *grads[1]], strict=True):
+            assert torch.equal(x, y)
+
+
+def test_dropout_comes_from_torchs_generator():
+    q, k, v = video(1, 2, 4, 9, 8)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(vattn.leap_attention(q, k, v, 2, dropout_p=0.5))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    state = torch.get_rng_state()
+    vattn.leap_attention(q, k, v, 2)
+    assert torch.equal(state, torch.get_rng_state())  # none is drawn where none is needed
+
+
+def test_dropout_keeps_its_share_of_rows_columns_and_pairs():
+    bh, n = torch.arange(4).view(4, 1, 1), 512
+    keep = reference.dropout_keep(
+        torch.tensor([99]), bh, torch.arange(n).view(n, 1), torch.arange(n), dropout_p=0.25
+    ).double()
+    deviation = (0.25 * 0.75) ** 0.5
+    for dims, count in (((1, 2), n * n), ((0, 1), 4 * n), ((0, 2), 4 * n)):
+        assert ((keep.mean(dims) - 0.75).abs() < 5 * deviation / count**0.5).all()
+    centred = (keep - 0.75) / deviation
+    for a, b in [
+        (centred[:, 1:], centred[:, :-1]),  # neighbouring queries
+        (centred[:, :, 1:], centred[:, :, :-1]),  # neighbouring keys
+        (centred[:, :, 64:], centred[:, :, :-64]),  # keys a tile apart
+        (centred[1:], centred[:-1]),  # neighbouring heads
+    ]:
+        assert (a * b).mean().abs() < 5 / a.numel() ** 0.5
+
+
+def test_any_device_with_a_fake_kernel():
+    q, k, v = (torch.empty(2, 3, 4, 5, 8, device="meta") for _ in range(3))
+    out, lse = vattn.leap_attention(q, k, v, 2, return_lse=True)
+    assert out.shape == q.shape and lse.shape == q.shape[:-1]
+    assert out.movedim(1, -2).is_contiguous()
+
+
+Q = torch.zeros(1, 2, 4, 3, 8)
+LSE = torch.zeros(1, 2, 4, 3)
+
+
+def leap(query=Q, key=Q, value=Q, leap=1, **settings):
+    return lambda: vattn.leap_attention(query, key, value, leap, **settings)
+
+
+def shift(x=Q, fold_div=4):
+    return lambda: vattn.periodic_shift(x, fold_div)
+
+
+def merge(outs, lses):
+    return lambda: vattn.merge_attention(outs, lses)
+
+
+SIZES = "(1, 2, 4, 3, 8)"
+DTYPES = "float32, bfloat16, float16 or float64"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "must", "got"),
+    [
+        (leap([1]), TypeError, "query must be a torch.Tensor", "query=list"),
+        (leap(key=Q.int()), TypeError, f"key must be {DTYPES}", "key.dtype=torch.int32"),
+        (
+            leap(value=Q.half()),
+            TypeError,
+            "value must have the dtype of query (torch.float32)",
+            "value.dtype=torch.float16",
+        ),
+        (leap(Q[0], Q[0], Q[0]), ValueError, "query must have shape (B, H, T, N, D)", "query.shape=(2, 4, 3, 8)"),
+        (leap(key=Q[:, :1]), ValueError, f"key must have the shape of query {SIZES}", "key.shape=(1, 1, 4, 3, 8)"),
+        (leap(key=Q.to("meta")), ValueError, "key must be on the device of query (cpu)", "key.device=meta"),
+        (leap(*[Q[..., :0]] * 3), ValueError, "head_dim must be between 1 and 256", "head_dim=0"),
+        (leap(*[Q.new_zeros(1, 1, 1, 1, 257)] * 3), ValueError, "head_dim must be between 1 and 256", "head_dim=257"),
+        (leap(leap=0), ValueError, "leap must be at least 1", "leap=0"),
+        (leap(leap=1.0), TypeError, "leap must be an int", "leap=1.0"),
+        (leap(leap=True), TypeError, "leap must be an int", "leap=True"),
+        (leap(group_size=0), ValueError, "group_size must be at least 1", "group_size=0"),
+        (leap(fold_div=-1), ValueError, "fold_div must be at least 0", "fold_div=-1"),
+        (leap(dropout_p=1.5), ValueError, "dropout_p must be between 0 and 1", "dropout_p=1.5"),
+        (leap(dropout_p=float("nan")), ValueError, "dropout_p must be between 0 and 1", "dropout_p=nan"),
+        (leap(dropout_p="0"), TypeError, "dropout_p must be a float", "dropout_p='0'"),
+        (leap(scale="1"), TypeError, "scale must be a float or None", "scale='1'"),
+        (leap(scale=float("inf")), ValueError, "scale must be finite", "scale=inf"),
+        (shift(Q.tolist()), TypeError, "x must be a torch.Tensor", "x=list"),
+        (shift(Q[0]), ValueError, "x must have shape (B, H, T, N, D)", "x.shape=(2, 4, 3, 8)"),
+        (shift(fold_div=0), ValueError, "fold_div must be at least 1", "fold_div=0"),
+        (shift(fold_div=2.0), TypeError, "fold_div must be an int", "fold_div=2.0"),
+        (merge(Q, [LSE]), TypeError, "outs must be a list or tuple of tensors", "outs=Tensor"),
+        (merge([], []), ValueError, "outs must have at least one element", "len(outs)=0"),
+        (merge([Q, Q], [LSE]), ValueError, "lses must be as many as outs (2)", "len(lses)=1"),
+        (
+            merge([Q, Q[:, :1]], [LSE, LSE]),
+            ValueError,
+            f"outs[1] must have the shape of outs[0] {SIZES}",
+            "outs[1].shape=(1, 1, 4, 3, 8)",
+        ),
+        (merge([Q], [LSE.half()]), TypeError, "lses[0] must be torch.float32", "lses[0].dtype=torch.float16"),
+        (
+            merge([Q], [LSE.to("meta")]),
+            ValueError,
+            "lses[0] must be on the device of outs[0] (cpu)",
+            "lses[0].device=meta",
+        ),
+        (
+            merge([Q], [LSE[0]]),
+            ValueError,
+            "lses[0] must have the shape of outs[0] without its last axis",
+            f"lses[0].shape=(2, 4, 3), outs[0].shape={SIZES}",
+        ),
+        (
+            merge([Q.new_zeros(2, 300)], [Q.new_zeros(2)]),
+            ValueError,
+            "head_dim must be between 1 and 256",
+            "head_dim=300",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) and "=" in x else "",
+)
+def test_errors(call, error, must, got):
+    with pytest.raises(
+        error, match=rf"^(leap_attention|merge_attention|periodic_shift): {re.escape(f'{must}, got {got}')}$"
+    ):
+        call()
+
+
+@needs_kernels
+def test_kernels_called_directly_check_what_they_need():
+    """torch.ops bypasses the public checks; what would read past a tensor still raises."""
+    op = torch.ops.vattn.leap_attention
+    with pytest.raises(TypeError, match="float32, bfloat16 and float16"):
+        op(*[Q.double()] * 3, 1, 2, 0, 0.0, None, 1.0)
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        op(Q, Q[:, :, :2], Q, 1, 2, 0, 0.0, None, 1.0)
+    with pytest.raises(ValueError, match="leap must be at least 1"):
+        op(Q, Q, Q, 0, 2, 0, 0.0, None, 1.0)
+    with pytest.raises(ValueError, match="dropout needs a seed"):
+        op(Q, Q, Q, 1, 2, 0, 0.5, None, 1.0)
