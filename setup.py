@@ -74,7 +74,7 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
         built = pathlib.Path(self.build_lib, "vattn")
         package = pathlib.Path("vattn") if self.inplace else built
         if self.record["error"]:
-            for outdated in (*built.glob("_C.*.so"), *package.glob("_C.*.so")):
+            for outdated in {*built.glob("_C.*.so"), *package.glob("_C.*.so")}:
                 outdated.unlink()
         (package / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
 

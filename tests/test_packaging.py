@@ -16,7 +16,7 @@ SOURCES = ("csrc", "kernels", "vattn", "LICENSE", "README.md", "pyproject.toml",
 
 
 def build_wheel(folder: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Build a wheel in `folder` from a copy of the sources."""
+    """Build a wheel in `folder` from a copy of the sources, in which an earlier build has left an extension."""
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
@@ -26,6 +26,9 @@ def build_wheel(folder: pathlib.Path, **environment: str) -> subprocess.Complete
             )
         else:
             shutil.copy(ROOT / name, source)
+    earlier = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "vattn"
+    earlier.mkdir(parents=True)
+    (earlier / "_C.earlier.so").touch()
     command = [sys.executable, "-m", "pip", "--verbose", "wheel", "--no-build-isolation", "--no-deps"]
     command += ["--wheel-dir", str(folder), str(source)]
     environment = {**os.environ, **environment}
@@ -76,6 +79,11 @@ def test_every_module_and_the_type_marker_are_installed(without_compiler):
         assert expected <= found
 
 
+def test_the_extension_of_an_earlier_build_is_not_installed(without_compiler):
+    installed, _ = without_compiler
+    assert list(installed.rglob("*.so")) == []
+
+
 def test_a_failed_build_is_said_during_the_install(without_compiler):
     _, printed = without_compiler
     assert printed.count("vattn is installed without compiled CPU kernels") == 1
@@ -111,4 +119,4 @@ def test_the_build_can_be_left_out(tmp_path):
     build_wheel(tmp_path, VATTN_BUILD_CPP="0")
     installed = unpack(tmp_path)
     assert json.loads((installed / "vattn" / "_build.json").read_text())["error"] == "VATTN_BUILD_CPP=0 was set"
-    assert not list(installed.rglob("*.so"))
+    assert list(installed.rglob("*.so")) == []
