@@ -3,8 +3,8 @@
     q, k, v = W_qkv x                                                  three views of one tensor
     y       = W_proj merge_heads(shift(leap_attention(q, k, v)))       merging heads is a view, too
 
-LAPS: Zhang et al., "Leap Attention with Periodic Shift for Video Transformers" (ACM MM 2022). The frames
-of a video lie behind each other in the batch, where an image model wants them::
+LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022).
+The frames of a video lie behind each other in the batch, where an image model wants them::
 
     row of x      0   1   2   3 | 4   5   6   7        x (B*T, N, C), here T = 4
     video         0   0   0   0   1   1   1   1
@@ -31,7 +31,7 @@ def leap_of_level(level: int | None, num_frames: int) -> int | None:
         ValueError: `level` is negative, or so large that the leap is 0.
 
     Source:
-        Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", section 3.2.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.2.
 
     Example:
         >>> [leap_of_level(level, num_frames=8) for level in (1, 2, 3, None)]
@@ -114,7 +114,8 @@ class LeapAttention(nn.Module):
         ValueError: a setting or an input that does not fit, or an attention mask.
 
     Source:
-        Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", sections 3.2 and 3.3.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", sections 3.2
+        and 3.3.
 
     Example:
         >>> attention = LeapAttention(dim=64, num_heads=4, num_frames=8, leap=2, fold_div=4)
@@ -227,8 +228,8 @@ class LeapAttention2d(LeapAttention):
         ``(B * num_frames, C, H, W)``, batch-major, then time, to the same, in channels_last format.
 
     Source:
-        Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", on the backbone of Chen et
-        al., "Visformer: The Vision-friendly Transformer" (ICCV 2021).
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on the
+        backbone of Chen et al., "Visformer: The Vision-friendly Transformer" (ICCV 2021).
 
     Example:
         >>> attention = LeapAttention2d(dim=64, num_heads=4, num_frames=8, leap=2, proj_bias=False)

@@ -1,4 +1,4 @@
-"""The Triton kernels of leap attention, called directly: on a GPU, or interpreted on the CPU.
+"""The kernels of leap attention, called directly: Triton on a GPU or interpreted on the CPU, and C++.
 
 Truth is the reference in float64; the budget is twice the error of the reference in the kernel's own dtype.
 """
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; Python has its name from 3.13 on
 SEED = 0x123456789ABCDEF
 BLOCK_Q, BLOCK_K = configs.INTERPRETER.BLOCK_Q, configs.INTERPRETER.BLOCK_K
+CPP_TILE = 64  # csrc/cpu/flash.h
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def check(tensors, leap=1, group_size=2, fold_div=0, dropout_p=0.0, seed=None, s
     # The backward finds weights again as exp(s - lse), which the rounding of lse in float32 changes by its own
     # size; and ds = p * (dp - delta), which may be 0, is the difference of numbers as large as other gradients.
     intermediate = magnitude(*truth[2:]) * max(1.0, magnitude(truth[1]))
-    for name, a, t, p in zip(("out", "lse", "dq", "dk", "dv"), actual, truth, plain):
+    for name, a, t, p in zip(("out", "lse", "dq", "dk", "dv"), actual, truth, plain, strict=True):
         assert_within_budget(a, t, p, name, intermediate if name.startswith("d") else 0.0)
     return actual
 
@@ -79,7 +80,9 @@ def test_dtypes(dtype, head_dim, device):
     check(inputs((1, 2, 3, 23, head_dim), device, dtype), leap=2, fold_div=4)
 
 
-@pytest.mark.parametrize("num_tokens", sorted({1, 2, *(b + i for b in (BLOCK_Q, BLOCK_K) for i in (-1, 0, 1))}))
+@pytest.mark.parametrize(
+    "num_tokens", sorted({1, 2, *(b + i for b in (BLOCK_Q, BLOCK_K, CPP_TILE) for i in (-1, 0, 1))})
+)
 def test_tile_edges(num_tokens, device):
     """Groups a token shorter or longer than a tile."""
     check(inputs((1, 1, 2, num_tokens, 16), device), group_size=1)
@@ -150,10 +153,15 @@ def test_strides(layout, device):
         grad_out = grad_out.movedim(1, 3).contiguous().movedim(3, 1)
         grad_lse = grad_lse.movedim(1, 3).contiguous().movedim(3, 1)
     elif layout == "heads first":
-        query, key, value, grad_out = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key, value, grad_out))
+        query, key, value, grad_out = (
+            x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key, value, grad_out)
+        )
     elif layout == "broadcast":
         query, key = query[:, :1].expand(shape), key[:1, :, :1].expand(shape)
-        grad_out, grad_lse = torch.ones((), device=device).expand(shape), torch.ones((), device=device).expand(shape[:-1])
+        grad_out, grad_lse = (
+            torch.ones((), device=device).expand(shape),
+            torch.ones((), device=device).expand(shape[:-1]),
+        )
     elif layout == "last axis":
         query, value, grad_out = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (query, value, grad_out))
     else:
@@ -185,14 +193,14 @@ def test_every_element_is_written(fold_div, device):
 def test_empty(axis, device):
     shape = [2, 2, 2, 2, 16]
     shape[axis] = 0
-    for x, like in zip(run(inputs(shape, device), 1, 2, 4, 0.0, None, 1.0), [0, -1, 0, 0, 0]):
+    for x, like in zip(run(inputs(shape, device), 1, 2, 4, 0.0, None, 1.0), [0, -1, 0, 0, 0], strict=True):
         assert list(x.shape) == (shape[:-1] if like else shape)
 
 
 def test_twice_the_same_bits(device):
     tensors = inputs((1, 2, 3, 21, 24), device)
     settings = (1, 2, 4, 0.2, torch.tensor([SEED], device=device), 0.3)
-    for first, second in zip(run(tensors, *settings), run(tensors, *settings)):
+    for first, second in zip(run(tensors, *settings), run(tensors, *settings), strict=True):
         assert torch.equal(first, second)
 
 
@@ -200,7 +208,7 @@ def test_twice_the_same_bits(device):
 @pytest.mark.parametrize("axis", range(4), ids=["B", "H", "T", "N"])
 def test_offsets_beyond_int32(axis):
     """Steps of more than 2**31 elements, in memory that is mapped but, but for a few pages, not there."""
-    B, H, T, N, D = shape = (2, 2, 2, 2, 16)
+    _, H, T, N, D = shape = (2, 2, 2, 2, 16)
     strides = [H * T * N * D, T * N * D, N * D, D, 1]
     strides[axis] = 2**31 + 64
     memory = mmap.mmap(-1, 4 * (2**31 + 2**16), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)

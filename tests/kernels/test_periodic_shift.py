@@ -1,4 +1,4 @@
-"""The Triton kernel of the periodic shift, called directly; it moves numbers, so it must be exact."""
+"""The kernels of the periodic shift, called directly; they move numbers, so they must be exact."""
 
 import pytest
 import torch

@@ -2,9 +2,9 @@
 
     video (B, T, 3, H, W) -> B*T frames -> image model, attention within leap pairs -> mean of the T logits
 
-LAPS: Zhang et al., "Leap Attention with Periodic Shift for Video Transformers" (ACM MM 2022). Layer i leaps
-``T // 2**levels[i % len(levels)]`` frames, so that a few layers connect all frames, without a parameter more
-than the image model has::
+LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022).
+Layer i leaps ``T // 2**levels[i % len(levels)]`` frames, so that a few layers connect all frames, without a
+parameter more than the image model has::
 
     T = 8       who meets whom                      what frame 0 has heard of
     level 1     0-4  1-5  2-6  3-7                  4
@@ -61,8 +61,8 @@ class LapsViT(FrameModel):
         TypeError, ValueError: a setting or a video that does not fit.
 
     Source:
-        Zhang et al., "Leap Attention with Periodic Shift for Video Transformers"; Dosovitskiy et al., "An Image is
-        Worth 16x16 Words" (ICLR 2021).
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification"; Dosovitskiy
+        et al., "An Image is Worth 16x16 Words" (ICLR 2021).
 
     Example:
         >>> model = LapsViT(8, image_size=32, patch_size=16, num_classes=5, embed_dim=64, depth=4, num_heads=4)

@@ -3,8 +3,8 @@
     image model    blocks.0.attn            blocks.1.attn            blocks.2.attn           ...
     video model    leap T // 2**levels[0]   leap T // 2**levels[1]   leap T // 2**levels[2]  ...
 
-LAPS: Zhang et al., "Leap Attention with Periodic Shift for Video Transformers" (ACM MM 2022). Neither
-transformers nor timm is imported: an attention is known by the names of its layers.
+LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022).
+Neither transformers nor timm is imported: an attention is known by the names of its layers.
 """
 
 import copy
@@ -136,7 +136,7 @@ def video_from_image(
             would leave out; a level that does not fit.
 
     Source:
-        Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", section 3.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification

@@ -61,8 +61,8 @@ class LapsVisformer(FrameModel):
         TypeError, ValueError: a setting or a video that does not fit.
 
     Source:
-        Zhang et al., "Leap Attention with Periodic Shift for Video Transformers"; Chen et al., "Visformer: The
-        Vision-friendly Transformer".
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification"; Chen et al.,
+        "Visformer: The Vision-friendly Transformer".
 
     Example:
         >>> model = LapsVisformer(image_size=64, num_classes=5, embed_dim=32, depth=(1, 2, 2), num_heads=2)

@@ -4,7 +4,7 @@
     group(t) = {base + j * leap : j < group_size, base + j * leap < T}
     out[t]   = softmax(scale * q[t] k[group(t)]^T) v[group(t)]
 
-LAPS: Zhang et al., "Leap Attention with Periodic Shift for Video Transformers" (ACM MM 2022).
+LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022).
 With ``leap=2, group_size=2`` frame 0 attends to itself and to frame 2, frame 1 to itself and to frame 3::
 
     0  1  2  3 | 4  5  6  7
@@ -62,7 +62,8 @@ def leap_attention(
         ValueError: a shape or a value that does not fit.
 
     Source:
-        Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", sections 3.2 and 3.3.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", sections 3.2
+        and 3.3.
 
     Example:
         >>> qkv = torch.randn(2, 8, 49, 3, 4, 16)                   # (B, T, N, 3, H, D), as from a linear layer

@@ -4,7 +4,8 @@
            fold .. 2 fold   x[t-1]    (0 at the first frame)
          2 fold .. D        x[t]
 
-LAPS: Zhang et al., "Leap Attention with Periodic Shift for Video Transformers" (ACM MM 2022), section 3.3.
+LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022),
+section 3.3.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ def periodic_shift(x: Tensor, fold_div: int) -> Tensor:
         ValueError: a shape or a value that does not fit.
 
     Source:
-        Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", section 3.3.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.3.
 
     Example:
         >>> x = torch.arange(3.0).view(1, 1, 3, 1, 1).expand(1, 1, 3, 1, 4)    # frames 0, 1, 2

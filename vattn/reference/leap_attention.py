@@ -1,7 +1,7 @@
 """Leap attention: every token reads all tokens of the frames of its leap group.
 
-LAPS (Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", section 3.2), for any
-group size and any number of frames. With ``leap=2, group_size=2`` and 7 frames::
+LAPS (Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.2),
+for any group size and any number of frames. With ``leap=2, group_size=2`` and 7 frames::
 
     frame   0  1  2  3  4  5  6
     group   A  B  A  B  C  D  C         D lost its partner, and is smaller

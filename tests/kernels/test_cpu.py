@@ -1,0 +1,94 @@
+"""What is the CPU kernels' own: instruction sets, threads, and how the backward cuts its work."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.utils import assert_within_budget
+from vattn import _library, reference
+
+pytestmark = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def other_capabilities() -> list[str]:
+    return _library._C.cpu_capabilities()[1:] if _library._C is not None else []
+
+
+@pytest.mark.parametrize("capability", other_capabilities())
+def test_other_instruction_sets(capability):
+    """The tests of the C++ kernels, for the instruction sets that this processor would not choose."""
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "cpp",
+            *sorted(HERE.glob("test_*_*.py")),
+        ],
+        env=os.environ | {"VATTN_CPU_CAPABILITY": capability},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout
+
+
+def test_unknown_instruction_set_is_an_error():
+    program = "from vattn import _library; _library._C.cpu_capability()"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"VATTN_CPU_CAPABILITY": "avx3"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "VATTN_CPU_CAPABILITY must be one of" in run.stderr and "got VATTN_CPU_CAPABILITY=avx3" in run.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 1, 3, 150, 24), id="groups for few threads"),
+        pytest.param((1, 3, 2, 600, 256), id="groups too large to hold"),
+    ],
+)
+def test_any_number_of_threads(shape, dtype, threads):
+    """Few threads take whole groups, many cut them; the forward does not show it in a single bit."""
+    torch.manual_seed(0)
+    qkv_and_grad = torch.randn(4, *shape).to(dtype)
+    settings = (1, 2, 4, 0.0, None, 0.1)
+
+    def formula(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [x.to(dtype).detach().requires_grad_() for x in qkv_and_grad[:3]]
+        out, lse = reference.leap_attention(*leaves, 1, fold_div=4, scale=0.1, return_lse=True)
+        return out, lse, *torch.autograd.grad(out, leaves, qkv_and_grad[3].to(dtype))
+
+    truth, plain, first = formula(torch.float64), formula(dtype), None
+    for count in (1, 2, 5):
+        threads(count)
+        q, k, v, grad_out = qkv_and_grad
+        out, lse = torch.ops.vattn.leap_attention(q, k, v, *settings)
+        grads = torch.ops.vattn.leap_attention_backward(grad_out, None, q, k, v, out, lse, *settings)
+        for name, a, t, p in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), truth, plain, strict=True):
+            assert_within_budget(a, t, p, name)
+        first = first or (out, lse)
+        assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
