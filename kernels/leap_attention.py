@@ -8,7 +8,8 @@ gathered where they lie, and a tile may straddle frames, so that 197 tokens do n
     tile    |-------|-------|-------|---
 
 The periodic shift is part of the store of the output and, transposed, of the loads of its gradient. LAPS:
-Zhang et al., "Leap Attention with Periodic Shift for Video Transformers" (ACM MM 2022), sections 3.2, 3.3.
+Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022),
+sections 3.2, 3.3.
 
 In the kernels, ``group = (base, leap, N)`` and ``lanes = (lane // N, lane % N)`` say where rows are, so that a
 tile costs one scalar division.
@@ -211,14 +212,10 @@ def backward_query_kernel(
     lanes_k = (lane_k // N, lane_k % N)
     whole = rows // BLOCK_K * BLOCK_K
     for first in range(0, whole, BLOCK_K):
-        dq = backward_keys(
-            dq, query, scale, kv, first, None, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION
-        )
+        dq = backward_keys(dq, query, scale, kv, first, None, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION)
     if whole < rows:
         mask = whole + lane_k < rows
-        dq = backward_keys(
-            dq, query, scale, kv, whole, mask, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION
-        )
+        dq = backward_keys(dq, query, scale, kv, whole, mask, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION)
 
     offs = offsets(frame, token, dq_strides)
     flash.store_rows(head(dq_ptr, dq_strides, bh, H), offs, mask_q, flash.scale_rows(dq, scale), SHAPE)

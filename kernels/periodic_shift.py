@@ -4,8 +4,9 @@
            fold .. 2 fold   x[t-1]    (0 at the first frame)
          2 fold .. D        x[t]
 
-LAPS (Zhang et al., "Leap Attention with Periodic Shift for Video Transformers", section 3.3). Seen from the
-source, ``x[t]`` goes to up to three frames: its first channels to t-1, the next to t+1, the rest to t::
+LAPS (Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.3).
+Seen from the source, ``x[t]`` goes to up to three frames: its first channels to t-1, the next to t+1, the rest to
+t::
 
     frame        t-1        t         t+1
     x[t]       [:fold]   [2fold:]  [fold:2fold]
