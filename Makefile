@@ -35,7 +35,7 @@ test: $(BUILT)
 test-gpu: $(BUILT)
 	$(RUN) -m pytest -m gpu
 
-lint: $(INSTALLED)
+lint: $(BUILT)
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy

@@ -14,7 +14,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if "```python" in path.read_text()], ids=lambda p: p.name)
 def test_programs_run(path):
-    names: dict[str, object] = {}
+    names = {}
     for program in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
         exec(compile(program, path.name, "exec"), names)
 

@@ -82,9 +82,9 @@ def test_gradcheck(op):
 
 
 def test_gradcheck_with_dropout():
-    def dropped(*qkv: Tensor) -> Tensor:
+    def dropped(q, k, v):
         torch.manual_seed(1)
-        return vattn.leap_attention(*qkv, leap=1, dropout_p=0.4)
+        return vattn.leap_attention(q, k, v, leap=1, dropout_p=0.4)
 
     assert torch.autograd.gradcheck(dropped, video(1, 2, 3, 2, 3, dtype=torch.float64))
 
@@ -187,7 +187,7 @@ def test_changing_lengths_compile_at_most_twice(lengths, backward):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
-    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def layer(q, k, v):
         out = vattn.leap_attention(q, k, v, q.shape[2] // 2, fold_div=4, dropout_p=0.1)
         return vattn.periodic_shift(out, 4).movedim(1, -2).flatten(-2)
 

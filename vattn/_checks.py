@@ -54,7 +54,7 @@ def integer(op: str, name: str, value: object, least: int) -> None:
     """`value` is an int of at least `least` (a bool is not an int here)."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {name}={value!r}")
-    if value < least:  # type: ignore[operator]
+    if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {name}={value}")
 
 
@@ -62,7 +62,7 @@ def dropout(op: str, dropout_p: object) -> None:
     """`dropout_p` is a probability."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
         raise TypeError(f"{op}: dropout_p must be a float, got dropout_p={dropout_p!r}")
-    if not 0.0 <= dropout_p <= 1.0:
+    if not 0.0 <= float(dropout_p) <= 1.0:
         raise ValueError(f"{op}: dropout_p must be between 0 and 1, got dropout_p={dropout_p}")
 
 

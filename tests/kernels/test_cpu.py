@@ -78,9 +78,9 @@ def test_any_number_of_threads(shape, dtype, threads):
     settings = (1, 2, 4, 0.0, None, 0.1)
 
     def formula(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        leaves = [x.to(dtype).detach().requires_grad_() for x in qkv_and_grad[:3]]
-        out, lse = reference.leap_attention(*leaves, 1, fold_div=4, scale=0.1, return_lse=True)
-        return out, lse, *torch.autograd.grad(out, leaves, qkv_and_grad[3].to(dtype))
+        q, k, v = (x.to(dtype).detach().requires_grad_() for x in qkv_and_grad[:3])
+        out, lse = reference.leap_attention(q, k, v, 1, fold_div=4, scale=0.1, return_lse=True)
+        return out, lse, *torch.autograd.grad(out, (q, k, v), qkv_and_grad[3].to(dtype))
 
     truth, plain, first = formula(torch.float64), formula(dtype), None
     for count in (1, 2, 5):

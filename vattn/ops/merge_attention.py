@@ -98,7 +98,7 @@ def _fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("vattn::merge_attention_backward", lib=library)
-def _fake_backward(grad_out, grad_lse, outs, lses, out, lse):  # type: ignore[no-untyped-def]
+def _fake_backward(grad_out, grad_lse, outs, lses, out, lse):
     return [torch.empty_like(x) for x in outs], [x.new_empty(x.shape) for x in lses]
 
 
