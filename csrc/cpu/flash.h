@@ -147,20 +147,25 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   }
 }
 
-// Rows of queries that are held at once: all of them where their gradients are gathered, or a tile of them.
+// How a backward is cut. A chunk of queries is held while the keys stream past it; if one chunk is not all of them, the
+// gradients of all keys are kept until the last.
 struct BackwardWorkspace {
-  float *keys, *key_panel, *value_panel, *grad_key, *grad_value, *weights, *grad_scores;
-  float *query, *grad_out, *lse, *delta, *grad_query;  // of the queries held
+  int64_t ld, kept, size;  // kept: keys whose gradients are
+  float *keys, *key_panel, *value_panel, *weights, *grad_scores;
+  float *grad_key, *grad_value;                        // panels of the keys kept
+  float *query, *grad_out, *grad_query, *lse, *delta;  // of the queries held
   uint32_t *key_tokens, *query_tokens;
-  int64_t ld, size;
 
-  BackwardWorkspace(int64_t head_dim, int64_t queries, float* base) : ld(round_up(head_dim, VL)) {
+  BackwardWorkspace(int64_t head_dim, int64_t chunk, int64_t queries, int64_t all_keys, float* base)
+      : ld(round_up(head_dim, VL)), kept(queries > chunk ? round_up(all_keys, TILE) : TILE) {
+    int64_t held = least(chunk, round_up(queries, TILE));
     Pieces p{base};
-    for (float** piece : {&keys, &key_panel, &value_panel, &grad_key, &grad_value}) *piece = p.take(TILE * ld);
+    for (float** piece : {&keys, &key_panel, &value_panel}) *piece = p.take(TILE * ld);
     for (float** piece : {&weights, &grad_scores}) *piece = p.take(TILE * TILE);
-    for (float** piece : {&query, &grad_out, &grad_query}) *piece = p.take(queries * ld);
-    for (float** piece : {&lse, &delta}) *piece = p.take(queries);
-    query_tokens = (uint32_t*)p.take(queries);
+    for (float** piece : {&grad_key, &grad_value}) *piece = p.take(kept * ld);
+    for (float** piece : {&query, &grad_out, &grad_query}) *piece = p.take(held * ld);
+    for (float** piece : {&lse, &delta}) *piece = p.take(held);
+    query_tokens = (uint32_t*)p.take(held);
     key_tokens = (uint32_t*)p.take(TILE);
     size = p.used;
   }
@@ -172,6 +177,7 @@ struct BackwardWorkspace {
     it.load_lse(first, count, lse);
     it.load_delta(first, count, delta);
     if (it.dropout) it.query_tokens(first, count, query_tokens);
+    zero(grad_query, count * ld);
   }
 };
 
@@ -193,59 +199,64 @@ VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse
   }
 }
 
-// One tile of keys against queries [begin, end): their dk and dv if KEY, their part of w.grad_query if QUERY.
+// One tile of keys against the queries held: adds to grad_query of those if QUERY, to the panels of the keys if KEY.
 template <bool QUERY, bool KEY, class Itinerary>
-void backward_keys(const Itinerary& it, int64_t k0, int64_t begin, int64_t end, const BackwardWorkspace& w) {
-  const int64_t D = it.head_dim, ld = w.ld, keys = least(TILE, it.keys - k0), columns = round_up(keys, VL);
+void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t held, const BackwardWorkspace& w,
+                   float* grad_key, float* grad_value) {
+  const int64_t D = it.head_dim, ld = w.ld, columns = round_up(keys, VL);
   it.load_value(k0, keys, w.keys, ld, 1);
   zero(w.keys + keys * ld, (columns - keys) * ld);
   transpose(w.value_panel, TILE, w.keys, ld, columns, ld);
   it.load_key(k0, keys, w.keys, ld, 1);
   transpose(w.key_panel, TILE, w.keys, ld, columns, ld);
   if (it.dropout) it.key_tokens(k0, keys, w.key_tokens);
-  if constexpr (KEY) {
-    zero(w.grad_key, TILE * ld);
-    zero(w.grad_value, TILE * ld);
-  }
 
-  for (int64_t q0 = begin; q0 < end; q0 += TILE) {
-    int64_t queries = least(TILE, end - q0), held = QUERY ? q0 - begin : 0;
-    if constexpr (!QUERY) w.hold(it, q0, queries);
-    const float *query = w.query + held * ld, *grad_out = w.grad_out + held * ld;
+  for (int64_t q0 = 0; q0 < held; q0 += TILE) {
+    int64_t queries = least(TILE, held - q0);
+    const float *query = w.query + q0 * ld, *grad_out = w.grad_out + q0 * ld;
     multiply(false, queries, columns, D, {query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
     multiply(false, queries, columns, D, {grad_out, ld, 1}, w.value_panel, TILE, w.grad_scores, TILE);
     for (int64_t q = 0; q < queries; ++q)
-      weigh(w.weights + q * TILE, w.grad_scores + q * TILE, columns, w.lse[held + q], w.delta[held + q], it.dropout,
-            w.query_tokens[held + q], w.key_tokens);
+      weigh(w.weights + q * TILE, w.grad_scores + q * TILE, columns, w.lse[q0 + q], w.delta[q0 + q], it.dropout,
+            w.query_tokens[q0 + q], w.key_tokens);
     if constexpr (KEY) {
-      multiply(true, D, columns, queries, {grad_out, 1, ld}, w.weights, TILE, w.grad_value, TILE);
-      multiply(true, D, columns, queries, {query, 1, ld}, w.grad_scores, TILE, w.grad_key, TILE);
+      multiply(true, D, columns, queries, {grad_out, 1, ld}, w.weights, TILE, grad_value, TILE);
+      multiply(true, D, columns, queries, {query, 1, ld}, w.grad_scores, TILE, grad_key, TILE);
     }
     if constexpr (QUERY)
-      multiply(true, queries, ld, keys, {w.grad_scores, TILE, 1}, w.keys, ld, w.grad_query + held * ld, ld);
-  }
-  if constexpr (KEY) {
-    float* rows = w.keys;
-    transpose(rows, ld, w.grad_value, TILE, ld, columns);
-    it.store_grad_value(k0, keys, rows, ld, 1);
-    transpose(rows, ld, w.grad_key, TILE, ld, columns);
-    it.store_grad_key(k0, keys, rows, ld, LN2);  // the queries carry scale * log2(e): scale is left
+      multiply(true, queries, ld, keys, {w.grad_scores, TILE, 1}, w.keys, ld, w.grad_query + q0 * ld, ld);
   }
 }
 
-// All gradients of queries and keys that only know each other, in one pass; or, QUERY or KEY alone, those of one side.
+// The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other: five
+// products for both at once, four and three for either alone.
 template <bool QUERY, bool KEY, class Itinerary>
-void backward(const Itinerary& it, int64_t query_begin, int64_t query_end, int64_t key_begin, int64_t key_end,
-              float* workspace) {
-  const int64_t queries = query_end - query_begin;
-  const BackwardWorkspace w(it.head_dim, QUERY ? queries : TILE, workspace);
-  if constexpr (QUERY) {
-    w.hold(it, query_begin, queries);
-    zero(w.grad_query, queries * w.ld);
-  }
-  for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE)
-    backward_keys<QUERY, KEY>(it, k0, query_begin, query_end, w);
-  if constexpr (QUERY) it.store_grad_query(query_begin, queries, w.grad_query, w.ld, it.scale);
+void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
+              int64_t key_end, float* workspace) {
+  const BackwardWorkspace w(it.head_dim, chunk, query_end - query_begin, KEY ? key_end - key_begin : 0, workspace);
+  const int64_t ld = w.ld;
+  auto panel = [&](float* panels, int64_t k0) { return panels + (k0 - key_begin) % w.kept * ld; };
+  int64_t q0 = query_begin;
+  do {
+    int64_t held = least(chunk, query_end - q0);
+    bool first = q0 == query_begin, last = q0 + held == query_end;
+    w.hold(it, q0, held);
+    for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE) {
+      int64_t keys = least(TILE, key_end - k0);
+      float *grad_key = panel(w.grad_key, k0), *grad_value = panel(w.grad_value, k0);
+      if (KEY && first) zero(grad_key, TILE * ld), zero(grad_value, TILE * ld);
+      backward_tile<QUERY, KEY>(it, k0, keys, held, w, grad_key, grad_value);
+      if (KEY && last) {
+        float* rows = w.keys;
+        transpose(rows, ld, grad_value, TILE, ld, round_up(keys, VL));
+        it.store_grad_value(k0, keys, rows, ld, 1);
+        transpose(rows, ld, grad_key, TILE, ld, round_up(keys, VL));
+        it.store_grad_key(k0, keys, rows, ld, LN2);  // the queries carry scale * log2(e): scale is left
+      }
+    }
+    if constexpr (QUERY) it.store_grad_query(q0, held, w.grad_query, ld, it.scale);
+    q0 += held;
+  } while (q0 < query_end);
 }
 
 }  // namespace VATTN_ISA

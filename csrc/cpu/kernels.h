@@ -28,9 +28,8 @@ struct LeapAttention {
   // Backward only. `delta` (B, H, T, N) comes in as minus the gradient of lse, or 0.
   Video grad_out, grad_query, grad_key, grad_value;
   float* delta;
-  // How the work is cut: panels of queries to an item (forward), or whole groups to an item (backward).
-  int64_t panels;
-  bool whole_groups;
+  int64_t panels;  // of queries to an item of the forward
+  int64_t chunk;   // of queries held at once by the backward
 
   int64_t max_group() const { return (group_size < T ? group_size : T) * N; }
   int64_t groups() const {
@@ -74,7 +73,7 @@ struct Kernels {
   const char* name;
   int64_t tile;  // queries in a panel, keys in a tile
   int64_t (*forward_workspace)(int64_t head_dim, int64_t panels);
-  int64_t (*backward_workspace)(int64_t head_dim, int64_t queries);
+  int64_t (*backward_workspace)(int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys);
   void (*leap_forward)(const LeapAttention&, int64_t begin, int64_t end, float* workspace);
   void (*leap_delta)(const LeapAttention&, int64_t begin, int64_t end, float* workspace);
   void (*leap_backward)(const LeapAttention&, int64_t begin, int64_t end, float* workspace);

@@ -76,18 +76,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   a.grad_out = video(grad_out);
   a.grad_query = video(grad_query), a.grad_key = video(grad_key), a.grad_value = video(grad_value);
 
-  // A thread takes whole groups while their queries stay in cache and there are groups enough: five products
+  // A thread takes whole groups while what it keeps of one stays in cache and there are groups enough: five products
   // instead of seven. Otherwise queries and keys are cut separately.
-  int64_t groups = a.B * a.H * a.groups();
+  int64_t groups = a.B * a.H * a.groups(), rows = a.max_group();
+  a.chunk = std::max(k.tile, CACHED_FLOATS / a.D / k.tile * k.tile);
   run(k.leap_delta, a, groups, k.forward_workspace(a.D, 1));
-  if (a.max_group() * a.D <= 4 * CACHED_FLOATS && groups >= at::get_num_threads()) {
-    run(k.leap_backward, a, groups, k.backward_workspace(a.D, a.max_group()));
+  if ((rows <= a.chunk || rows * a.D <= 4 * CACHED_FLOATS) && groups >= at::get_num_threads()) {
+    run(k.leap_backward, a, groups, k.backward_workspace(a.D, a.chunk, rows, rows));
   } else {
-    a.panels = 4;
-    int64_t rows = a.panels * k.tile, queries = (a.max_group() + rows - 1) / rows;
-    int64_t keys = (a.max_group() + k.tile - 1) / k.tile;
-    run(k.leap_backward_query, a, groups * queries, k.backward_workspace(a.D, rows));
-    run(k.leap_backward_key, a, groups * keys, k.backward_workspace(a.D, k.tile));
+    a.chunk = std::min(a.chunk, 4 * k.tile);
+    run(k.leap_backward_query, a, groups * ((rows + a.chunk - 1) / a.chunk), k.backward_workspace(a.D, a.chunk, a.chunk, 0));
+    run(k.leap_backward_key, a, groups * ((rows + k.tile - 1) / k.tile), k.backward_workspace(a.D, a.chunk, rows, k.tile));
   }
   return {grad_query, grad_key, grad_value};
 }

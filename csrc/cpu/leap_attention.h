@@ -168,17 +168,17 @@ template <class T>
 void leap_backward(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
   for (int64_t item = begin; item < end; ++item) {
     LeapGroup<T> group(a, item);
-    backward<true, true>(group, 0, group.queries, 0, group.keys, workspace);
+    backward<true, true>(group, a.chunk, 0, group.queries, 0, group.keys, workspace);
   }
 }
 
 template <class T>
 void leap_backward_query(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
-  int64_t rows = a.panels * TILE, tiles = (a.max_group() + rows - 1) / rows;
+  int64_t tiles = (a.max_group() + a.chunk - 1) / a.chunk;
   for (int64_t item = begin; item < end; ++item) {
     LeapGroup<T> group(a, item / tiles);
-    int64_t first = item % tiles * rows, last = least(first + rows, group.queries);
-    if (first < last) backward<true, false>(group, first, last, 0, group.keys, workspace);
+    int64_t first = item % tiles * a.chunk, last = least(first + a.chunk, group.queries);
+    if (first < last) backward<true, false>(group, a.chunk, first, last, 0, group.keys, workspace);
   }
 }
 
@@ -188,7 +188,7 @@ void leap_backward_key(const LeapAttention& a, int64_t begin, int64_t end, float
   for (int64_t item = begin; item < end; ++item) {
     LeapGroup<T> group(a, item / tiles);
     int64_t first = item % tiles * TILE, last = least(first + TILE, group.keys);
-    if (first < last) backward<false, true>(group, 0, group.queries, first, last, workspace);
+    if (first < last) backward<false, true>(group, a.chunk, 0, group.queries, first, last, workspace);
   }
 }
 

@@ -25,7 +25,9 @@ const Kernels& table() {
       VATTN_NAME,
       TILE,
       [](int64_t head_dim, int64_t panels) { return ForwardWorkspace(head_dim, panels, nullptr).size; },
-      [](int64_t head_dim, int64_t queries) { return BackwardWorkspace(head_dim, queries, nullptr).size; },
+      [](int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys) {
+        return BackwardWorkspace(head_dim, chunk, queries, keys, nullptr).size;
+      },
       VATTN_LEAP(leap_forward),
       VATTN_LEAP(leap_delta),
       VATTN_LEAP(leap_backward),
