@@ -183,7 +183,7 @@ def _resources(compiled: Any, log: str) -> dict[str, Any]:
     if "ptx" in compiled.asm:
         registers, spilled = number(r"Used (\d+) registers", log), number(r"(\d+) bytes spill stores", log)
     else:
-        registers = number(r"\.vgpr_count: +(\d+)", assembly) + number(r"\.agpr_count: +(\d+)", assembly)
+        registers = number(r"\.vgpr_count: +(\d+)", assembly)
         spilled = 4 * number(r"\.vgpr_spill_count: +(\d+)", assembly)
     matrix = {name: len(re.findall(pattern, assembly)) for name, pattern in MATRIX_INSTRUCTIONS.items()}
     return {

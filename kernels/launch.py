@@ -7,7 +7,7 @@ to tell the compiler, that rows may be loaded 16 bytes at a time, is one compile
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,18 +38,36 @@ def with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def strides(x: Tensor, axes: int) -> tuple[int, ...]:
-    """Strides of the first `axes` axes, 0 where there is nothing to step over."""
-    return tuple(step if size > 1 else 0 for size, step in zip(x.shape[:axes], x.stride()))
+def pack(values: Iterable[int]) -> tuple[int, ...]:
+    """Integers for a kernel's tuple argument, which reads them with :func:`unpack`.
+
+    Triton specialises the integers in a tuple whatever it is told: on being 1, and on being a multiple of 16.
+    ``4 * value + 2`` is neither, for any value.
+    """
+    return tuple(4 * value + 2 for value in values)
+
+
+@triton.jit
+def unpack(packed, I: tl.constexpr):
+    """Element I of a tuple that :func:`pack` made."""
+    return packed[I] >> 2
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of all axes but the last, packed."""
+    return pack(_strides(x))
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of all axes but the last, 0 where there is nothing to step over."""
+    axes = x.dim() - 1
+    return tuple(step if size > 1 else 0 for size, step in zip(x.shape[:axes], x.stride()[:axes], strict=True))
 
 
 def alignment(*tensors: Tensor) -> int:
     """How many elements each row of `tensors` starts a multiple of: those of a vector load, or 1."""
     vector = VECTOR_BYTES // tensors[0].element_size()
-    aligned = all(
-        x.data_ptr() % VECTOR_BYTES == 0 and all(step % vector == 0 for step in strides(x, x.dim() - 1))
-        for x in tensors
-    )
+    aligned = all(x.data_ptr() % VECTOR_BYTES == 0 and all(step % vector == 0 for step in _strides(x)) for x in tensors)
     return vector if aligned else 1
 
 

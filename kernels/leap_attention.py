@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vattn._library import empty_rows
 from vattn.kernels import configs, flash, launch
+from vattn.kernels.launch import unpack
 from vattn.kernels.periodic_shift import load_moved, store_moved, store_zeros
 
 
@@ -56,13 +57,13 @@ def frame_token(first, lanes, group):
 @triton.jit
 def head(ptr, strides, bh, H):
     """Where a batch and head begin."""
-    return ptr + (bh // H).to(tl.int64) * strides[0] + (bh % H).to(tl.int64) * strides[1]
+    return ptr + (bh // H).to(tl.int64) * unpack(strides, 0) + (bh % H).to(tl.int64) * unpack(strides, 1)
 
 
 @triton.jit
 def offsets(frame, token, strides):
     """Offsets of rows within their batch and head."""
-    return frame.to(tl.int64) * strides[2] + token.to(tl.int64) * strides[3]
+    return frame.to(tl.int64) * unpack(strides, 2) + token.to(tl.int64) * unpack(strides, 3)
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def load_rows(ptr, frame, token, mask, strides, T, SHAPE: tl.constexpr, FOLD: tl
     if FOLD == 0:
         return flash.load_rows(ptr, offs, mask, SHAPE)
     else:
-        return load_moved(ptr, offs, mask, frame, T, strides[2], SHAPE, FOLD)
+        return load_moved(ptr, offs, mask, frame, T, unpack(strides, 2), SHAPE, FOLD)
 
 
 @triton.jit
@@ -144,7 +145,7 @@ def forward_kernel(
     if FOLD == 0:
         flash.store_rows(out_ptr, offs, mask_q, out, SHAPE)
     else:
-        store_moved(out_ptr, offs, mask_q, out, frame, T, out_strides[2], SHAPE, FOLD)
+        store_moved(out_ptr, offs, mask_q, out, frame, T, unpack(out_strides, 2), SHAPE, FOLD)
         # Only groups with the first or the last frame of the clip have rows to which nothing moves.
         if (group[0] == 0) | (group[0] + (rows // N - 1) * leap == T - 1):
             store_zeros(out_ptr, offs, mask_q, frame, T, SHAPE, FOLD)
@@ -286,7 +287,7 @@ def forward(
     work = _Work(query, leap, group_size, fold_div, dropout_p, scale, (query, key, value, out))
     work.run(
         forward_kernel, "forward", query, key, value, out, lse, seed,
-        *(launch.strides(x, 4) for x in (query, key, value, out)), SIGN=sign,
+        *(launch.strides(x) for x in (query, key, value, out)), SIGN=sign,
     )  # fmt: skip
     return out, lse
 
@@ -303,8 +304,8 @@ def backward(
     delta = torch.empty_like(lse)
     inputs = (grad_out, query, key, value, out, dq)
     work = _Work(query, leap, group_size, fold_div, dropout_p, scale, inputs)
-    do_strides, q_strides, k_strides, v_strides, out_strides, grad_strides = (launch.strides(x, 4) for x in inputs)
-    dlse_strides = None if grad_lse is None else launch.strides(grad_lse, 4)
+    do_strides, q_strides, k_strides, v_strides, out_strides, grad_strides = (launch.strides(x) for x in inputs)
+    dlse_strides = None if grad_lse is None else launch.strides(grad_lse[..., None])
     work.run(
         backward_query_kernel, "backward_query", grad_out, grad_lse, query, key, value, out, lse, delta, dq, seed,
         do_strides, dlse_strides, q_strides, k_strides, v_strides, out_strides, grad_strides,

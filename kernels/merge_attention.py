@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vattn.kernels import flash, launch
+from vattn.kernels.launch import unpack
 
 MAX_PARTS = 16  # of one kernel, whose loops over the parts are unrolled; more are merged in rounds
 TILE, NUM_WARPS = 2048, 4  # elements of a program
@@ -32,8 +33,8 @@ def row_offsets(row, sizes, strides):
     """Offsets of rows that are numbered in the order of `sizes`."""
     offs = row * 0
     for i in tl.static_range(len(sizes) - 1, -1, -1):
-        offs += row % sizes[i] * strides[i]
-        row = row // sizes[i]
+        offs += row % unpack(sizes, i) * unpack(strides, i)
+        row = row // unpack(sizes, i)
     return offs
 
 
@@ -102,7 +103,7 @@ def backward(
         return grad_outs, grad_lses
     grad_out, out = launch.with_rows(grad_out), launch.with_rows(out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    parts, lses, stores = _alike(outs), [x.contiguous() for x in lses], _alike(grad_outs)
+    parts, lses, stores = _alike(outs), [_aligned(x.contiguous()) for x in lses], _alike(grad_outs)
     sizes, block = _rows(out)
     settings = {"SHAPE": _shape(grad_out, out, *parts, *stores), "BLOCK": block, "num_warps": NUM_WARPS}
     layouts = [_strides(x) for x in (grad_out, parts[0], out, stores[0])]
@@ -113,7 +114,7 @@ def backward(
             tuple(parts[some]), tuple(lses[some]), out, lse, tuple(stores[some]), tuple(grad_lses[some]),
             sizes, *layouts, lse.numel(), **settings,
         )  # fmt: skip
-    for grad, stored in zip(grad_outs, stores):
+    for grad, stored in zip(grad_outs, stores, strict=True):
         if stored is not grad:
             grad.copy_(stored)
     return grad_outs, grad_lses
@@ -132,7 +133,7 @@ def _merge(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[
     sizes, block = _rows(out)
     launch.launch(
         forward_kernel, triton.cdiv(lse.numel(), block), out,
-        tuple(parts), tuple(x.contiguous() for x in lses), stored, lse,
+        tuple(parts), tuple(_aligned(x.contiguous()) for x in lses), stored, lse,
         sizes, _strides(parts[0]), _strides(stored), lse.numel(),
         SHAPE=_shape(stored, *parts), BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -141,18 +142,22 @@ def _merge(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[
 
 def _alike(tensors: list[Tensor]) -> list[Tensor]:
     """`tensors` if they are laid out alike, row by row, as the kernels read them; else contiguous copies."""
-    layouts = {(_strides(x), launch.with_rows(x) is x) for x in tensors}
-    alike = len(layouts) == 1 and next(iter(layouts))[1]
-    return tensors if alike else [x.contiguous() for x in tensors]
+    alike = len({_strides(x) for x in tensors}) == 1 and all(launch.with_rows(_aligned(x)) is x for x in tensors)
+    return tensors if alike else [_aligned(x.contiguous()) for x in tensors]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, copied if it starts between vectors: Triton specialises addresses in a tuple on multiples of 16."""
+    return x if x.data_ptr() % launch.VECTOR_BYTES == 0 else x.clone()
 
 
 def _rows(x: Tensor) -> tuple[tuple[int, ...], int]:
-    """The sizes of all axes but the last, and how many rows a program has."""
-    return tuple(x.shape[:-1]) or (1,), max(1, TILE // triton.next_power_of_2(max(x.shape[-1], 1)))
+    """The sizes of all axes but the last, packed, and how many rows a program has."""
+    return launch.pack(x.shape[:-1] or (1,)), max(1, TILE // triton.next_power_of_2(max(x.shape[-1], 1)))
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    return launch.strides(x, x.dim() - 1) or (0,)
+    return launch.strides(x) or launch.pack((0,))
 
 
 def _shape(*tensors: Tensor) -> flash.Shape:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vattn._library import empty_rows
 from vattn.kernels import flash, launch
+from vattn.kernels.launch import unpack
 
 TILE, NUM_WARPS = 4096, 4  # elements of a program
 
@@ -97,14 +98,17 @@ def shift_kernel(
     mask_row = row < rows
     h, n = row % H, row // H % N
     t, b = row // H // N % T, row // H // N // T
-    offs_x = b * x_strides[0] + h * x_strides[1] + t * x_strides[2] + n * x_strides[3]
-    offs_out = b * out_strides[0] + h * out_strides[1] + t * out_strides[2] + n * out_strides[3]
+    offs_x, offs_out = row * 0, row * 0
+    index = (b, h, t, n)
+    for i in tl.static_range(4):
+        offs_x += index[i] * unpack(x_strides, i)
+        offs_out += index[i] * unpack(out_strides, i)
     if TRANSPOSE:
-        x = load_moved(x_ptr, offs_x, mask_row, t, T, x_strides[2], SHAPE, FOLD)
+        x = load_moved(x_ptr, offs_x, mask_row, t, T, unpack(x_strides, 2), SHAPE, FOLD)
         flash.store_rows(out_ptr, offs_out, mask_row, x, SHAPE)
     else:
         x = flash.load_rows(x_ptr, offs_x, mask_row, SHAPE)
-        store_moved(out_ptr, offs_out, mask_row, x, t, T, out_strides[2], SHAPE, FOLD)
+        store_moved(out_ptr, offs_out, mask_row, x, t, T, unpack(out_strides, 2), SHAPE, FOLD)
         store_zeros(out_ptr, offs_out, mask_row, t, T, SHAPE, FOLD)
 
 
@@ -118,7 +122,7 @@ def forward(x: Tensor, fold_div: int, transpose: bool) -> Tensor:
     rows = B * H * T * N
     block = max(1, TILE // triton.next_power_of_2(D))
     launch.launch(
-        shift_kernel, triton.cdiv(rows, block), x, x, out, launch.strides(x, 4), launch.strides(out, 4),
+        shift_kernel, triton.cdiv(rows, block), x, x, out, launch.strides(x), launch.strides(out),
         H, T, N, rows, SHAPE=flash.shape(D, launch.alignment(x, out)), FOLD=D // fold_div, TRANSPOSE=transpose,
         BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip

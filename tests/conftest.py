@@ -34,13 +34,13 @@ def _complete_interpreter() -> None:
     dot, cast, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang
     patched: set[int] = set()  # modules, by their globals, whose view of the language this launch has patched
 
-    def cast_impl(self, src, dst_type):  # type: ignore[no-untyped-def]
+    def cast_impl(self, src, dst_type):
         if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
             rounded = torch.from_numpy(src.data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
             return interpreter.TensorHandle(rounded, tl.bfloat16)
         return cast(self, src, dst_type)
 
-    def create_dot(self, a, b, *rest):  # type: ignore[no-untyped-def]
+    def create_dot(self, a, b, *rest):
         if a.dtype.scalar == tl.bfloat16:
             a, b = (cast(self, x, tl.float32) for x in (a, b))
         return dot(self, a, b, *rest)
@@ -48,14 +48,14 @@ def _complete_interpreter() -> None:
     class Launch:
         """The patches of one launch, undone at its end."""
 
-        def __init__(self, scope):  # type: ignore[no-untyped-def]
+        def __init__(self, scope):
             self.scope = scope
 
         def restore(self) -> None:
             patched.clear()
             self.scope.restore()
 
-    def patch_lang(fn):  # type: ignore[no-untyped-def]
+    def patch_lang(fn):
         if id(fn.__globals__) in patched:
             return None
         patched.add(id(fn.__globals__))

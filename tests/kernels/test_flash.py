@@ -15,13 +15,15 @@ SHAPE = flash.shape(D, 1)
 
 
 @launch.kernel
-def attend(q_ptr, k_ptr, v_ptr, allowed_ptr, out_ptr, lse_ptr, tiles, SHAPE: tl.constexpr, ROWS: tl.constexpr):
+def attend(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, allowed_ptr, out_ptr, lse_ptr, tiles, SHAPE: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     """One tile of queries over `tiles` tiles of keys, of which each query reads those that are allowed."""
     lane = tl.arange(0, ROWS)
     offs, mask = lane * SHAPE.head_dim, lane < ROWS
     q = flash.load_rows(q_ptr, offs, mask, SHAPE)
     state = flash.forward_start(ROWS, SHAPE)
-    for i in range(0, tiles):
+    for i in range(tiles):
         k = flash.load_rows(k_ptr + i * ROWS * SHAPE.head_dim, offs, None, SHAPE)
         v = flash.load_rows(v_ptr + i * ROWS * SHAPE.head_dim, offs, None, SHAPE)
         allowed = tl.load(allowed_ptr + lane[:, None] * ROWS * tiles + i * ROWS + lane[None, :])

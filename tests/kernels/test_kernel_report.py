@@ -1,0 +1,111 @@
+"""What the compiler makes of the kernels, without a GPU: in another process, since in this one they are interpreted."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from vattn.kernels import configs
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Calls the launchers with many lengths, leaps and layouts; prints how often each kernel would have been compiled.
+COUNT_COMPILATIONS = """
+import collections, json
+import torch
+from triton import knobs
+from benchmarks import kernel_report
+from vattn.kernels import leap_attention, merge_attention, periodic_shift
+
+keys = collections.defaultdict(set)
+def remember(key, fn, **ignored):
+    keys[f"{fn.module.split('.')[-1]}.{fn.name.split('.')[-1]}"].add(key)
+    return True  # and do not compile
+knobs.runtime.jit_cache_hook = remember
+
+def call(B, H, T, N, D, leap, group_size, projected):
+    shape = (B, T, N, 3, H, D) if projected else (3, B, H, T, N, D)
+    q, k, v = torch.empty(shape, dtype=torch.bfloat16, device="meta").permute(
+        (3, 0, 4, 1, 2, 5) if projected else (0, 1, 2, 3, 4, 5))
+    settings = (leap, group_size, 4, 0.0, None, 0.1)
+    out, lse = leap_attention.forward(q, k, v, *settings)
+    leap_attention.backward(out, lse, q, k, v, out, lse, *settings)
+    periodic_shift.forward(q, 4, False)
+    merge_attention.forward([q, k], [lse, lse])
+    merge_attention.backward(out, lse, [q, k], [lse, lse], out, lse)
+
+def launched(function, *args, **settings):
+    function.warmup(*args, **settings)
+
+with kernel_report.offline("sm90", launched):
+    for D in (72, 128):
+        for projected in (False, True):
+            for T, leap, group_size in ((1, 1, 1), (2, 1, 2), (7, 3, 2), (16, 4, 2), (16, 1, 16)):
+                for N in (1, 2, 15, 16, 17, 32, 197, 784):
+                    call(1, 1, T, N, D, leap, group_size, projected)
+            call(2, 16, 16, 197, D, 4, 2, projected)
+print(json.dumps({name: len(found) for name, found in keys.items()}))
+"""
+
+
+def in_another_process(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_bounds_on_hopper(tmp_path):
+    """No spills, and wgmma, in the kernels of a whole and of a split head dim; the report itself checks the rest."""
+    path = tmp_path / "report.jsonl"
+    in_another_process(
+        "benchmarks/kernel_report.py", "--architectures", "sm90", "--head-dims", "80", "128", "--json", str(path)
+    )
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(row["kernel"], row["head_dim"]) for row in rows} == {
+        (f"leap_attention.{name}", head_dim)
+        for name in ("forward", "backward_query", "backward_key")
+        for head_dim in (80, 128)
+    }
+    for row in rows:
+        assert row["spilled_bytes"] == 0, row
+        assert row["matrix_instructions"]["wgmma"] > 0, row
+
+
+def test_the_stored_report_is_in_bounds():
+    """The lines that are checked in cover all tuned head dims on all architectures, and keep the bounds."""
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/kernel_report.jsonl").read_text().splitlines()]
+    covered = {(row["architecture"], row["kernel"], row["head_dim"]) for row in rows}
+    for architecture, passes in configs.TABLE.items():
+        for name in passes:
+            for head_dim in (64, 72, 80, 96, 120, 128, 144, 256):
+                assert (architecture, f"leap_attention.{name}", head_dim) in covered
+    hopper = [row for row in rows if row["architecture"] == "sm90" and row["kernel"].startswith("leap_attention")]
+    for row in hopper:
+        if row["dtype"] != "float32":
+            assert row["matrix_instructions"].get("wgmma", 0) > 0, row
+            assert row["spilled_bytes"] == 0 or row["head_dim"] > 128, row
+
+
+def test_no_length_compiles_anew():
+    """One compilation of each kernel for each head dim: lengths, leaps and strides are not specialised on."""
+    counts = json.loads(in_another_process("-c", COUNT_COMPILATIONS).splitlines()[-1])
+    assert sorted(counts) == [
+        "leap_attention.backward_key_kernel",
+        "leap_attention.backward_query_kernel",
+        "leap_attention.forward_kernel",
+        "merge_attention.backward_kernel",
+        "merge_attention.forward_kernel",
+        "periodic_shift.shift_kernel",
+    ]
+    assert set(counts.values()) == {2}, counts
+
+
+def test_the_tiles_of_a_length_are_those_of_any_other():
+    """The table is asked about a row's width alone: no entry could depend on a length."""
+    for passes in configs.TABLE.values():
+        assert set(passes) == {"forward", "backward_query", "backward_key"}
+        for widths in passes.values():
+            assert list(widths) == sorted(widths) and max(widths) >= 256 * 4
