@@ -84,3 +84,18 @@ def sequence(op: str, name: str, value: object) -> list[Tensor]:
     if not value:
         raise ValueError(f"{op}: {name} must have at least one element, got len({name})=0")
     return list(value)
+
+
+def key_lengths(op: str, value: object, query: Tensor) -> None:
+    """`value` is one int per sample; how large they are is for the kernels to see."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        got = f"key_lengths.dtype={value.dtype}" if isinstance(value, Tensor) else f"key_lengths={value!r}"
+        raise TypeError(f"{op}: key_lengths must be an int32 or int64 tensor, got {got}")
+    if value.device != query.device:
+        raise ValueError(
+            f"{op}: key_lengths must be on the device of query ({query.device}), got key_lengths.device={value.device}"
+        )
+    if value.shape != query.shape[:1]:
+        raise ValueError(
+            f"{op}: key_lengths must have shape ({query.shape[0]},), got key_lengths.shape={tuple(value.shape)}"
+        )

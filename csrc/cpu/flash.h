@@ -6,9 +6,9 @@
 // It knows tiles, not tensors. Where rows live is told by an itinerary:
 //
 //     int64_t head_dim, queries, keys;  float scale;  const Dropout* dropout;
-//     load_query / load_key / load_value / load_grad_out (first, count, rows, ld, times)   to float rows
+//     load_query / load_key / load_value / load_out / load_grad_out (first, count, rows, ld, times)   to float rows
 //     store_out / store_grad_query / store_grad_key / store_grad_value (first, count, rows, ld, times)
-//     store_lse / load_lse / load_delta (first, count, floats)
+//     store_lse / load_lse / load_delta / add_delta (first, count, floats)
 //     query_tokens / key_tokens (first, count, integers)      the operator's own numbers of rows, for dropout
 //
 // Forward, a panel holds TILE queries, transposed, so that a vector is VL queries: the softmax needs no sum across a
@@ -28,6 +28,7 @@ namespace vattn {
 namespace VATTN_ISA {
 
 constexpr int64_t TILE = 64;
+constexpr int64_t AHEAD = 6;  // rows to fetch early: each may lie on a page of its own, which no processor foresees
 
 // Hands out pieces of one thread's workspace; without one, it only counts.
 struct Pieces {
@@ -144,6 +145,24 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
       w.rows[j] = sum > 0 ? w.maximum[p * TILE + j] * LN2 + __builtin_logf(sum) : -INFINITE;
     }
     it.store_lse(row, n, w.rows);
+  }
+}
+
+// delta = sum over channels of out * d out, minus the gradient of lse.
+template <class Itinerary>
+void delta(const Itinerary& it, float* workspace) {
+  const ForwardWorkspace w(it.head_dim, 1, workspace);
+  for (int64_t first = 0; first < it.queries; first += TILE) {
+    int64_t count = least(TILE, it.queries - first);
+    it.load_out(first, count, w.rows, w.ld, 1);
+    it.load_grad_out(first, count, w.values, w.ld, 1);
+    for (int64_t i = 0; i < count; ++i) {
+      Vec products{};
+      for (int64_t d = 0; d < w.ld; d += VL) products += load(w.rows + i * w.ld + d) * load(w.values + i * w.ld + d);
+      w.sum[i] = 0;
+      for (int l = 0; l < VL; ++l) w.sum[i] += products[l];
+    }
+    it.add_delta(first, count, w.sum);
   }
 }
 

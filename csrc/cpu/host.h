@@ -4,7 +4,9 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
-#include <utility>
+#include <algorithm>
+#include <optional>
+#include <tuple>
 
 #include "kernels.h"
 
@@ -26,13 +28,30 @@ inline at::Tensor with_rows(const at::Tensor& x) {
 }
 
 inline Video video(const at::Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  bool has_frames = x.dim() == 5;
+  return {x.data_ptr(), x.stride(0), x.stride(1), has_frames ? x.stride(2) : 0, x.stride(-2)};
 }
 
-// An empty (B, H, T, N, D) that lies in memory as (B, T, N, H, D), so that merging heads is a view.
+// An empty (B, H, ..., D) that lies in memory as (B, ..., H, D), so that merging heads is a view.
 inline at::Tensor empty_rows(const at::Tensor& like) {
-  auto s = like.sizes();
-  return at::empty({s[0], s[2], s[3], s[1], s[4]}, like.options()).permute({0, 3, 1, 2, 4});
+  return at::empty_like(like.movedim(1, -2), at::MemoryFormat::Contiguous).movedim(-2, 1);
+}
+
+// One number for each row of `like`.
+inline at::Tensor empty_sums(const at::Tensor& like) {
+  return at::empty(like.sizes().slice(0, like.dim() - 1), like.options().dtype(at::kFloat));
+}
+
+// What every attention takes, of a query (B, H, ..., D).
+inline void set_attention(const char* op, Attention& a, const at::Tensor& query, double dropout_p,
+                          const std::optional<at::Tensor>& seed, double scale) {
+  a.dtype = dtype_of(op, query);
+  a.B = query.size(0), a.H = query.size(1), a.D = query.size(-1);
+  TORCH_CHECK_VALUE(a.D >= 1 && a.D <= 256, op, ": head_dim must be between 1 and 256, got head_dim=", a.D);
+  TORCH_CHECK_VALUE(dropout_p == 0 || seed.has_value(), op, ": dropout needs a seed");
+  a.scale = (float)scale;
+  a.dropout_p = (float)dropout_p;
+  if (seed.has_value()) a.seed = seed->item<int64_t>();
 }
 
 // Runs items [0, items) on PyTorch's threads, each of which gets `floats` of workspace.
@@ -45,6 +64,52 @@ void run(Kernel kernel, const Args& args, int64_t items, int64_t floats) {
   at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     kernel(args, begin, end, base + at::get_thread_num() * floats);
   });
+}
+
+constexpr int64_t CACHED_FLOATS = 1 << 16;  // what an item keeps in the second-level cache
+
+inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Panels of queries to an item: as many as share one load of the keys and still leave work for every thread.
+inline int64_t panels_of_item(const Attention& a, int64_t tile) {
+  int64_t panels = parts(a.max_queries, tile), items = 1;
+  int64_t most = std::max<int64_t>(1, CACHED_FLOATS / (2 * tile * a.D));  // for their queries and outputs
+  while (parts(panels, items) > most || (a.components * items < 2 * at::get_num_threads() && items < panels)) ++items;
+  return parts(panels, items);
+}
+
+template <class Args>
+void run_forward(const AttentionKernels<Args>& kernel, const Args& a) {
+  const Kernels& k = kernels();
+  run(kernel.forward, a, a.components * parts(a.max_queries, a.panels * k.tile), k.forward_workspace(a.D, a.panels));
+}
+
+// A thread takes whole components while what it keeps of one stays in cache and there are enough of them: five products
+// instead of seven. Otherwise queries and keys are cut separately.
+template <class Args>
+void run_backward(const AttentionKernels<Args>& kernel, Args& a) {
+  const Kernels& k = kernels();
+  a.chunk = std::max(k.tile, CACHED_FLOATS / a.D / k.tile * k.tile);
+  run(kernel.delta, a, a.components, k.forward_workspace(a.D, 1));
+  bool keeps_little = a.max_queries <= a.chunk || a.max_keys * a.D <= 4 * CACHED_FLOATS;
+  if (keeps_little && a.components >= at::get_num_threads()) {
+    run(kernel.backward, a, a.components, k.backward_workspace(a.D, a.chunk, a.max_queries, a.max_keys));
+  } else {
+    a.chunk = std::min(a.chunk, 4 * k.tile);
+    run(kernel.backward_query, a, a.components * parts(a.max_queries, a.chunk),
+        k.backward_workspace(a.D, a.chunk, a.chunk, 0));
+    run(kernel.backward_key, a, a.components * parts(a.max_keys, k.tile),
+        k.backward_workspace(a.D, a.chunk, a.max_queries, k.tile));
+  }
+}
+
+// Attention over a union of key sets from attention over its parts; an operator itself.
+std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outs, at::TensorList lses);
+
+// The start of delta: minus the gradient of lse, or 0.
+inline at::Tensor start_delta(const at::Tensor& lse, const std::optional<at::Tensor>& grad_lse) {
+  at::Tensor delta = at::empty(lse.sizes(), lse.options());
+  return grad_lse.has_value() ? at::neg_out(delta, *grad_lse) : delta.zero_();
 }
 
 template <class Kernel, class Args>

@@ -12,30 +12,50 @@ struct Float16 { uint16_t bits; };
 
 enum class Dtype { Float32, BFloat16, Float16 };
 
-// A video tensor (B, H, T, N, D), by pointer and strides. Null where an operator has none.
+// A tensor (B, H, T, N, D), or (B, H, N, D) without frames, by pointer and strides. Null where an operator has none.
 struct Video {
   void* data = nullptr;
   int64_t batch = 0, head = 0, frame = 0, token = 0;
 };
 
-struct LeapAttention {
+// What attention operators share. The graph of an operator falls into components whose queries read none but their keys:
+// the unit of work, of which each is an itinerary.
+struct Attention {
   Dtype dtype;
-  int64_t B, H, T, N, D, leap, group_size, fold;
+  int64_t B, H, D;
   float scale, dropout_p;
   int64_t seed;
-  Video query, key, value, out;
-  float* lse;  // (B, H, T, N)
-  // Backward only. `delta` (B, H, T, N) comes in as minus the gradient of lse, or 0.
-  Video grad_out, grad_query, grad_key, grad_value;
-  float* delta;
+  float* lse;    // a number for each query; `delta` likewise, and comes in as minus the gradient of lse, or 0
+  float* delta;  // backward only, as are the gradients of an operator
+  int64_t components, max_queries, max_keys;
   int64_t panels;  // of queries to an item of the forward
   int64_t chunk;   // of queries held at once by the backward
+};
 
-  int64_t max_group() const { return (group_size < T ? group_size : T) * N; }
+struct LeapAttention : Attention {
+  int64_t T, N, leap, group_size, fold;
+  Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+
   int64_t groups() const {
     int64_t span = leap * group_size, rest = T % span;
     return T / span * leap + (rest < leap ? rest : leap);
   }
+};
+
+// A piece of the keys that lies somewhere by itself.
+struct Segment {
+  int64_t first, count;
+  Video key, value, grad_key, grad_value;
+};
+
+struct LatentAttention : Attention {
+  int64_t Lq;
+  Video query, out, grad_out, grad_query;
+  const Segment* segments;
+  int64_t num_segments;
+  const int64_t* key_lengths;  // (B,), or null
+  // Forward over `splits` ranges of the keys: `out` is then float, and it and lse have a leading axis of that size.
+  int64_t splits, split_out, split_lse;
 };
 
 struct PeriodicShift {
@@ -68,17 +88,25 @@ struct MergeAttention {
   float* const* grad_lses;
 };
 
-// The kernels of one instruction set. Each runs items [begin, end) of its work, in a workspace of its own.
+// Kernels run items [begin, end) of their work, attention kernels in a workspace of floats of their own.
+template <class Args>
+struct AttentionKernels {
+  using Kernel = void (*)(const Args&, int64_t begin, int64_t end, float* workspace);
+  Kernel forward;         // items: panels of a component
+  Kernel delta;           // components
+  Kernel backward;        // components
+  Kernel backward_query;  // chunks of a component
+  Kernel backward_key;    // tiles of a component
+};
+
+// The kernels of one instruction set.
 struct Kernels {
   const char* name;
   int64_t tile;  // queries in a panel, keys in a tile
   int64_t (*forward_workspace)(int64_t head_dim, int64_t panels);
   int64_t (*backward_workspace)(int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys);
-  void (*leap_forward)(const LeapAttention&, int64_t begin, int64_t end, float* workspace);
-  void (*leap_delta)(const LeapAttention&, int64_t begin, int64_t end, float* workspace);
-  void (*leap_backward)(const LeapAttention&, int64_t begin, int64_t end, float* workspace);
-  void (*leap_backward_query)(const LeapAttention&, int64_t begin, int64_t end, float* workspace);
-  void (*leap_backward_key)(const LeapAttention&, int64_t begin, int64_t end, float* workspace);
+  AttentionKernels<LeapAttention> leap_attention;
+  AttentionKernels<LatentAttention> latent_attention;
   void (*periodic_shift)(const PeriodicShift&, int64_t begin, int64_t end);
   void (*merge_forward)(const MergeAttention&, int64_t begin, int64_t end);
   void (*merge_backward)(const MergeAttention&, int64_t begin, int64_t end);

@@ -4,7 +4,7 @@
 // an output row is written, and its gradient read, in three pieces at frames t - 1, t + 1 and t.
 #pragma once
 
-#include "flash.h"
+#include "work.h"
 
 namespace vattn {
 namespace VATTN_ISA {
@@ -17,8 +17,6 @@ VATTN_INLINE void shifted_pieces(int64_t t, int64_t T, int64_t fold, int64_t D, 
   if (second > fold) piece(t + 1 < T ? t + 1 : -1, fold, second - fold);
   if (D > second) piece(t, second, D - second);
 }
-
-constexpr int64_t AHEAD = 6;  // rows: they lie on pages of their own, which no processor foresees
 
 template <class T>
 struct LeapGroup {
@@ -73,7 +71,6 @@ struct LeapGroup {
   void load_delta(int64_t first, int64_t count, float* x) const {
     each(first, count, [&](int64_t t, int64_t n, int64_t i) { x[i] = sum_of(a.delta, t, n); });
   }
-
   void load_rows(const Video& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     each(first, count, [&](int64_t t, int64_t n, int64_t i) {
       store(rows + i * ld + ld - VL, Vec{});
@@ -98,6 +95,10 @@ struct LeapGroup {
     });
   }
 
+  void add_delta(int64_t first, int64_t count, const float* x) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) { sum_of(a.delta, t, n) += x[i]; });
+  }
+
   void load_query(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     load_rows(a.query, first, count, rows, ld, times);
   }
@@ -106,6 +107,10 @@ struct LeapGroup {
   }
   void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     load_rows(a.value, first, count, rows, ld, times);
+  }
+  // Both from where the shift has put them: their product is what it was before.
+  void load_out(int64_t first, int64_t count, float* rows, int64_t ld, float) const {
+    load_shifted(a.out, first, count, rows, ld);
   }
   void load_grad_out(int64_t first, int64_t count, float* rows, int64_t ld, float) const {
     load_shifted(a.grad_out, first, count, rows, ld);
@@ -131,66 +136,6 @@ struct LeapGroup {
     });
   }
 };
-
-template <class T>
-void leap_forward(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
-  int64_t rows = a.panels * TILE, tiles = (a.max_group() + rows - 1) / rows;
-  for (int64_t item = begin; item < end; ++item) {
-    LeapGroup<T> group(a, item / tiles);
-    int64_t first = item % tiles * rows;
-    if (first < group.queries) forward(group, first, least(rows, group.queries - first), workspace);
-  }
-}
-
-// delta = sum over channels of out * d out, where both were before the shift, minus the gradient of lse.
-template <class T>
-void leap_delta(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
-  int64_t ld = round_up(a.D, VL);
-  float *out = workspace, *grad = workspace + TILE * ld;
-  for (int64_t item = begin; item < end; ++item) {
-    LeapGroup<T> group(a, item);
-    for (int64_t first = 0; first < group.queries; first += TILE) {
-      int64_t count = least(TILE, group.queries - first);
-      group.load_shifted(a.out, first, count, out, ld);
-      group.load_shifted(a.grad_out, first, count, grad, ld);
-      group.each(first, count, [&](int64_t t, int64_t n, int64_t i) {
-        Vec products{};
-        for (int64_t d = 0; d < ld; d += VL) products += load(out + i * ld + d) * load(grad + i * ld + d);
-        float sum = 0;
-        for (int l = 0; l < VL; ++l) sum += products[l];
-        group.sum_of(a.delta, t, n) += sum;
-      });
-    }
-  }
-}
-
-template <class T>
-void leap_backward(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
-  for (int64_t item = begin; item < end; ++item) {
-    LeapGroup<T> group(a, item);
-    backward<true, true>(group, a.chunk, 0, group.queries, 0, group.keys, workspace);
-  }
-}
-
-template <class T>
-void leap_backward_query(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
-  int64_t tiles = (a.max_group() + a.chunk - 1) / a.chunk;
-  for (int64_t item = begin; item < end; ++item) {
-    LeapGroup<T> group(a, item / tiles);
-    int64_t first = item % tiles * a.chunk, last = least(first + a.chunk, group.queries);
-    if (first < last) backward<true, false>(group, a.chunk, first, last, 0, group.keys, workspace);
-  }
-}
-
-template <class T>
-void leap_backward_key(const LeapAttention& a, int64_t begin, int64_t end, float* workspace) {
-  int64_t tiles = (a.max_group() + TILE - 1) / TILE;
-  for (int64_t item = begin; item < end; ++item) {
-    LeapGroup<T> group(a, item / tiles);
-    int64_t first = item % tiles * TILE, last = least(first + TILE, group.keys);
-    if (first < last) backward<false, true>(group, a.chunk, 0, group.queries, first, last, workspace);
-  }
-}
 
 }  // namespace VATTN_ISA
 }  // namespace vattn

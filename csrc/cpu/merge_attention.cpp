@@ -55,18 +55,6 @@ MergeAttention arguments(const Outs& outs, const Lses& lses) {
   return a;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(at::TensorList outs_, at::TensorList lses_) {
-  Outs outs(outs_);
-  Lses lses(lses_);
-  MergeAttention a = arguments(outs, lses);
-  at::Tensor out = at::empty_like(outs_[0]), stored = with_rows(out), lse = at::empty(lses_[0].sizes(), lses_[0].options());
-  a.out = rows(stored);
-  a.lse = lse.data_ptr<float>();
-  run(kernels().merge_forward, a, a.rows);
-  if (!stored.is_same(out)) out.copy_(stored);
-  return {out, lse};
-}
-
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
     const at::Tensor& grad_out_, const std::optional<at::Tensor>& grad_lse_, at::TensorList outs_,
     at::TensorList lses_, const at::Tensor& out_, const at::Tensor& lse_) {
@@ -94,8 +82,20 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
 
 }  // namespace
 
+std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outs_, at::TensorList lses_) {
+  Outs outs(outs_);
+  Lses lses(lses_);
+  MergeAttention a = arguments(outs, lses);
+  at::Tensor out = at::empty_like(outs_[0]), stored = with_rows(out), lse = at::empty(lses_[0].sizes(), lses_[0].options());
+  a.out = rows(stored);
+  a.lse = lse.data_ptr<float>();
+  run(kernels().merge_forward, a, a.rows);
+  if (!stored.is_same(out)) out.copy_(stored);
+  return {out, lse};
+}
+
 TORCH_LIBRARY_IMPL(vattn, CPU, m) {
-  m.impl("merge_attention", forward);
+  m.impl("merge_attention", merge_attention);
   m.impl("merge_attention_backward", backward);
 }
 

@@ -1,7 +1,7 @@
 // The operators that only move and weigh rows: periodic shift and merging. Items are rows of the output.
 #pragma once
 
-#include "leap_attention.h"
+#include "vector.h"
 
 namespace vattn {
 namespace VATTN_ISA {

@@ -1,0 +1,171 @@
+"""Latent-bottleneck attention: few latents read a long context, or many positions read few latents.
+
+    out = softmax(scale * q [k_1; k_2; ...]^T) [v_1; v_2; ...]
+
+MeBT: Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+Transformers" (CVPR 2023). The modes of its blocks differ in who reads whom::
+
+    latent_enc     latents <- context               256 queries, thousands of keys
+    latent_self    latents <- latents
+    lt2l           latents <- (latents, targets)    keys in two tensors, read where they lie
+    latent_dec     targets <- latents               thousands of queries, 256 keys
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vattn import _checks, reference
+from vattn._library import define, empty_rows, library, no_double_backward, runs_reference
+from vattn.reference.dropout import random_seed
+
+
+def latent_attention(
+    query: Tensor,
+    key: Tensor | Sequence[Tensor],
+    value: Tensor | Sequence[Tensor],
+    *,
+    key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of any number of queries over keys in one or several tensors.
+
+    Fast for few queries and very many keys, and for very many queries and few keys. Lengths may change with every
+    call. An empty context is a context: where a query has no key, the output is 0 and its lse -inf.
+
+    Args:
+        query: ``(B, H, Lq, D)``, float32, bfloat16, float16 or float64, any strides (a last axis that is not
+            contiguous costs one copy). D is at most 256.
+        key, value: ``(B, H, Lk, D)``, or tuples (or lists) of as many such tensors, of any lengths, which are read
+            as if they were concatenated along their tokens. Gradients go to each tensor.
+        key_lengths: ``(B,)`` int32 or int64: sample b reads its first ``key_lengths[b]`` keys. Between 0 and Lk: else
+            an error on the CPU; on a GPU, which would have to wait for it, they are clamped. For one key tensor only.
+        dropout_p: probability of dropping an attention weight; the seed comes from torch's generator.
+        scale: factor of the scores; None means ``D ** -0.5``.
+        return_lse: also return the log-sum-exp of the scaled scores.
+
+    Returns:
+        The output ``(B, H, Lq, D)``, in memory as ``(B, Lq, H, D)``, so that merging heads with
+        ``out.movedim(1, -2).flatten(-2)`` is a view. With `return_lse` also lse ``(B, H, Lq)`` in float32 (float64 for
+        float64 inputs), natural logarithm.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or a value that does not fit.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers", section 3.2.
+
+    Example:
+        >>> latents, context = torch.randn(1, 4, 16, 32), torch.randn(1, 4, 1000, 32)      # (B, H, tokens, D)
+        >>> latent_attention(latents, context, context).shape                              # encode
+        torch.Size([1, 4, 16, 32])
+        >>> latent_attention(latents, (latents, context), (latents, context)).shape        # without a torch.cat
+        torch.Size([1, 4, 16, 32])
+        >>> latent_attention(context, latents, latents).shape                              # decode
+        torch.Size([1, 4, 1000, 32])
+    """
+    op = "latent_attention"
+    _checks.tensor(op, "query", query)
+    _checks.rank(op, "query", query, "(B, H, Lq, D)")
+    _checks.head_dim(op, query)
+    names = ("key", "value")
+    keys, values = ([x] if isinstance(x, Tensor) else _checks.sequence(op, n, x) for n, x in zip(names, (key, value)))
+    if len(keys) != len(values):
+        raise ValueError(f"{op}: value must have as many tensors as key ({len(keys)}), got len(value)={len(values)}")
+    for i, pair in enumerate(zip(keys, values, strict=True)):
+        for name, whole, x in zip(names, (key, value), pair, strict=True):
+            name = name if isinstance(whole, Tensor) else f"{name}[{i}]"
+            _checks.tensor(op, name, x)
+            _checks.rank(op, name, x, "(B, H, Lk, D)")
+            _checks.same(op, "query", query, name, x, shape=False)
+            if x.shape[:2] != query.shape[:2] or x.shape[3] != query.shape[3]:
+                raise ValueError(
+                    f"{op}: {name} must have the batch, heads and head_dim of query {tuple(query.shape)}, "
+                    f"got {name}.shape={tuple(x.shape)}"
+                )
+        if pair[0].shape[2] != pair[1].shape[2]:
+            raise ValueError(
+                f"{op}: key and value must be equally long, got key.shape={tuple(pair[0].shape)}, "
+                f"value.shape={tuple(pair[1].shape)}"
+            )
+    if key_lengths is not None:
+        _checks.key_lengths(op, key_lengths, query)
+        if len(keys) > 1:
+            raise ValueError(f"{op}: key_lengths must come with one key tensor, got len(key)={len(keys)}")
+    _checks.dropout(op, dropout_p)
+    scale = _checks.scale(op, scale, query.shape[-1])
+
+    seed = random_seed(query.device) if dropout_p > 0 else None
+    if runs_reference(query):
+        out, lse = reference.latent_attention(
+            query, keys, values, key_lengths=key_lengths, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
+        )
+    else:
+        out, lse = torch.ops.vattn.latent_attention(query, keys, values, key_lengths, dropout_p, seed, scale)
+    return (out, lse) if return_lse else out
+
+
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    from vattn.kernels import latent_attention as kernels
+
+    return kernels.forward(*args)
+
+
+def _cuda_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    from vattn.kernels import latent_attention as kernels
+
+    return kernels.backward(*args)
+
+
+define(
+    "latent_attention(Tensor query, Tensor[] keys, Tensor[] values, Tensor? key_lengths, float dropout_p, "
+    "Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
+    cuda=_cuda,
+    autocast=3,
+)
+define(
+    "latent_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor[] keys, Tensor[] values, "
+    "Tensor out, Tensor lse, Tensor? key_lengths, float dropout_p, Tensor? seed, float scale) "
+    "-> (Tensor grad_query, Tensor[] grad_keys, Tensor[] grad_values)",
+    cuda=_cuda_backward,
+)
+no_double_backward("latent_attention_backward")
+
+
+@torch.library.register_fake("vattn::latent_attention", lib=library)
+def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("vattn::latent_attention_backward", lib=library)
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return empty_rows(query), [empty_rows(x) for x in keys], [empty_rows(x) for x in values]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, keys, values, key_lengths, ctx.dropout_p, seed, ctx.scale = inputs
+    ctx.segments = len(keys)
+    ctx.save_for_backward(query, *keys, *values, *output, key_lengths, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, *tensors, out, lse, key_lengths, seed = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.vattn.latent_attention_backward(
+        grad_out, grad_lse, query, tensors[: ctx.segments], tensors[ctx.segments :], out, lse, key_lengths,
+        ctx.dropout_p, seed, ctx.scale,
+    )  # fmt: skip
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("vattn::latent_attention", _backward, setup_context=_setup_context, lib=library)
