@@ -99,7 +99,7 @@ def tiles(phase: str, like: Tensor, dropout: bool) -> dict[str, int]:
     """Tile sizes, warps and stages for `phase` on rows of the last axis of `like`."""
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
-    width = sum(chunk.width for chunk in shape(like.shape[-1], alignment=1).chunks) * like.element_size()
+    width = shape(like.shape[-1], alignment=1).width * like.element_size()
     if dropout:
         width += width // 2  # its hash wants registers, as wider rows do
     table = TABLE[architecture(like.device)][phase]

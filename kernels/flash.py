@@ -49,6 +49,11 @@ class Shape(NamedTuple):
     alignment: int  # in elements: each row starts at a multiple of it
     chunks: tuple[Chunk, ...]
 
+    @property
+    def width(self) -> int:
+        """Columns of a tile, with those past the head dim."""
+        return sum(chunk.width for chunk in self.chunks)
+
 
 def shape(head_dim: int, alignment: int) -> Shape:
     """Cut `head_dim` columns into one power of two, or into two if that wastes fewer columns (80 = 64 + 16)."""

@@ -104,8 +104,9 @@ def backward(
     grad_out, out = launch.with_rows(grad_out), launch.with_rows(out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     parts, lses, stores = _alike(outs), [_aligned(x.contiguous()) for x in lses], _alike(grad_outs)
-    sizes, block = _rows(out)
-    settings = {"SHAPE": _shape(grad_out, out, *parts, *stores), "BLOCK": block, "num_warps": NUM_WARPS}
+    sizes, shape = _sizes(out), _shape(grad_out, out, *parts, *stores)
+    block = _block(shape)
+    settings = {"SHAPE": shape, "BLOCK": block, "num_warps": NUM_WARPS}
     layouts = [_strides(x) for x in (grad_out, parts[0], out, stores[0])]
     for i in range(0, len(parts), MAX_PARTS):
         some = slice(i, i + MAX_PARTS)
@@ -130,12 +131,13 @@ def _merge(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[
     if lse.numel() == 0:
         return out, lse
     parts, stored = _alike(outs), launch.with_rows(out)
-    sizes, block = _rows(out)
+    sizes, shape = _sizes(out), _shape(stored, *parts)
+    block = _block(shape)
     launch.launch(
         forward_kernel, triton.cdiv(lse.numel(), block), out,
         tuple(parts), tuple(_aligned(x.contiguous()) for x in lses), stored, lse,
         sizes, _strides(parts[0]), _strides(stored), lse.numel(),
-        SHAPE=_shape(stored, *parts), BLOCK=block, num_warps=NUM_WARPS,
+        SHAPE=shape, BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip
     return (out if stored is out else out.copy_(stored)), lse
 
@@ -151,9 +153,14 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % launch.VECTOR_BYTES == 0 else x.clone()
 
 
-def _rows(x: Tensor) -> tuple[tuple[int, ...], int]:
-    """The sizes of all axes but the last, packed, and how many rows a program has."""
-    return launch.pack(x.shape[:-1] or (1,)), max(1, TILE // triton.next_power_of_2(max(x.shape[-1], 1)))
+def _sizes(x: Tensor) -> tuple[int, ...]:
+    """The sizes of all axes but the last, packed."""
+    return launch.pack(x.shape[:-1] or (1,))
+
+
+def _block(shape: flash.Shape) -> int:
+    """How many rows a program has."""
+    return max(1, TILE // triton.next_power_of_2(shape.width))
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
