@@ -75,7 +75,9 @@ def latent_attention(
     _checks.rank(op, "query", query, "(B, H, Lq, D)")
     _checks.head_dim(op, query)
     names = ("key", "value")
-    keys, values = ([x] if isinstance(x, Tensor) else _checks.sequence(op, n, x) for n, x in zip(names, (key, value)))
+    keys, values = (
+        [x] if isinstance(x, Tensor) else _checks.sequence(op, n, x) for n, x in zip(names, (key, value), strict=True)
+    )
     if len(keys) != len(values):
         raise ValueError(f"{op}: value must have as many tensors as key ({len(keys)}), got len(value)={len(values)}")
     for i, pair in enumerate(zip(keys, values, strict=True)):
