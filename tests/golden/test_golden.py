@@ -50,16 +50,16 @@ class Golden:
 
     def equal(self, name: str, actual: Tensor) -> None:
         """The very numbers."""
-        self._close(name, actual, atol=0.0)
+        self.close(name, actual, atol=0.0)
 
     def operator(self, name: str, actual: Tensor) -> None:
         """The output of an operator, whose values are about 1: to 1e-9 in float64, to 2e-5 in float32."""
-        self._close(name, actual, atol=1e-9 if self.dtype == torch.float64 else 2e-5)
+        self.close(name, actual, atol=1e-9 if self.dtype == torch.float64 else 2e-5)
 
     def gradient(self, name: str, actual: Tensor) -> None:
         """A gradient of an operator: to 1e-5 in float64, as it is stored in float32, or 2e-5 of the largest value."""
         atol, rtol = (1e-7, 1e-5) if self.dtype == torch.float64 else (2e-5, 0.0)
-        self._close(name, actual, atol=atol * self._largest(name), rtol=rtol)
+        self.close(name, actual, atol=atol * self._largest(name), rtol=rtol)
 
     def model(self, run: Callable[["Golden"], dict[str, Tensor]], *, float32_gradients: bool = True) -> None:
         """All outputs and gradients of a whole model, which `run` computes, by name.
@@ -75,11 +75,11 @@ class Golden:
             largest, is_gradient = self._largest(name), "grad/" in name
             if self.dtype == torch.float64:
                 atol, rtol = (1e-7 * largest, 1e-5) if is_gradient else (1e-9 * max(largest, 1.0), 0.0)
-                self._close(name, actual, atol=atol, rtol=rtol)
+                self.close(name, actual, atol=atol, rtol=rtol)
             elif is_gradient and not float32_gradients:
                 self.unseen.discard(name)
             else:
-                self._close(name, actual, atol=max(1e-4 * largest, 8 * sharpness[name]))
+                self.close(name, actual, atol=max(1e-4 * largest, 8 * sharpness[name]))
 
     def _sharpness(self, run: Callable[["Golden"], dict[str, Tensor]]) -> dict[str, float]:
         """How far each result moves, computed in float64, when every weight is off by a float32 rounding error."""
@@ -98,7 +98,8 @@ class Golden:
     def _largest(self, name: str) -> float:
         return float(np.abs(self.arrays[name]).max())
 
-    def _close(self, name: str, actual: Tensor, *, atol: float, rtol: float = 0.0) -> None:
+    def close(self, name: str, actual: Tensor, *, atol: float, rtol: float = 0.0) -> None:
+        """The numbers to a tolerance that is the file's own."""
         self.unseen.discard(name)
         expected = torch.from_numpy(self.arrays[name]).double()
         torch.testing.assert_close(
