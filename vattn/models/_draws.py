@@ -1,0 +1,46 @@
+"""Random numbers of samplers and training steps, from one generator each."""
+
+import torch
+from torch import Tensor
+
+
+class Draws:
+    """Random numbers that all come from one generator, so that a seed reproduces what is made of them.
+
+    They are drawn on the device of the generator, and a seed on the CPU makes the same draws for every device. A
+    subclass can replay numbers that somebody recorded.
+
+    Args:
+        generator: None is PyTorch's own, on the CPU.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+        self._device = torch.device("cpu") if generator is None else generator.device
+
+    def exponential(self, *shape: int, device: torch.device) -> Tensor:
+        """Numbers of the exponential distribution, whose mean is 1: float32, above 0."""
+        numbers = torch.empty(shape, device=self._device).exponential_(generator=self.generator)
+        return numbers.clamp(min=torch.finfo(torch.float32).tiny).to(device)
+
+    def normal(self, *shape: int, device: torch.device) -> Tensor:
+        """Numbers of the normal distribution, with mean 0 and variance 1."""
+        return torch.randn(shape, generator=self.generator, device=self._device).to(device)
+
+    def permutation(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """A permutation of ``range(length)`` for each sample, ``(batch, length)``."""
+        rows = [torch.randperm(length, generator=self.generator, device=self._device) for _ in range(batch)]
+        return torch.stack(rows).to(device)
+
+    def uniform(self) -> float:
+        """A number from 0 up to, but not including, 1."""
+        return float(torch.rand((), generator=self.generator, device=self._device))
+
+
+Randomness = torch.Generator | Draws | None
+"""What samplers take as their `generator`."""
+
+
+def draws_of(generator: Randomness) -> Draws:
+    """The draws of a generator, or `generator` itself if it is draws already."""
+    return generator if isinstance(generator, Draws) else Draws(generator)

@@ -1,0 +1,409 @@
+"""MeBT: a transformer that knows some tokens of a video and finds the others, at a cost linear in their number.
+
+    contexts = tokens[codes] + positions,  targets = mask + positions,  latents: learned
+    logits   = W_head LN(targets)          after the blocks, see :class:`vattn.nn.LatentBlock`
+    loss     = -sum log p(code of target) / (number of masked tokens)
+
+MeBT: Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+Transformers" (CVPR 2023). Contexts and targets never read each other, but latents, of which there are few::
+
+    block        1 .. 12                       13           14          15 .. 24
+    mode         latent_enc, latent_self, ...  latent_enc   latent_dec  lt2l, latent_dec, ...
+    latents      read contexts, each other     contexts                 targets, each other
+    targets                                                 latents     latents
+
+Masks are in :mod:`vattn.models.mebt_masks`, samplers in :mod:`vattn.models.mebt_sampling`; all names are here, too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vattn import _checks
+from vattn.models._common import count_blocks, init_linear, load, official_weights
+from vattn.models._draws import Draws, Randomness, draws_of
+from vattn.models.mebt_masks import (
+    SCHEDULES,
+    Partition,
+    complement,
+    draft_partitions,
+    frames_of,
+    mask_ratio,
+    next_partition,
+    num_masked,
+    revise_partitions,
+    split_positions,
+)
+from vattn.models.mebt_sampling import (
+    Sample,
+    continue_video,
+    draft,
+    draft_and_revise,
+    generate,
+    inpaint,
+    interpolate,
+    maskgit,
+    revise,
+    sample_tokens,
+)
+from vattn.nn import LatentBlock
+
+__all__ = [
+    "OFFICIAL_MODES",
+    "PRIORS",
+    "SCHEDULES",
+    "Draws",
+    "LatentTransformer",
+    "MeBT",
+    "Sample",
+    "complement",
+    "continue_video",
+    "draft",
+    "draft_and_revise",
+    "draft_partitions",
+    "draw_partition",
+    "frame_weights",
+    "frames_of",
+    "generate",
+    "inpaint",
+    "interpolate",
+    "mask_ratio",
+    "masked_loss",
+    "maskgit",
+    "next_partition",
+    "num_masked",
+    "revise",
+    "revise_partitions",
+    "sample_tokens",
+    "split_positions",
+]
+
+OFFICIAL_MODES = (
+    *("latent_enc", "latent_self") * 6,
+    *("latent_enc", "latent_dec"),
+    *("lt2l", "latent_dec") * 5,
+)
+"""The 24 layers of the official configurations."""
+
+PRIORS: dict[str, float | None] = {"uniform": 0.0, "longest": None, "gaussian2": 3e4, "gaussian100000_2": 1e5}
+"""How many frames to train on: training steps for each frame more, 0 for any number, None for all frames."""
+
+
+class LatentTransformer(nn.Module):
+    """The blocks of MeBT, and the logits of its targets: ``GPT`` in the official code, with its parameter names.
+
+    Args:
+        vocab_size: logits of a target.
+        dim, num_heads, modes: of the blocks, see :class:`vattn.nn.LatentBlock`; a mode for each block.
+        embed_drop, attn_drop, proj_drop: dropout in training, of inputs, attention weights and outputs of layers.
+
+    Shape:
+        latents ``(B, NS, C)``, contexts ``(B, NC, C)`` and targets ``(B, NT, C)`` to logits ``(B, NT, vocab_size)``.
+
+    Raises:
+        TypeError, ValueError: a setting that does not fit.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers", section 3.2.
+
+    Example:
+        >>> transformer = LatentTransformer(100, dim=32, num_heads=2, modes=("latent_enc", "latent_dec"))
+        >>> transformer(torch.randn(2, 4, 32), torch.randn(2, 0, 32), torch.randn(2, 60, 32)).shape
+        torch.Size([2, 60, 100])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 1024,
+        num_heads: int = 16,
+        modes: Sequence[str] = OFFICIAL_MODES,
+        *,
+        embed_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(embed_drop)
+        self.blocks = nn.ModuleList(
+            LatentBlock(dim, num_heads, mode, attn_drop=attn_drop, proj_drop=proj_drop) for mode in modes
+        )
+        self.ln_f = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.apply(init_linear)
+
+    def forward(self, latents: Tensor, contexts: Tensor, targets: Tensor) -> Tensor:
+        latents, contexts, targets = (self.drop(x) for x in (latents, contexts, targets))
+        for block in self.blocks:
+            latents, contexts, targets = block(latents, contexts, targets)
+        return self.head(self.ln_f(targets))
+
+
+class MeBT(nn.Module):
+    """MeBT: logits of the codes at some positions of a video, given the codes at others.
+
+    Settings default to the official model for 16 frames of 128 x 128 pixels, in codes of 4 x 8 x 8 pixels each.
+
+    Args:
+        vocab_size: how many codes there are.
+        grid: frames, height and width of a video in codes; a shorter video is a part of it.
+        dim, num_heads, modes: of the blocks, see :class:`vattn.nn.LatentBlock`; a mode for each block.
+        num_latents: through which contexts and targets talk to each other.
+        embed_drop, attn_drop, proj_drop: dropout in training, of inputs, attention weights and outputs of layers.
+
+    Shape:
+        codes ``(B, N)`` or ``(B, T, height, width)`` int64, contexts ``(B, NC)`` and targets ``(B, NT)`` int64, which
+        number codes in raster order, to logits ``(B, NT, vocab_size)``. Codes outside the contexts are not looked at.
+
+    Raises:
+        TypeError, ValueError: a setting or an input that does not fit.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers", section 3.
+
+    Example:
+        >>> model = MeBT(10, (2, 2, 2), dim=32, num_heads=2, modes=("latent_enc", "latent_dec"), num_latents=4)
+        >>> codes = torch.randint(10, (1, 2, 2, 2))
+        >>> model(codes, context=torch.tensor([[0, 5]]), target=torch.tensor([[7, 1, 2]])).shape
+        torch.Size([1, 3, 10])
+        >>> continue_video(model.eval(), codes[:, :1], num_frames=2, num_steps=2).shape
+        torch.Size([1, 2, 2, 2])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        grid: tuple[int, int, int] = (4, 16, 16),
+        dim: int = 1024,
+        num_heads: int = 16,
+        modes: Sequence[str] = OFFICIAL_MODES,
+        num_latents: int = 256,
+        *,
+        embed_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        names = ("frames", "height", "width")
+        sizes = (("vocab_size", vocab_size), ("num_latents", num_latents), *zip(names, grid, strict=True))
+        for name, size in sizes:
+            _checks.integer("MeBT", name, size, least=1)
+        self.grid = (grid[0], grid[1], grid[2])
+        self.transformer = LatentTransformer(
+            vocab_size, dim, num_heads, modes, embed_drop=embed_drop, attn_drop=attn_drop, proj_drop=proj_drop
+        )
+        self.tok_emb = nn.Embedding(vocab_size, dim)
+        self.mask_emb = nn.Parameter(torch.empty(1, 1, dim))
+        self.sos_emb = nn.Parameter(torch.empty(1, num_latents, dim))
+        self.pos_emb = nn.Parameter(torch.empty(1, grid[0] * grid[1] * grid[2], dim))
+        for embedding in (self.tok_emb.weight, self.mask_emb, self.sos_emb, self.pos_emb):
+            nn.init.normal_(embedding, std=0.02)
+
+    @classmethod
+    def from_official(cls, state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> "MeBT":
+        """The model of an official checkpoint, in evaluation mode.
+
+        Args:
+            state_dict: of ``Net2NetTransformer`` in ``mebt/transformer.py``, with or without the outer dict of a
+                checkpoint. Its tokenizer (``first_stage_model``) is left out. It is copied; dtype and device stay.
+            config: the official configuration, whole or in part, of which ``n_head``, ``mode`` and ``shape`` are
+                read; sizes are those of the weights. As in the official code, blocks that ``mode`` does not name
+                are of the mode "maskgit".
+
+        Raises:
+            ValueError: the weights or the configuration do not make this model.
+            RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
+        """
+        op = "MeBT.from_official"
+        weights = official_weights(op, state_dict, "tok_emb.weight", "pos_emb", "sos_emb", "transformer.head.weight")
+        weights = {name: x for name, x in weights.items() if not name.startswith("first_stage_model.")}
+        settings = dict(_leaves(config))
+        for name in ("n_head", "mode", "shape"):
+            if name not in settings:
+                raise ValueError(f"{op}: config must have {name}, got {', '.join(map(str, settings)) or 'nothing'}")
+        depth = count_blocks({name.removeprefix("transformer."): x for name, x in weights.items()}, "blocks")
+        modes = (*settings["mode"], *["maskgit"] * (depth - len(settings["mode"])))
+        vocab_size, dim = weights["tok_emb.weight"].shape
+        return load(
+            weights,
+            lambda: cls(
+                vocab_size, tuple(settings["shape"]), dim, settings["n_head"], modes, weights["sos_emb"].shape[1]
+            ),
+        )
+
+    def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
+        codes = codes.flatten(1)
+        for name, positions in (("context", context), ("target", target)):
+            if positions.dim() != 2 or len(positions) != len(codes):
+                raise ValueError(
+                    f"MeBT: {name} must have shape ({len(codes)}, tokens), got {name}.shape={tuple(positions.shape)}"
+                )
+        if codes.shape[1] > self.pos_emb.shape[1]:
+            raise ValueError(
+                f"MeBT: codes must be at most {self.pos_emb.shape[1]} in a video of {self.grid}, got {codes.shape[1]}"
+            )
+        contexts = self.tok_emb(codes.gather(1, context)) + F.embedding(context, self.pos_emb[0])
+        targets = self.mask_emb + F.embedding(target, self.pos_emb[0])
+        return self.transformer(self.sos_emb.expand(len(codes), -1, -1), contexts, targets)
+
+    def training_loss(
+        self,
+        codes: Tensor,
+        *,
+        schedule: str = "linear",
+        budget: int | None = None,
+        prior: str = "longest",
+        step: int = 0,
+        average: float = 1.0,
+        label_smoothing: float = 0.0,
+        generator: Randomness = None,
+    ) -> Tensor:
+        """The loss of one training step, with contexts and targets drawn by :func:`draw_partition`.
+
+        Args:
+            codes: ``(B, T, height, width)`` int64.
+            schedule, budget, prior, step, generator: see :func:`draw_partition`.
+            average, label_smoothing: see :func:`masked_loss`.
+
+        Raises:
+            ValueError: `codes` is not a batch of whole videos, or a setting does not fit.
+
+        Example:
+            >>> model = MeBT(10, (2, 2, 2), dim=32, num_heads=2, modes=("latent_enc", "latent_dec"), num_latents=4)
+            >>> loss = model.training_loss(torch.randint(10, (3, 2, 2, 2)), generator=torch.Generator())
+            >>> loss.backward()
+        """
+        if codes.shape[1:] != self.grid:
+            raise ValueError(
+                f"MeBT.training_loss: codes must have shape (B, {', '.join(map(str, self.grid))}), "
+                f"got codes.shape={tuple(codes.shape)}"
+            )
+        (context, target), num_tokens = draw_partition(
+            len(codes), self.grid, schedule=schedule, budget=budget, prior=prior, step=step, generator=generator,
+            device=codes.device,
+        )  # fmt: skip
+        return masked_loss(
+            self(codes, context, target), codes.flatten(1).gather(1, target), num_tokens - context.shape[1],
+            num_tokens, average=average, label_smoothing=label_smoothing,
+        )  # fmt: skip
+
+
+def masked_loss(
+    logits: Tensor,
+    codes: Tensor,
+    masked: int,
+    num_tokens: int,
+    *,
+    average: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The cross-entropy of targets, summed, over ``B * num_tokens * (masked / num_tokens) ** average``.
+
+    Args:
+        logits: ``(B, NT, V)``. codes: ``(B, NT)`` int64.
+        masked: masked tokens of a sample, also those that a budget has left out of the targets.
+        num_tokens: masked tokens and contexts of a sample.
+        average: 1 is the mean over masked tokens; 0 is the sum over them in relation to all tokens, which weighs
+            samples that are masked less by less.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+
+    Returns:
+        A scalar; 0 if nothing is masked.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers", section 3.3.
+
+    Example:
+        >>> masked_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), masked=3, num_tokens=8)
+        tensor(1.3863)
+    """
+    loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum", label_smoothing=label_smoothing)
+    ratio = max(masked, 1) / num_tokens
+    return loss / (len(logits) * num_tokens * ratio**average)
+
+
+def frame_weights(prior: str, num_frames: int, step: int) -> Tensor:
+    """The probabilities of training on 1, 2, ... `num_frames` frames at training step `step`, float64.
+
+    The Gaussian priors begin with short videos: length L is most likely at step ``(L - 1) * PRIORS[prior]``.
+
+    Raises:
+        ValueError: there is no such prior.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers", section 4.1.
+
+    Example:
+        >>> [frame_weights("gaussian2", 4, step).argmax().item() + 1 for step in (0, 30_000, 90_000)]
+        [1, 2, 4]
+    """
+    if prior not in PRIORS:
+        raise ValueError(f"frame_weights: prior must be one of {', '.join(PRIORS)}, got prior={prior!r}")
+    steps = PRIORS[prior]
+    before = torch.arange(num_frames, dtype=torch.float64)  # frames before the last one
+    if steps is None:
+        return (before == num_frames - 1).double()
+    if steps == 0:
+        return torch.ones_like(before) / num_frames
+    return (-((step - before * steps) ** 2) / (2 * (2 * steps) ** 2)).softmax(0)
+
+
+def draw_partition(
+    batch: int,
+    grid: tuple[int, int, int],
+    *,
+    schedule: str = "linear",
+    budget: int | None = None,
+    prior: str = "longest",
+    step: int = 0,
+    generator: Randomness = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Partition, int]:
+    """Contexts and targets for a training step: a random part of the frames, a random time, random orders.
+
+    Args:
+        batch: B. grid: frames, height and width of a video in codes.
+        schedule: a name in ``SCHEDULES``; the time is drawn between 0 and 1, one for the batch.
+        budget: most targets of a sample.
+        prior, step: how many frames the part has, see :func:`frame_weights`; it is the same for the batch.
+        generator: see :class:`Draws`.
+        device: where the result is wanted.
+
+    Returns:
+        Contexts ``(B, NC)`` and targets ``(B, NT)``, and how many tokens the part has.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers", section 3.3.
+
+    Example:
+        >>> (context, target), num_tokens = draw_partition(2, (4, 2, 2), budget=3, generator=torch.Generator())
+        >>> num_tokens, target.shape[1] <= 3
+        (16, True)
+    """
+    draws, frame_tokens = draws_of(generator), grid[1] * grid[2]
+    order = draws.permutation(batch, grid[0] * frame_tokens, torch.device(device))
+    # What lies below a uniform number falls on a length as often as its weight says.
+    below = frame_weights(prior, grid[0], step).cumsum(0) <= draws.uniform()
+    num_frames = min(int(below.sum()) + 1, grid[0])
+    if num_frames < grid[0]:
+        start = int(draws.uniform() * (grid[0] - num_frames + 1))
+        order = frames_of(order, start, num_frames, frame_tokens)
+    masked = num_masked(schedule, draws.uniform(), order.shape[1])
+    return split_positions(order, masked, budget), order.shape[1]
+
+
+def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration, without the sections they are in."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield name, value
