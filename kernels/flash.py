@@ -26,6 +26,7 @@ A tile of rows is a tuple of (rows, chunk) blocks, so that a head dim of 80 is 6
 ``tl.dot`` for float32.
 """
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -68,6 +69,11 @@ def shape(head_dim: int, alignment: int) -> Shape:
 def split_scale(scale: float) -> tuple[int, float]:
     """`scale` as the sign of the scores and a positive factor, so that their maximum is that of scale * scores."""
     return (scale > 0) - (scale < 0), abs(scale) or 1.0
+
+
+def split_dropout(dropout_p: float) -> tuple[int, float]:
+    """`dropout_p` as the threshold of the 24 random bits of a weight, and the factor of those that stay."""
+    return math.ceil(dropout_p * 2**24), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 
 @triton.jit
@@ -194,6 +200,22 @@ def forward_step(state, s, scale, v, keep, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def forward_keys(state, q, scale, keys, mask, dropout, PRECISION: tl.constexpr, SIGN: tl.constexpr):
+    """The state of a query tile after its next key tile ``(k, v, number)``, `number` (keys,) as dropout counts them.
+
+    `mask` (keys,) is None where all of the tile exists, `dropout` what :func:`dropout_query` says, or None.
+    """
+    k, v, number = keys
+    s = scores(q, k, PRECISION, SIGN)  # (queries, keys)
+    if mask is not None:
+        s = tl.where(mask[None, :], s, float("-inf"))
+    keep = None
+    if dropout is not None:
+        keep = dropout_keep(*dropout, number[None, :])
+    return forward_step(state, s, scale, v, keep, PRECISION)
+
+
+@triton.jit
 def log2_shift(m, scale):
     """What is subtracted in the exponent, in log2 units; 0 for a query without keys, as -inf - -inf is NaN."""
     return tl.where(m == float("-inf"), 0.0, m * (scale * LOG2E))
@@ -238,6 +260,41 @@ def backward_step(s, scale, lse, dp, delta, mask, keep, keep_scale):
         ds = p * (tl.where(keep, dp * keep_scale, 0.0) - delta)
         p = tl.where(keep, p, 0.0)
     return p, ds
+
+
+@triton.jit
+def backward_keys(dq, query, scale, keys, mask, dropout, keep_scale, PRECISION: tl.constexpr):
+    """What the next key tile adds to the gradient of a query tile ``(q, do, lse, delta)``: dq += ds k."""
+    q, do, lse, delta = query
+    k, v, number = keys
+    s, dp = scores(q, k, PRECISION), scores(do, v, PRECISION)  # (queries, keys)
+    keep = None
+    if dropout is not None:
+        keep = dropout_keep(*dropout, number[None, :])
+    if mask is not None:
+        mask = mask[None, :]
+    _, ds = backward_step(s, scale, lse[:, None], dp, delta[:, None], mask, keep, keep_scale)
+    return accumulate(dq, ds, k, PRECISION)
+
+
+@triton.jit
+def backward_queries(grads, keys, scale, query, mask, dropout, keep_scale, PRECISION: tl.constexpr):
+    """What the next query tile adds to the gradients of a key tile: dk += ds^T q, dv += p^T dout.
+
+    `mask` (keys,) tells which keys are read (None: all that exist), `dropout` broadcasts to (keys, queries).
+    """
+    dk, dv = grads
+    k, v, number = keys
+    q, do, lse, delta = query
+    s, dp = scores(k, q, PRECISION), scores(v, do, PRECISION)  # (keys, queries)
+    keep = None
+    if dropout is not None:
+        keep = dropout_keep(*dropout, number[:, None])
+    if mask is not None:
+        mask = mask[:, None]
+    p, ds = backward_step(s, scale, lse[None, :], dp, delta[None, :], mask, keep, keep_scale)
+    dv = accumulate(dv, p, do, PRECISION)
+    return accumulate(dk, ds, q, PRECISION), dv
 
 
 @triton.jit

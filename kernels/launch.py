@@ -53,6 +53,12 @@ def unpack(packed, I: tl.constexpr):
     return packed[I] >> 2
 
 
+@triton.jit
+def head(ptr, strides, bh, H):
+    """Where a batch and head begin."""
+    return ptr + (bh // H).to(tl.int64) * unpack(strides, 0) + (bh % H).to(tl.int64) * unpack(strides, 1)
+
+
 def strides(x: Tensor) -> tuple[int, ...]:
     """The strides of all axes but the last, packed."""
     return pack(_strides(x))

@@ -15,7 +15,6 @@ In the kernels, ``group = (base, leap, N)`` and ``lanes = (lane // N, lane % N)`
 tile costs one scalar division.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from vattn._library import empty_rows
 from vattn.kernels import configs, flash, launch
-from vattn.kernels.launch import unpack
+from vattn.kernels.launch import head, unpack
 from vattn.kernels.periodic_shift import load_moved, store_moved, store_zeros
 
 
@@ -55,12 +54,6 @@ def frame_token(first, lanes, group):
 
 
 @triton.jit
-def head(ptr, strides, bh, H):
-    """Where a batch and head begin."""
-    return ptr + (bh // H).to(tl.int64) * unpack(strides, 0) + (bh % H).to(tl.int64) * unpack(strides, 1)
-
-
-@triton.jit
 def offsets(frame, token, strides):
     """Offsets of rows within their batch and head."""
     return frame.to(tl.int64) * unpack(strides, 2) + token.to(tl.int64) * unpack(strides, 3)
@@ -84,22 +77,6 @@ def load_keys(kv, first, mask, lanes, group, SHAPE: tl.constexpr):
     k = flash.load_rows(k_ptr, offsets(frame, token, k_strides), mask, SHAPE)
     v = flash.load_rows(v_ptr, offsets(frame, token, v_strides), mask, SHAPE)
     return k, v, frame.to(tl.int64) * group[2] + token
-
-
-@triton.jit
-def forward_keys(
-    state, q, scale, kv, first, mask, lanes, group, dropout,
-    SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
-):  # fmt: skip
-    """The next key tile of a query tile; `mask` (keys,) is None where all of it exists."""
-    k, v, number = load_keys(kv, first, mask, lanes, group, SHAPE)
-    s = flash.scores(q, k, PRECISION, SIGN)  # (BLOCK_Q, BLOCK_K)
-    if mask is not None:
-        s = tl.where(mask[None, :], s, float("-inf"))
-    keep = None
-    if dropout is not None:
-        keep = flash.dropout_keep(*dropout, number[None, :])
-    return flash.forward_step(state, s, scale, v, keep, PRECISION)
 
 
 @launch.kernel
@@ -133,10 +110,12 @@ def forward_kernel(
     lanes_k = (lane_k // N, lane_k % N)
     whole = rows // BLOCK_K * BLOCK_K
     for first in range(0, whole, BLOCK_K):
-        state = forward_keys(state, q, scale, kv, first, None, lanes_k, group, dropout, SHAPE, PRECISION, SIGN)
+        keys = load_keys(kv, first, None, lanes_k, group, SHAPE)
+        state = flash.forward_keys(state, q, scale, keys, None, dropout, PRECISION, SIGN)
     if whole < rows:
         mask = whole + lane_k < rows
-        state = forward_keys(state, q, scale, kv, whole, mask, lanes_k, group, dropout, SHAPE, PRECISION, SIGN)
+        keys = load_keys(kv, whole, mask, lanes_k, group, SHAPE)
+        state = flash.forward_keys(state, q, scale, keys, mask, dropout, PRECISION, SIGN)
 
     out, lse = flash.forward_finish(state, scale, keep_scale)
     tl.store(lse_ptr + bh.to(tl.int64) * T * N + number, lse, mask=mask_q)
@@ -149,24 +128,6 @@ def forward_kernel(
         # Only groups with the first or the last frame of the clip have rows to which nothing moves.
         if (group[0] == 0) | (group[0] + (rows // N - 1) * leap == T - 1):
             store_zeros(out_ptr, offs, mask_q, frame, T, SHAPE, FOLD)
-
-
-@triton.jit
-def backward_keys(
-    dq, query, scale, kv, first, mask, lanes, group, dropout, keep_scale,
-    SHAPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the next key tile adds to the gradient of a query tile: dq += ds k."""
-    q, do, lse, delta = query
-    k, v, number = load_keys(kv, first, mask, lanes, group, SHAPE)
-    s, dp = flash.scores(q, k, PRECISION), flash.scores(do, v, PRECISION)  # (BLOCK_Q, BLOCK_K)
-    keep = None
-    if dropout is not None:
-        keep = flash.dropout_keep(*dropout, number[None, :])
-    if mask is not None:
-        mask = mask[None, :]
-    _, ds = flash.backward_step(s, scale, lse[:, None], dp, delta[:, None], mask, keep, keep_scale)
-    return flash.accumulate(dq, ds, k, PRECISION)
 
 
 @launch.kernel
@@ -213,10 +174,12 @@ def backward_query_kernel(
     lanes_k = (lane_k // N, lane_k % N)
     whole = rows // BLOCK_K * BLOCK_K
     for first in range(0, whole, BLOCK_K):
-        dq = backward_keys(dq, query, scale, kv, first, None, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION)
+        keys = load_keys(kv, first, None, lanes_k, group, SHAPE)
+        dq = flash.backward_keys(dq, query, scale, keys, None, dropout, keep_scale, PRECISION)
     if whole < rows:
         mask = whole + lane_k < rows
-        dq = backward_keys(dq, query, scale, kv, whole, mask, lanes_k, group, dropout, keep_scale, SHAPE, PRECISION)
+        keys = load_keys(kv, whole, mask, lanes_k, group, SHAPE)
+        dq = flash.backward_keys(dq, query, scale, keys, mask, dropout, keep_scale, PRECISION)
 
     offs = offsets(frame, token, dq_strides)
     flash.store_rows(head(dq_ptr, dq_strides, bh, H), offs, mask_q, flash.scale_rows(dq, scale), SHAPE)
@@ -243,11 +206,11 @@ def backward_key_kernel(
     mask_k = first_k + lane < rows
     lanes_k = (lane // N, lane % N)
     kv = (head(k_ptr, k_strides, bh, H), head(v_ptr, v_strides, bh, H), k_strides, v_strides)
-    k, v, number_k = load_keys(kv, first_k, mask_k, lanes_k, group, SHAPE)
+    keys = load_keys(kv, first_k, mask_k, lanes_k, group, SHAPE)
 
     do_ptr, q_ptr = head(do_ptr, do_strides, bh, H), head(q_ptr, q_strides, bh, H)
     rows_before = bh.to(tl.int64) * T * N
-    dk, dv = flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)
+    grads = flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)
     lane_q = tl.arange(0, BLOCK_Q)
     lanes_q = (lane_q // N, lane_q % N)
     for first in range(0, rows, BLOCK_Q):
@@ -258,15 +221,14 @@ def backward_key_kernel(
         do = load_rows(do_ptr, frame, token, mask_q, do_strides, T, SHAPE, FOLD)
         lse = flash.load_lse(lse_ptr + rows_before + number, mask_q)
         delta = tl.load(delta_ptr + rows_before + number, mask=mask_q, other=0.0)
-        s, dp = flash.scores(k, q, PRECISION), flash.scores(v, do, PRECISION)  # (BLOCK_K, BLOCK_Q)
-        keep = None
+        dropout = None
         if DROPOUT:
             add, times = flash.dropout_query(seed_ptr, bh, number)
-            keep = flash.dropout_keep(add[None, :], times[None, :], threshold, number_k[:, None])
-        p, ds = flash.backward_step(s, scale, lse[None, :], dp, delta[None, :], None, keep, keep_scale)
-        dv = flash.accumulate(dv, p, do, PRECISION)
-        dk = flash.accumulate(dk, ds, q, PRECISION)
+            dropout = (add[None, :], times[None, :], threshold)
+        query = (q, do, lse, delta)
+        grads = flash.backward_queries(grads, keys, scale, query, None, dropout, keep_scale, PRECISION)
 
+    dk, dv = grads
     frame, token = frame_token(first_k, lanes_k, group)
     dk_offs, dv_offs = offsets(frame, token, dk_strides), offsets(frame, token, dv_strides)
     flash.store_rows(head(dk_ptr, dk_strides, bh, H), dk_offs, mask_k, flash.scale_rows(dk, scale), SHAPE)
@@ -331,8 +293,7 @@ class _Work:
         groups = spans * leap + min(leap, rest)
         self.like = query
         self.rows, self.heads_and_groups = group_size * N, B * H * groups
-        threshold, keep_scale = math.ceil(dropout_p * 2**24), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-        self.values = (H, T, N, leap, group_size, groups, scale, threshold, keep_scale)
+        self.values = (H, T, N, leap, group_size, groups, scale, *flash.split_dropout(dropout_p))
         self.settings = {
             "SHAPE": flash.shape(D, launch.alignment(*tensors)),
             "FOLD": D // fold_div if fold_div > 0 else 0,
