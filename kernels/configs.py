@@ -84,6 +84,11 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
 
 # The interpreter pays for each tile, not for its size, and tests want several tiles of unequal sides.
 INTERPRETER = Tiles(16, 32, 4, 1)
+INTERPRETER_MULTIPROCESSORS = 4
+
+PROGRAMS_OF_MULTIPROCESSOR = 2  # that it has room for, whatever their kernel
+MAX_SPLITS = 16
+TILES_WORTH_A_SPLIT = 4  # fewer are read sooner than partial results are merged
 
 
 def architecture(device: torch.device) -> str:
@@ -104,3 +109,15 @@ def tiles(phase: str, like: Tensor, dropout: bool) -> dict[str, int]:
         width += width // 2  # its hash wants registers, as wider rows do
     table = TABLE[architecture(like.device)][phase]
     return next((found for widest, found in table.items() if width <= widest), table[max(table)])._asdict()
+
+
+def splits(programs: int, reads: int, like: Tensor) -> int:
+    """Among how many programs to share out the `reads` tiles that each of `programs` would read, to fill a device.
+
+    A power of two: the kernel that merges partial results is compiled for their number.
+    """
+    multiprocessors = INTERPRETER_MULTIPROCESSORS
+    if like.is_cuda:
+        multiprocessors = torch.cuda.get_device_properties(like.device).multi_processor_count
+    room = PROGRAMS_OF_MULTIPROCESSOR * multiprocessors // max(programs, 1)
+    return 1 << max(1, min(room, reads // TILES_WORTH_A_SPLIT, MAX_SPLITS)).bit_length() - 1

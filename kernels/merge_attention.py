@@ -90,7 +90,7 @@ def backward_kernel(
 
 def forward(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """out, laid out like the first part, and the contiguous lse."""
-    return _merge(outs, lses, outs[0].dtype)
+    return merge(outs, lses, outs[0].dtype)
 
 
 def backward(
@@ -121,11 +121,12 @@ def backward(
     return grad_outs, grad_lses
 
 
-def _merge(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def merge(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`forward`, with out in `dtype`."""
     if len(outs) > MAX_PARTS:
         rounds = range(0, len(outs), MAX_PARTS)
-        merged = [_merge(outs[i : i + MAX_PARTS], lses[i : i + MAX_PARTS], torch.float32) for i in rounds]
-        return _merge([out for out, _ in merged], [lse for _, lse in merged], dtype)
+        merged = [merge(outs[i : i + MAX_PARTS], lses[i : i + MAX_PARTS], torch.float32) for i in rounds]
+        return merge([out for out, _ in merged], [lse for _, lse in merged], dtype)
     out = torch.empty_like(outs[0], dtype=dtype)
     lse = lses[0].new_empty(lses[0].shape)
     if lse.numel() == 0:

@@ -55,10 +55,15 @@ def calls(dtype: torch.dtype) -> dict[str, Call]:
     def merge(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return vattn.merge_attention(tensors[:2], tensors[2:])
 
+    def latent(query: Tensor, *tensors: Tensor) -> Any:
+        return vattn.latent_attention(query, tensors[:2], tensors[2:], return_lse=True)
+
     leap = functools.partial(vattn.leap_attention, leap=2, fold_div=3, return_lse=True)
     shift = functools.partial(vattn.periodic_shift, fold_div=3)
     outs, lses = parts(2, 3, 5, 6, count=2, dtype=dtype)
+    tokens = [torch.randn(1, 2, length, 6).to(dtype).requires_grad_() for length in (3, 4, 2, 4, 2)]
     return {
+        "latent_attention": Call(latent, tokens),
         "leap_attention": Call(leap, video(1, 2, 3, 2, 6, dtype=dtype)),
         "periodic_shift": Call(shift, video(1, 2, 4, 2, 6, dtype=dtype)[:1]),
         "merge_attention": Call(merge, [*outs, *lses]),
@@ -139,7 +144,7 @@ def test_opcheck():
 
 
 @needs_kernels
-@pytest.mark.parametrize("op", ["leap_attention", "merge_attention"])
+@pytest.mark.parametrize("op", ["latent_attention", "leap_attention", "merge_attention"])
 def test_second_derivatives_of_kernels_raise(op):
     function, tensors = calls(torch.float32)[op]
     grads = torch.autograd.grad(function(*tensors)[0].sum(), tensors, create_graph=True)
@@ -148,7 +153,7 @@ def test_second_derivatives_of_kernels_raise(op):
 
 
 @needs_kernels
-@pytest.mark.parametrize("op", ["leap_attention", "merge_attention"])
+@pytest.mark.parametrize("op", ["latent_attention", "leap_attention", "merge_attention"])
 def test_gradient_of_lse_alone(op):
     function, tensors = calls(torch.float32)[op]
     exact = [x.detach().double().requires_grad_() for x in tensors]

@@ -1,8 +1,11 @@
 """What tests of operators share: how close is close enough, and a readable answer when it is not."""
 
+import mmap
+
 import torch
 from torch import Tensor
 
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; Python has its name from 3.13 on
 BUDGET = 2  # how many times the error of the plain PyTorch formula a kernel may have
 
 
@@ -51,3 +54,18 @@ def assert_within_budget(
     """`actual` is as close to the float64 `truth` as :func:`error_budget` asks, and has the dtype of `formula`."""
     assert actual.dtype == formula.dtype, f"{name}: {actual.dtype}, expected {formula.dtype}"
     assert_close(actual, truth, error_budget(truth, formula, intermediate), name)
+
+
+def far_apart(tensors: list[Tensor], axis: int) -> list[Tensor]:
+    """Views equal to the float32 `tensors`, whose one step along `axis` is longer than 2**31 elements.
+
+    They lie in memory that is mapped but, but for a few pages, not there.
+    """
+    memory = mmap.mmap(-1, 4 * (2**31 + 2**16), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    storage = torch.frombuffer(memory, dtype=torch.float32)
+    views = []
+    for i, x in enumerate(tensors):
+        strides = list(x.stride())
+        strides[axis] = 2**31 + 64
+        views.append(storage.as_strided(x.shape, strides, 4096 * i).copy_(x))
+    return views

@@ -15,12 +15,14 @@ if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "flash.py").
 
 from vattn import nn, reference
 from vattn._version import __version__
+from vattn.ops.latent_attention import latent_attention
 from vattn.ops.leap_attention import leap_attention
 from vattn.ops.merge_attention import merge_attention
 from vattn.ops.periodic_shift import periodic_shift
 
 __all__ = [
     "__version__",
+    "latent_attention",
     "leap_attention",
     "merge_attention",
     "nn",

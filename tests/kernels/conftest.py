@@ -11,7 +11,7 @@ CPP = {
     name: SimpleNamespace(
         forward=getattr(torch.ops.vattn, name), backward=getattr(torch.ops.vattn, f"{name}_backward", None)
     )
-    for name in ("leap_attention", "periodic_shift", "merge_attention")
+    for name in ("leap_attention", "latent_attention", "periodic_shift", "merge_attention")
 }
 
 
