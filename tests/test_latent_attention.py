@@ -95,7 +95,7 @@ def test_gradcheck(segments, dropout_p):
 def test_gradcheck_with_key_lengths():
     lengths = torch.tensor([1, 4, 2])
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Any:
         return vattn.latent_attention(query, key, value, key_lengths=lengths, return_lse=True)
 
     tensors = [leaf(3, 1, length, 2, dtype=torch.float64) for length in (3, 4, 4)]
@@ -129,6 +129,7 @@ def test_fifty_lengths_compile_at_most_twice(mode, backward):
 
     @torch.compile(fullgraph=True, backend=counter)
     def attend(latents: Tensor, context: Tensor) -> Tensor:
+        out: Any
         if mode == "encode":
             out = vattn.latent_attention(latents, context, context)
         elif mode == "decode":
