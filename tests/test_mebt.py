@@ -101,8 +101,7 @@ class TestLatentBlock:
         torch.testing.assert_close(out, x + block.mlp(block.ln2(x)))
 
     def test_dropout_only_in_training(self, streams: dict[str, Tensor]) -> None:
-        for drop in ("attn_drop", "proj_drop"):
-            block = LatentBlock(8, 2, "lt2l", **{drop: 0.5})
+        for block in (LatentBlock(8, 2, "lt2l", attn_drop=0.5), LatentBlock(8, 2, "lt2l", proj_drop=0.5)):
             plain = LatentBlock(8, 2, "lt2l").eval()
             plain.load_state_dict(block.state_dict())
             expected = plain(*streams.values())[0]
@@ -129,9 +128,9 @@ class TestLatentBlock:
             (lambda: LatentBlock(8, 2, "lt2l", mlp_ratio=0), ValueError, "LatentBlock: mlp_ratio must be at least 1"),
             (lambda: LatentBlock(8, 3, "lt2l"), ValueError, "dim must be a multiple of num_heads=3, got dim=8"),
             (
-                lambda: LatentAttention(8, 2.0),
+                lambda: LatentAttention(8, True),
                 TypeError,
-                "LatentAttention: num_heads must be an int, got num_heads=2",
+                "LatentAttention: num_heads must be an int, got num_heads=True",
             ),
         ],
     )
@@ -420,7 +419,7 @@ def surest_last(codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
 
 def test_maskgit_keeps_the_surest() -> None:
     codes = torch.zeros(1, TOKENS, dtype=torch.int64)
-    settings = {"num_steps": 3, "schedule": "linear", "context_temperature": 0.0, "generator": seed()}
+    settings: dict[str, Any] = {"num_steps": 3, "schedule": "linear", "context_temperature": 0.0, "generator": seed()}
     sample = mebt.maskgit(surest_last, codes, **settings)
     assert sample.context.tolist() == [list(reversed(range(TOKENS)))]
     assert sample.codes.tolist() == [[8] * 4 + [4] * 4 + [0] * 4]
@@ -428,7 +427,12 @@ def test_maskgit_keeps_the_surest() -> None:
 
 def test_maskgit_joins_the_schedule_or_starts_anew() -> None:
     codes, every = torch.full((1, TOKENS), 99), torch.arange(TOKENS)[None]
-    settings = {"context": every[:, :6], "target": every[:, 6:], "schedule": "linear", "context_temperature": 0.0}
+    settings: dict[str, Any] = {
+        "context": every[:, :6],
+        "target": every[:, 6:],
+        "schedule": "linear",
+        "context_temperature": 0.0,
+    }
     joined = mebt.maskgit(surest_last, codes, num_steps=6, generator=seed(), **settings).codes
     assert joined.tolist() == [[99] * 6 + [10, 10, 8, 8, 6, 6]]
     anew = mebt.maskgit(surest_last, codes, num_steps=6, start_anew=True, generator=seed(), **settings).codes
@@ -437,7 +441,7 @@ def test_maskgit_joins_the_schedule_or_starts_anew() -> None:
 
 def test_bootstrap_keeps_one_token_a_step() -> None:
     codes = torch.zeros(1, TOKENS, dtype=torch.int64)
-    settings = {"num_steps": 5, "strategy": "bootstrap", "schedule": "linear", "generator": seed()}
+    settings: dict[str, Any] = {"num_steps": 5, "strategy": "bootstrap", "schedule": "linear", "generator": seed()}
     sample = mebt.maskgit(surest_last, codes, **settings)
     assert sample.context.shape == (1, 5)
     assert sorted(sample.codes[0].tolist()) == [0, 1, 2, 3] + [4] * 8
@@ -464,7 +468,7 @@ def test_greedy_sampling_is_well_defined() -> None:
 
 def test_revision_of_contexts() -> None:
     every, codes = torch.arange(TOKENS)[None], torch.full((1, TOKENS), 99)
-    settings = {"context": every[:, :6], "target": every[:, 6:], "draft_steps": 2, "generator": seed()}
+    settings: dict[str, Any] = {"context": every[:, :6], "target": every[:, 6:], "draft_steps": 2, "generator": seed()}
     kept = mebt.draft_and_revise(surest_last, codes, **settings)
     assert kept.codes[0, :6].tolist() == [99] * 6
     revised = mebt.draft_and_revise(surest_last, codes, **settings, revise_contexts=True)

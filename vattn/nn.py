@@ -323,7 +323,7 @@ class LatentAttention(nn.Module):
         key, value = ([self._heads(layer(x)) for x in sources] for layer in (self.key, self.value))
         lengths = [x.shape[1] for x in readers]
         biases: Sequence[Tensor | None] = [None] * len(lengths)
-        if attn_bias is not None and sum(x.shape[2] for x in key):
+        if attn_bias is not None and sum(x.shape[2] for x in key) > 0:
             biases = attn_bias.expand(-1, -1, sum(lengths), -1).split(lengths, 2)
         dropout_p = self.attn_drop.p if self.training else 0.0
         outs = []

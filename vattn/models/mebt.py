@@ -278,7 +278,7 @@ class MeBT(nn.Module):
             >>> loss = model.training_loss(torch.randint(10, (3, 2, 2, 2)), generator=torch.Generator())
             >>> loss.backward()
         """
-        if codes.shape[1:] != self.grid:
+        if tuple(codes.shape[1:]) != self.grid:
             raise ValueError(
                 f"MeBT.training_loss: codes must have shape (B, {', '.join(map(str, self.grid))}), "
                 f"got codes.shape={tuple(codes.shape)}"

@@ -407,7 +407,7 @@ def _by_group(
     """A draft or a revision: find the targets of each partition, over a random order of all targets."""
     draws = draws_of(generator)
     codes, context, target = _start(op, model, codes, context, target)
-    target = target.gather(1, draws.permutation(*target.shape, device=target.device))
+    target = target.gather(1, draws.permutation(len(target), target.shape[1], target.device))
     for known, wanted in _bar(partitions(context, target, num_steps), op, progress):
         tokens, _ = sample_tokens(model(codes, known, wanted), **sampling, generator=draws)
         codes = codes.scatter(1, wanted, tokens)

@@ -5,7 +5,7 @@ at most 4 targets. Random numbers are recorded, and replayed in the order in whi
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from vattn.models.mebt import (
     sample_tokens,
     split_positions,
 )
+from vattn.models.vqvae import VQGAN, Codebook
 from vattn.nn import LATENT_MODES, LatentBlock
 
 _num_masked = partial(num_masked, official_rounding=True)
@@ -40,10 +41,11 @@ STREAMS = ("sos", "contexts", "targets")
 class _Replay(Draws):
     """Draws that were recorded: each is used once, and has the shape it was recorded with."""
 
-    def __init__(self, exponentials: list[Tensor], permutations: Tensor | None = None) -> None:
+    def __init__(
+        self, exponentials: Sequence[Tensor] = (), permutations: Sequence[Tensor] = (), normals: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__()
-        self.exponentials = iter(exponentials)
-        self.permutations = iter([] if permutations is None else permutations)
+        self.exponentials, self.permutations, self.normals = iter(exponentials), iter(permutations), iter(normals)
 
     def exponential(self, *shape: int, device: torch.device) -> Tensor:
         numbers = next(self.exponentials)
@@ -55,8 +57,14 @@ class _Replay(Draws):
         assert numbers.shape == (batch, length)
         return numbers
 
+    def normal(self, *shape: int, device: torch.device) -> Tensor:
+        numbers = next(self.normals)
+        assert numbers.shape == shape
+        return numbers
+
     def assert_used_up(self, path: str) -> None:
-        assert not [*self.exponentials, *self.permutations], f"{path}: the official code drew more"
+        left = [*self.exponentials, *self.permutations, *self.normals]
+        assert not left, f"{path}: the official code drew more"
 
 
 def mebt_blocks(golden: Any) -> None:
@@ -187,6 +195,51 @@ def mebt_decode(golden: Any) -> None:
         _check_sampler(golden, path, model, sampler, start, settings)
 
 
+def mebt_vqgan(golden: Any) -> None:
+    meta, is_double = golden.meta, golden.dtype == torch.float64
+    tolerance = 1e-6 if is_double else 1e-4
+    model = VQGAN.from_official(
+        golden.weights(), meta["downsample"], groups=meta["groupnorm_groups"], padding_mode=meta["padding_type"]
+    )
+    hidden: dict[str, Tensor] = {}
+    for name, module in (("enc_out", model.encoder), ("pre_vq", model.pre_vq_conv)):
+        module.register_forward_hook(lambda _module, _inputs, out, name=name: hidden.update({name: out}))
+    video = golden["x"].requires_grad_()
+    recon, quantized = model(video)
+    golden.equal("encodings", quantized.codes)
+    for name, actual in {
+        **hidden,
+        "embeddings": quantized.embeddings,
+        "commitment_loss": quantized.commitment_loss,
+        "perplexity": quantized.perplexity,
+        "recon": recon,
+        "decode_from_codes": model.decode(quantized.codes),
+    }.items():
+        golden.close(name, actual, atol=tolerance)
+    loss = (recon * golden["gout"]).sum() + quantized.commitment_loss
+    _check_gradients(golden, "", loss, ["grad/x"], [video])
+
+
+def mebt_codebook(golden: Any) -> None:
+    meta = golden.meta
+    codebook = Codebook(meta["n_codes"], meta["emb"], restart=meta["restart_thres"]).to(golden.dtype)
+    codebook.load_state_dict({name: golden[f"before/{name}"] for name in golden.names("before/")})
+    if meta["need_init"]:
+        codebook.N.zero_()
+    z = golden["z"].requires_grad_()
+    draws = _Replay([], *(_recorded(golden, name) for name in ("randperm", "tile_noise")))
+    quantized = codebook(z, generator=draws)
+    golden.equal("encodings", quantized.codes)
+    golden.operator("embeddings_st", quantized.embeddings)
+    golden.operator("commitment_loss", quantized.commitment_loss)
+    golden.operator("perplexity", quantized.perplexity)
+    for name, buffer in codebook.named_buffers():
+        golden.operator(f"after/{name}", buffer)
+    loss = (quantized.embeddings * golden["gout"]).sum() + quantized.commitment_loss
+    _check_gradients(golden, "", loss, ["grad/z"], [z])
+    draws.assert_used_up("codebook")
+
+
 def _check_sampler(golden: Any, path: str, model: MeBT, sampler: Any, codes: Tensor, settings: dict[str, Any]) -> None:
     """One sample of the official code, with its random numbers: what the model was asked and said, and the result."""
     calls = 0
@@ -200,9 +253,8 @@ def _check_sampler(golden: Any, path: str, model: MeBT, sampler: Any, codes: Ten
         golden.close(f"{call}logits", logits, atol=2e-5)  # these paths were computed in float32
         return logits
 
-    count = len([name for name in golden.names(f"{path}/exp") if name.isdigit()])
-    permutations = golden[f"{path}/randperm"] if f"{path}/randperm" in golden.arrays else None
-    draws = _Replay([golden[f"{path}/exp{i}"] for i in range(count)], permutations)
+    permutations = [*golden[f"{path}/randperm"]] if f"{path}/randperm" in golden.arrays else []
+    draws = _Replay(_recorded(golden, f"{path}/exp"), permutations)
     sample = sampler(ask, codes, **settings, generator=draws)
     golden.equal(f"{path}/final", sample.codes)
     golden.equal(f"{path}/ncalls", torch.tensor(calls))
@@ -260,6 +312,11 @@ def _readers(mode: str, streams: tuple[Tensor, ...]) -> Tensor:
     """The streams that a block of this mode has updated, as one."""
     by_name = dict(zip(("latents", "contexts", "targets"), streams, strict=True))
     return torch.cat([by_name[name] for name in LATENT_MODES[mode][0]], 1)
+
+
+def _recorded(golden: Any, name: str) -> list[Tensor]:
+    """The arrays `name` 0, 1, 2, ... that the file has."""
+    return [golden[f"{name}{i}"] for i in range(sum(end.isdigit() for end in golden.names(name)))]
 
 
 def _matches(golden: Any, prefix: str, pattern: str) -> Iterator[tuple[str, tuple[Any, ...]]]:

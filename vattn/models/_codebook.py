@@ -1,0 +1,129 @@
+"""The codebook of a VQ-VAE: each vector becomes the nearest of K codes, which follow the vectors they stand for.
+
+    code    = argmin_k |z - e_k|^2,    loss = 0.25 mean (z - e_code)^2,    the gradient of e_code goes to z
+    N_k     = 0.99 N_k + 0.01 (vectors of code k),    s_k = 0.99 s_k + 0.01 (their sum),    e_k = s_k / N_k
+
+van den Oord et al., "Neural Discrete Representation Learning" (NeurIPS 2017), appendix A.1. A code that hardly any
+vector takes is put where a random vector is (Dhariwal et al., "Jukebox", 2020).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vattn import _checks
+from vattn.models._draws import Draws, Randomness, draws_of
+
+
+class Quantized(NamedTuple):
+    """What a codebook makes of vectors: their codes, these as vectors, how far off they are, how many are in use."""
+
+    embeddings: Tensor
+    codes: Tensor
+    commitment_loss: Tensor
+    perplexity: Tensor
+
+
+class Codebook(nn.Module):
+    """The nearest of K codes for each vector. In training, codes move, and begin at the vectors that come first.
+
+    Under ``torch.distributed`` all processes move their codes alike. Buffers have the official names.
+
+    Args:
+        num_codes: K.
+        dim: channels of a code.
+        restart: codes that are taken by fewer vectors, on average over the last steps, go to a random vector; None
+            leaves them where they are.
+
+    Shape:
+        ``(B, dim, ...)`` to :class:`Quantized`: embeddings like the input, codes ``(B, ...)`` int64 and two scalars.
+
+    Raises:
+        TypeError, ValueError: a setting or an input that does not fit.
+
+    Source:
+        van den Oord et al., "Neural Discrete Representation Learning", section 3.2 and appendix A.1.
+
+    Example:
+        >>> codebook = Codebook(num_codes=16, dim=4)
+        >>> quantized = codebook(torch.randn(2, 4, 3, 5, 5))
+        >>> quantized.codes.shape, codebook.lookup(quantized.codes).shape
+        (torch.Size([2, 3, 5, 5]), torch.Size([2, 4, 3, 5, 5]))
+    """
+
+    embeddings: Tensor
+    N: Tensor
+    z_avg: Tensor
+
+    def __init__(self, num_codes: int, dim: int, *, restart: float | None = 1.0) -> None:
+        super().__init__()
+        for name, size in (("num_codes", num_codes), ("dim", dim)):
+            _checks.integer("Codebook", name, size, least=1)
+        self.restart = restart
+        self.register_buffer("embeddings", torch.randn(num_codes, dim))
+        self.register_buffer("N", torch.zeros(num_codes))
+        self.register_buffer("z_avg", self.embeddings.clone())
+        self._has_begun = False
+
+    def forward(self, z: Tensor, generator: Randomness = None) -> Quantized:
+        if z.dim() < 2 or z.shape[1] != self.embeddings.shape[1]:
+            raise ValueError(
+                f"Codebook: z must have shape (B, {self.embeddings.shape[1]}, ...), got z.shape={tuple(z.shape)}"
+            )
+        vectors = z.detach().movedim(1, -1).flatten(0, -2).to(self.embeddings.dtype)
+        draws = draws_of(generator)
+        if self.training:
+            self._begin(vectors, draws)
+        with torch.autocast(z.device.type, enabled=False):  # the nearest of many codes needs all digits
+            # The squared distance, but for |z|^2, which is the same for all codes.
+            flat = (self.embeddings.square().sum(1) - 2 * vectors @ self.embeddings.T).argmin(1)
+        codes = flat.view(z.shape[:1] + z.shape[2:])
+        embeddings = self.lookup(codes)
+        frequencies = flat.bincount(minlength=len(self.embeddings)).to(vectors.dtype) / len(flat)
+        perplexity = torch.exp(-(frequencies * (frequencies + 1e-10).log()).sum())
+        if self.training:
+            self._follow(vectors, flat, draws)
+        return Quantized(z + (embeddings - z).detach(), codes, 0.25 * F.mse_loss(z, embeddings), perplexity)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes ``(B, ...)`` to their vectors ``(B, dim, ...)``."""
+        return F.embedding(codes, self.embeddings).movedim(-1, 1)
+
+    def _begin(self, vectors: Tensor, draws: Draws) -> None:
+        """Put the codes of a codebook that has never been trained where some vectors are."""
+        if not self._has_begun and not bool(self.N.any()):
+            self.embeddings.copy_(self._candidates(vectors, draws))
+            self.z_avg.copy_(self.embeddings)
+            self.N.fill_(1.0)
+        self._has_begun = True
+
+    def _follow(self, vectors: Tensor, codes: Tensor, draws: Draws) -> None:
+        """Move the codes towards the vectors that took them, and those that few take to other vectors."""
+        taken = codes.bincount(minlength=len(self.N)).to(self.N.dtype)
+        sums = torch.zeros_like(self.z_avg).index_add_(0, codes, vectors)
+        if dist.is_initialized():
+            dist.all_reduce(taken)
+            dist.all_reduce(sums)
+        self.N.mul_(0.99).add_(taken, alpha=0.01)
+        self.z_avg.mul_(0.99).add_(sums, alpha=0.01)
+        total = self.N.sum()
+        share = (self.N + 1e-7) / (total + len(self.N) * 1e-7)
+        embeddings = self.z_avg / (share * total)[:, None]
+        candidates = self._candidates(vectors, draws)
+        if self.restart is not None:
+            embeddings = torch.where(self.N[:, None] >= self.restart, embeddings, candidates)
+        self.embeddings.copy_(embeddings)
+
+    def _candidates(self, vectors: Tensor, draws: Draws) -> Tensor:
+        """As many random vectors as there are codes; if there are fewer, copies with a little noise."""
+        num_codes, dim = self.embeddings.shape
+        if len(vectors) < num_codes:
+            vectors = vectors.repeat(-(-num_codes // len(vectors)), 1)
+            vectors = vectors + draws.normal(*vectors.shape, device=vectors.device).to(vectors.dtype) * 0.01 / dim**0.5
+        chosen = vectors[draws.permutation(1, len(vectors), vectors.device)[0, :num_codes]]
+        if dist.is_initialized():
+            dist.broadcast(chosen, 0)
+        return chosen
