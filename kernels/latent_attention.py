@@ -347,7 +347,9 @@ class _Work:
         )  # fmt: skip
 
     def _tiles(self, phase: str) -> dict[str, int]:
-        return configs.tiles(phase, self.query, self.dropout)
+        # One loop after the other, for each segment, costs registers.
+        several_loops = len(self.keys) > 1 and phase != "backward_key"
+        return configs.tiles(phase, self.query, self.dropout or several_loops)
 
     def _blocks(self, phase: str) -> tuple[int, int]:
         """Rows of a tile that a program owns, and of those that it reads."""
