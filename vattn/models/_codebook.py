@@ -36,7 +36,8 @@ class Codebook(nn.Module):
         num_codes: K.
         dim: channels of a code.
         restart: codes that are taken by fewer vectors, on average over the last steps, go to a random vector; None
-            leaves them where they are.
+            leaves them where they are. Its sums stay, as in the official code: unless vectors take it then, the code
+            comes back to where they put it, and goes to another vector.
 
     Shape:
         ``(B, dim, ...)`` to :class:`Quantized`: embeddings like the input, codes ``(B, ...)`` int64 and two scalars.
@@ -104,7 +105,7 @@ class Codebook(nn.Module):
         """Move the codes towards the vectors that took them, and those that few take to other vectors."""
         taken = codes.bincount(minlength=len(self.N)).to(self.N.dtype)
         sums = torch.zeros_like(self.z_avg).index_add_(0, codes, vectors)
-        if dist.is_initialized():
+        if _is_distributed():
             dist.all_reduce(taken)
             dist.all_reduce(sums)
         self.N.mul_(0.99).add_(taken, alpha=0.01)
@@ -124,6 +125,10 @@ class Codebook(nn.Module):
             vectors = vectors.repeat(-(-num_codes // len(vectors)), 1)
             vectors = vectors + draws.normal(*vectors.shape, device=vectors.device).to(vectors.dtype) * 0.01 / dim**0.5
         chosen = vectors[draws.permutation(1, len(vectors), vectors.device)[0, :num_codes]]
-        if dist.is_initialized():
+        if _is_distributed():
             dist.broadcast(chosen, 0)
         return chosen
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

