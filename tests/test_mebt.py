@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vattn.models import mebt
 from vattn.models.mebt import MeBT
@@ -285,13 +285,16 @@ class TestModel:
         model = small_model((*MODES, "maskgit"))
         weights: dict[str, Any] = model.state_dict()
         config: dict[str, Any] = {"n_head": 2, "mode": list(MODES), "shape": list(GRID)}
+        drops = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3} if wrap == "checkpoint" else {}
         if wrap == "checkpoint":
             weights = {"epoch": 1, "state_dict": weights | {"first_stage_model.encoder.weight": torch.zeros(1)}}
-            params, mask = {"n_head": 2, "mode": list(MODES)}, {"params": {"shape": list(GRID)}}
+            params, mask = {"n_head": 2, "mode": list(MODES)} | drops, {"params": {"shape": list(GRID)}}
             config = {"model": {"params": params, "mask": mask}}
         before = copy.deepcopy(config)
         loaded = MeBT.from_official(weights, config)
         assert not loaded.training
+        rates = {module.p for module in loaded.modules() if isinstance(module, nn.Dropout)}
+        assert rates == (set(drops.values()) or {0.0})
         every = torch.arange(TOKENS).expand(2, -1)
         inputs = random_codes(), every[:, :3], every[:, 3:]
         assert torch.equal(loaded(*inputs), model(*inputs))

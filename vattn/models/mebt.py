@@ -211,9 +211,9 @@ class MeBT(nn.Module):
         Args:
             state_dict: of ``Net2NetTransformer`` in ``mebt/transformer.py``, with or without the outer dict of a
                 checkpoint. Its tokenizer (``first_stage_model``) is left out. It is copied; dtype and device stay.
-            config: the official configuration, whole or in part, of which ``n_head``, ``mode`` and ``shape`` are
-                read; sizes are those of the weights. As in the official code, blocks that ``mode`` does not name
-                are of the mode "maskgit".
+            config: the official configuration, whole or in part, of which ``n_head``, ``mode``, ``shape`` and, if it
+                has them, ``embd_pdrop``, ``attn_pdrop`` and ``resid_pdrop`` are read; sizes are those of the weights.
+                As in the official code, blocks that ``mode`` does not name are of the mode "maskgit".
 
         Raises:
             ValueError: the weights or the configuration do not make this model.
@@ -232,7 +232,15 @@ class MeBT(nn.Module):
         return load(
             weights,
             lambda: cls(
-                vocab_size, tuple(settings["shape"]), dim, settings["n_head"], modes, weights["sos_emb"].shape[1]
+                vocab_size,
+                tuple(settings["shape"]),
+                dim,
+                settings["n_head"],
+                modes,
+                weights["sos_emb"].shape[1],
+                embed_drop=settings.get("embd_pdrop", 0.0),
+                attn_drop=settings.get("attn_pdrop", 0.0),
+                proj_drop=settings.get("resid_pdrop", 0.0),
             ),
         )
 
@@ -389,7 +397,7 @@ def draw_partition(
         (16, True)
     """
     draws, frame_tokens = draws_of(generator), grid[1] * grid[2]
-    order = draws.permutation(batch, grid[0] * frame_tokens, torch.device(device))
+    order = draws.permutation(batch, grid[0] * frame_tokens, torch.device("cpu"))  # nothing waits for a GPU
     # What lies below a uniform number falls on a length as often as its weight says.
     below = frame_weights(prior, grid[0], step).cumsum(0) <= draws.uniform()
     num_frames = min(int(below.sum()) + 1, grid[0])
@@ -397,7 +405,8 @@ def draw_partition(
         start = int(draws.uniform() * (grid[0] - num_frames + 1))
         order = frames_of(order, start, num_frames, frame_tokens)
     masked = num_masked(schedule, draws.uniform(), order.shape[1])
-    return split_positions(order, masked, budget), order.shape[1]
+    context, target = split_positions(order, masked, budget)
+    return (context.to(device), target.to(device)), order.shape[1]
 
 
 def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
