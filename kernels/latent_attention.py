@@ -253,7 +253,7 @@ def forward(
     outs = _partial(query, splits)
     lses = query.new_empty((splits, *query.shape[:-1]), dtype=torch.float32)
     work.run(
-        forward_kernel, "forward", Lq, splits, (outs[0],), work.query, work.keys, work.values, outs, lses,
+        forward_kernel, "forward", Lq, splits, (outs,), work.query, work.keys, work.values, outs, lses,
         work.key_lengths, seed, launch.strides(work.query), work.key_strides, work.value_strides,
         launch.strides(outs[0]), outs.stride(0), launch.pack(work.counts), SIGN=sign,
     )  # fmt: skip
@@ -274,7 +274,7 @@ def backward(
     splits = work.splits("backward_query", Lq, Lk)
     dq = _partial(query, splits)
     work.run(
-        backward_query_kernel, "backward_query", Lq, splits, (grad_out, out, dq[0]), grad_out, grad_lse, work.query,
+        backward_query_kernel, "backward_query", Lq, splits, (grad_out, out, dq), grad_out, grad_lse, work.query,
         work.keys, work.values, out, lse, delta, dq, work.key_lengths, seed, do_strides, dlse_strides, q_strides,
         work.key_strides, work.value_strides, launch.strides(out), launch.strides(dq[0]), dq.stride(0),
         launch.pack(work.counts),
@@ -285,7 +285,7 @@ def backward(
         splits = work.splits("backward_key", key.shape[2], Lq)
         dk, dv = _partial(key, splits), _partial(key, splits)
         work.run(
-            backward_key_kernel, "backward_key", key.shape[2], splits, (grad_out, dk[0]), grad_out, work.query,
+            backward_key_kernel, "backward_key", key.shape[2], splits, (grad_out, dk), grad_out, work.query,
             key, value, lse, delta, dk, dv, work.key_lengths, seed, do_strides, q_strides, work.key_strides[i],
             work.value_strides[i], launch.strides(dk[0]), dk.stride(0), key.shape[2], before,
         )  # fmt: skip
