@@ -9,7 +9,7 @@ gathered where they lie, and a tile may straddle frames, so that 197 tokens do n
 
 The periodic shift is part of the store of the output and, transposed, of the loads of its gradient. LAPS:
 Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022),
-sections 3.2, 3.3.
+on leap attention and on the periodic shift.
 
 In the kernels, ``group = (base, leap, N)`` and ``lanes = (lane // N, lane % N)`` say where rows are, so that a
 tile costs one scalar division.

@@ -4,7 +4,8 @@
            fold .. 2 fold   x[t-1]    (0 at the first frame)
          2 fold .. D        x[t]
 
-LAPS (Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.3).
+LAPS (Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on
+the periodic shift).
 Seen from the source, ``x[t]`` goes to up to three frames: its first channels to t-1, the next to t+1, the rest to
 t::
 

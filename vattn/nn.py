@@ -46,7 +46,7 @@ def leap_of_level(level: int | None, num_frames: int) -> int | None:
         ValueError: `level` is negative, or so large that the leap is 0.
 
     Source:
-        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.2.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on leap attention.
 
     Example:
         >>> [leap_of_level(level, num_frames=8) for level in (1, 2, 3, None)]
@@ -129,8 +129,8 @@ class LeapAttention(nn.Module):
         ValueError: a setting or an input that does not fit, or an attention mask.
 
     Source:
-        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", sections 3.2
-        and 3.3.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on leap attention
+        and on the periodic shift.
 
     Example:
         >>> attention = LeapAttention(dim=64, num_heads=4, num_frames=8, leap=2, fold_div=4)
@@ -293,7 +293,7 @@ class LatentAttention(nn.Module):
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers", section 3.2.
+        Transformers".
 
     Example:
         >>> attention = LatentAttention(dim=64, num_heads=4)
@@ -375,7 +375,7 @@ class LatentBlock(nn.Module):
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers", section 3.2.
+        Transformers".
 
     Example:
         >>> block = LatentBlock(dim=64, num_heads=4, mode="latent_enc")

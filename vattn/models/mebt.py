@@ -108,7 +108,7 @@ class LatentTransformer(nn.Module):
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers", section 3.2.
+        Transformers".
 
     Example:
         >>> transformer = LatentTransformer(100, dim=32, num_heads=2, modes=("latent_enc", "latent_dec"))
@@ -164,7 +164,7 @@ class MeBT(nn.Module):
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers", section 3.
+        Transformers".
 
     Example:
         >>> model = MeBT(10, (2, 2, 2), dim=32, num_heads=2, modes=("latent_enc", "latent_dec"), num_latents=4)
@@ -325,7 +325,7 @@ def masked_loss(
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers", section 3.3.
+        Transformers".
 
     Example:
         >>> masked_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), masked=3, num_tokens=8)
@@ -389,7 +389,7 @@ def draw_partition(
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers", section 3.3.
+        Transformers".
 
     Example:
         >>> (context, target), num_tokens = draw_partition(2, (4, 2, 2), budget=3, generator=torch.Generator())

@@ -136,7 +136,8 @@ def video_from_image(
             would leave out; a level that does not fit.
 
     Source:
-        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on
+        adapting an image model.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification

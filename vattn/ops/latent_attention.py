@@ -59,7 +59,7 @@ def latent_attention(
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers", section 3.2.
+        Transformers".
 
     Example:
         >>> latents, context = torch.randn(1, 4, 16, 32), torch.randn(1, 4, 1000, 32)      # (B, H, tokens, D)

@@ -62,8 +62,8 @@ def leap_attention(
         ValueError: a shape or a value that does not fit.
 
     Source:
-        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", sections 3.2
-        and 3.3.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on leap attention
+        and on the periodic shift.
 
     Example:
         >>> qkv = torch.randn(2, 8, 49, 3, 4, 16)                   # (B, T, N, 3, H, D), as from a linear layer

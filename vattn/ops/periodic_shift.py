@@ -5,7 +5,7 @@
          2 fold .. D        x[t]
 
 LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022),
-section 3.3.
+on the periodic shift.
 """
 
 from typing import Any
@@ -37,7 +37,8 @@ def periodic_shift(x: Tensor, fold_div: int) -> Tensor:
         ValueError: a shape or a value that does not fit.
 
     Source:
-        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.3.
+        Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on the
+        periodic shift.
 
     Example:
         >>> x = torch.arange(3.0).view(1, 1, 3, 1, 1).expand(1, 1, 3, 1, 4)    # frames 0, 1, 2

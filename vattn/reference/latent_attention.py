@@ -1,7 +1,7 @@
 """Latent-bottleneck attention: queries read keys that may lie in several tensors.
 
 MeBT (Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-Transformers", section 3.2): a context is read into latents, and latents are read from many positions.
+Transformers"): a context is read into latents, and latents are read from many positions.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Leap attention: every token reads all tokens of the frames of its leap group.
 
-LAPS (Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.2),
+LAPS (Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on leap attention),
 for any group size and any number of frames. With ``leap=2, group_size=2`` and 7 frames::
 
     frame   0  1  2  3  4  5  6

@@ -1,6 +1,7 @@
 """Periodic shift: per head, some channels of frame t come from frame t+1, as many from t-1.
 
-LAPS (Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", section 3.3)::
+LAPS (Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on the
+periodic shift)::
 
     channel   0 .. fold     x[t+1]    (0 at the last frame)
            fold .. 2 fold   x[t-1]    (0 at the first frame)
