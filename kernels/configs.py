@@ -100,16 +100,13 @@ def architecture(device: torch.device) -> str:
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
-def tiles(phase: str, like: Tensor, crowded: bool) -> dict[str, int]:
-    """Tile sizes, warps and stages for `phase` on rows of the last axis of `like`.
-
-    `crowded`: a kernel that holds more than rows, such as the hash of dropout, and wants registers as wider rows do.
-    """
+def tiles(phase: str, like: Tensor, dropout: bool) -> dict[str, int]:
+    """Tile sizes, warps and stages for `phase` on rows of the last axis of `like`."""
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
     width = shape(like.shape[-1], alignment=1).width * like.element_size()
-    if crowded:
-        width += width // 2
+    if dropout:
+        width += width // 2  # its hash wants registers, as wider rows do
     table = TABLE[architecture(like.device)][phase]
     return next((found for widest, found in table.items() if width <= widest), table[max(table)])._asdict()
 

@@ -347,9 +347,10 @@ class _Work:
         )  # fmt: skip
 
     def _tiles(self, phase: str) -> dict[str, int]:
-        # One loop after the other, for each segment, costs registers.
-        several_loops = len(self.keys) > 1 and phase != "backward_key"
-        return configs.tiles(phase, self.query, self.dropout or several_loops)
+        tiles = configs.tiles(phase, self.query, self.dropout)
+        if phase == "forward" and len(self.keys) > 1:
+            tiles["num_warps"] = 8  # one loop for each segment costs registers that four warps have not
+        return tiles
 
     def _blocks(self, phase: str) -> tuple[int, int]:
         """Rows of a tile that a program owns, and of those that it reads."""
