@@ -28,7 +28,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from vattn.kernels import configs, launch, leap_attention, merge_attention, periodic_shift
+from vattn.kernels import configs, latent_attention, launch, leap_attention, merge_attention, periodic_shift
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "kernel_report.jsonl"
 
@@ -46,6 +46,7 @@ MATRIX_INSTRUCTIONS = {
     "tcgen05": r"tcgen05\.mma",
     "mfma": r"v_mfma_",
 }
+FLASH = ("leap_attention.", "latent_attention.")  # the operators on the online-softmax core
 HEAD_DIMS = (64, 72, 80, 96, 120, 128, 144, 256)
 
 
@@ -103,6 +104,24 @@ def leap_case(head_dim: int, variant: str = "shift", dtype: torch.dtype = torch.
     return Case(variant, dtype, head_dim, call)
 
 
+def latent_case(head_dim: int, variant: str = "2 segments", dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Forward and backward of latent attention, split ("encode") or not, with "dropout", or with "key lengths"."""
+    queries, keys = (128, 8192) if variant == "encode" else (8192, 256)
+    dropout_p = 0.1 if variant == "dropout" else 0.0
+
+    def call() -> None:
+        query, key = (torch.empty(2, 1, length, head_dim, dtype=dtype, device="meta") for length in (queries, keys))
+        # An empty segment is one more in the loops over segments, and launches no kernel of its own.
+        segments = [key, key[:, :, :0]] if variant == "2 segments" else [key]
+        lengths = query.new_empty(2, dtype=torch.int64) if variant == "key lengths" else None
+        lse, seed = query.new_empty(query.shape[:-1], dtype=torch.float32), query.new_empty(1, dtype=torch.int64)
+        settings = (lengths, dropout_p, seed if dropout_p > 0 else None, 0.1)
+        latent_attention.forward(query, segments, segments, *settings)
+        latent_attention.backward(query, None, query, segments, segments, query, lse, *settings)
+
+    return Case(variant, dtype, head_dim, call)
+
+
 def shift_case(head_dim: int, transpose: bool) -> Case:
     """The periodic shift, or its transpose."""
 
@@ -132,6 +151,10 @@ def all_cases() -> list[Case]:
         *(leap_case(head_dim, variant) for head_dim in (64, 128) for variant in ("plain", "shift+dropout")),
         leap_case(64, dtype=torch.float16),
         leap_case(64, dtype=torch.float32),
+        *(latent_case(head_dim) for head_dim in HEAD_DIMS),
+        *(latent_case(head_dim, variant) for head_dim in (64, 128) for variant in ("encode", "dropout", "key lengths")),
+        latent_case(64, dtype=torch.float16),
+        latent_case(64, dtype=torch.float32),
         *(shift_case(64, transpose) for transpose in (False, True)),
         *(merge_case(64, parts) for parts in (2, 8)),
     ]
@@ -142,6 +165,7 @@ def report(case: Case, architecture: str) -> list[dict[str, Any]]:
     rows = []
 
     def compile_kernel(function: Any, *args: Any, **settings: Any) -> None:
+        function.device_caches.clear()  # or a kernel that another case has compiled would leave no log
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             compiled = function.warmup(*args, **settings)
@@ -199,7 +223,7 @@ def violations(row: dict[str, Any]) -> list[str]:
     broken = []
     if row["shared_bytes"] > SHARED_MEMORY[row["architecture"]]:
         broken.append(f"more than {SHARED_MEMORY[row['architecture']]} bytes of shared memory")
-    if row["architecture"] == "sm90" and row["kernel"].startswith("leap_attention") and row["dtype"] != "float32":
+    if row["architecture"] == "sm90" and row["kernel"].startswith(FLASH) and row["dtype"] != "float32":
         if row["head_dim"] <= 128 and row["spilled_bytes"] > 0:
             broken.append("spills")
         if "wgmma" not in row["matrix_instructions"]:
@@ -213,7 +237,7 @@ def line(row: dict[str, Any]) -> str:
     warps = row.get("num_warps", "")
     matrix = " ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
     return (
-        f"{row['architecture']:7} {row['kernel']:30} {row['variant']:13} {row['dtype']:8} {row['head_dim']:4} "
+        f"{row['architecture']:7} {row['kernel']:32} {row['variant']:13} {row['dtype']:8} {row['head_dim']:4} "
         f"{tiles:>8} {warps:>5} {row.get('num_stages', ''):>6} {row['registers']:>9} {row['spilled_bytes']:>7} "
         f"{row['shared_bytes']:>7} {matrix:12} {', '.join(violations(row))}"
     )
@@ -224,12 +248,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Registers, spills, shared memory and matrix instructions.")
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="file of JSON lines, written anew")
     parser.add_argument("--architectures", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--head-dims", nargs="+", type=int, help="only leap attention, at these head dims")
+    parser.add_argument("--head-dims", nargs="+", type=int, help="only leap and latent attention, at these head dims")
     options = parser.parse_args(arguments)
-    cases = all_cases() if options.head_dims is None else [leap_case(head_dim) for head_dim in options.head_dims]
+    cases = all_cases()
+    if options.head_dims is not None:
+        cases = [case(head_dim) for case in (leap_case, latent_case) for head_dim in options.head_dims]
 
     header = ("arch", "kernel", "variant", "dtype", "D", "tile", "warps", "stages", "registers", "spilled", "shared")
-    print("{:7} {:30} {:13} {:8} {:>4} {:>8} {:>5} {:>6} {:>9} {:>7} {:>7} matrix instructions".format(*header))
+    print("{:7} {:32} {:13} {:8} {:>4} {:>8} {:>5} {:>6} {:>9} {:>7} {:>7} matrix instructions".format(*header))
     rows = []
     for architecture in options.architectures:
         for case in cases:

@@ -6,7 +6,9 @@ import pathlib
 import subprocess
 import sys
 
-from vattn.kernels import configs
+import torch
+
+from vattn.kernels import configs, latent_attention, launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -16,7 +18,7 @@ import collections, json
 import torch
 from triton import knobs
 from benchmarks import kernel_report
-from vattn.kernels import leap_attention, merge_attention, periodic_shift
+from vattn.kernels import latent_attention, leap_attention, merge_attention, periodic_shift
 
 keys = collections.defaultdict(set)
 def remember(key, fn, **ignored):
@@ -35,6 +37,15 @@ def call(B, H, T, N, D, leap, group_size, projected):
     merge_attention.forward([q, k], [lse, lse])
     merge_attention.backward(out, lse, [q, k], [lse, lse], out, lse)
 
+def latent(H, D, queries, segments, projected):
+    query, *keys = (
+        torch.empty((1, n, H, D) if projected else (1, H, n, D), dtype=torch.bfloat16, device="meta")
+        for n in (queries, *segments))
+    if projected:
+        query, *keys = (x.transpose(1, 2) for x in (query, *keys))
+    out, lse = latent_attention.forward(query, keys, keys, None, 0.0, None, 0.1)
+    latent_attention.backward(out, lse, query, keys, keys, out, lse, None, 0.0, None, 0.1)
+
 def launched(function, *args, **settings):
     function.warmup(*args, **settings)
 
@@ -45,6 +56,10 @@ with kernel_report.offline("sm90", launched):
                 for N in (1, 2, 15, 16, 17, 32, 197, 784):
                     call(1, 1, T, N, D, leap, group_size, projected)
             call(2, 16, 16, 197, D, 4, 2, projected)
+            for H in (1, 16):
+                for n in (1, 2, 15, 16, 17, 256, 999, 1024, 2500, 8192, 65535):
+                    for queries, segments in ((n, (256,)), (256, (n,)), (1, (n, 0)), (256, (256, n)), (n, (1, 16))):
+                        latent(H, D, queries, segments, projected)
 print(json.dumps({name: len(found) for name, found in keys.items()}))
 """
 
@@ -65,7 +80,8 @@ def test_bounds_on_hopper(tmp_path):
     )
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert {(row["kernel"], row["head_dim"]) for row in rows} == {
-        (f"leap_attention.{name}", head_dim)
+        (f"{operator}.{name}", head_dim)
+        for operator in ("leap_attention", "latent_attention")
         for name in ("forward", "backward_query", "backward_key")
         for head_dim in (80, 128)
     }
@@ -81,26 +97,41 @@ def test_the_stored_report_is_in_bounds():
     for architecture, passes in configs.TABLE.items():
         for name in passes:
             for head_dim in (64, 72, 80, 96, 120, 128, 144, 256):
-                assert (architecture, f"leap_attention.{name}", head_dim) in covered
-    hopper = [row for row in rows if row["architecture"] == "sm90" and row["kernel"].startswith("leap_attention")]
-    for row in hopper:
-        if row["dtype"] != "float32":
+                for operator in ("leap_attention", "latent_attention"):
+                    assert (architecture, f"{operator}.{name}", head_dim) in covered
+    for row in rows:
+        flash = row["kernel"].startswith(("leap_attention.", "latent_attention."))
+        if flash and row["architecture"] == "sm90" and row["dtype"] != "float32":
             assert row["matrix_instructions"].get("wgmma", 0) > 0, row
             assert row["spilled_bytes"] == 0 or row["head_dim"] > 128, row
 
 
 def test_no_length_compiles_anew():
-    """One compilation of each kernel for each head dim: lengths, leaps and strides are not specialised on."""
+    """Kernels are compiled for each head dim, and not for lengths, leaps and strides."""
     counts = json.loads(in_another_process("-c", COUNT_COMPILATIONS).splitlines()[-1])
-    assert sorted(counts) == [
-        "leap_attention.backward_key_kernel",
-        "leap_attention.backward_query_kernel",
-        "leap_attention.forward_kernel",
-        "merge_attention.backward_kernel",
-        "merge_attention.forward_kernel",
-        "periodic_shift.shift_kernel",
-    ]
-    assert set(counts.values()) == {2}, counts
+    assert counts == {
+        "leap_attention.backward_key_kernel": 2,
+        "leap_attention.backward_query_kernel": 2,
+        "leap_attention.forward_kernel": 2,
+        # Latent attention's results and those of its splits, which are float32, and one or two segments of keys.
+        "latent_attention.backward_key_kernel": 2 * 2,
+        "latent_attention.backward_query_kernel": 2 * 2 * 2,
+        "latent_attention.forward_kernel": 2 * 2 * 2,
+        "merge_attention.backward_kernel": 2,
+        "merge_attention.forward_kernel": 2 * (1 + 3),  # and 2, 4 or 8 splits, on the GPU that is not there
+        "periodic_shift.shift_kernel": 2,
+    }
+
+
+def test_splits_are_not_said_to_be_aligned_where_they_are_not(monkeypatch):
+    """Inputs whose rows are aligned though their head dim is not: partial results of one row follow each other."""
+    shapes = []
+    monkeypatch.setattr(launch, "launch", lambda *args, SHAPE, **settings: shapes.append(SHAPE))
+    for length, alignment in ((4096, 1), (3, 4)):  # with splits, and without
+        key = torch.empty(1, 1, length, 12)[..., :9]
+        latent_attention.forward(key[:, :, :1], [key], [key], None, 0.0, None, 1.0)
+        assert shapes[0].alignment == alignment
+        shapes.clear()
 
 
 def test_the_tiles_of_a_length_are_those_of_any_other():
