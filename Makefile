@@ -1,6 +1,7 @@
 # Everything runs in $(VENV), which the first call makes: Python, torch, the packages, the C++ extension.
 #
 #   make demo       the main job on a real clip: outputs/
+#   make video      a tokenizer and a MeBT learn from real clips: outputs/mebt_*.gif
 #   make test       all tests and doctests
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
 #   make lint       ruff and mypy
@@ -24,10 +25,13 @@ endif
 BUILT := vattn/_build.json
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test test-gpu lint bench docs clean
+.PHONY: demo video test test-gpu lint bench docs clean
 
 demo: $(BUILT)
 	$(RUN) -m examples.demo
+
+video: $(BUILT)
+	$(RUN) -m examples.mebt_video
 
 test: $(BUILT)
 	$(RUN) -m pytest

@@ -8,7 +8,10 @@ from torch import nn
 from examples import mebt_video
 
 
-def test_runs_to_its_end(tmp_path, capsys):
+def test_runs_to_its_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mebt_video.clips, "NAMES", ("carphone_pristine",))
+    monkeypatch.setattr(mebt_video, "EVALUATIONS", 1)
+    monkeypatch.setitem(mebt_video.SAMPLING, "num_steps", 2)
     mebt_video.main(["--steps", "2", "--size", "16", "--outputs", str(tmp_path)])
     for name in ("reconstruction", "generation", "continuation", "inpainting"):
         with Image.open(tmp_path / f"mebt_{name}.gif") as picture:
