@@ -42,8 +42,8 @@ def latent_attention(
             contiguous costs one copy). D is at most 256.
         key, value: ``(B, H, Lk, D)``, or tuples (or lists) of as many such tensors, of any lengths, which are read
             as if they were concatenated along their tokens. Gradients go to each tensor.
-        key_lengths: ``(B,)`` int32 or int64: sample b reads its first ``key_lengths[b]`` keys. Between 0 and Lk: the CPU
-            kernel raises a ValueError otherwise; the GPU, which would have to wait for it, and the reference, which
+        key_lengths: ``(B,)`` int32 or int64: sample b reads its first ``key_lengths[b]`` keys. Between 0 and Lk: the
+            CPU kernel raises a ValueError otherwise; the GPU, which would have to wait for it, and the reference, which
             float64 runs, clamp them. For one key tensor only.
         dropout_p: probability of dropping an attention weight; the seed comes from torch's generator.
         scale: factor of the scores; None means ``D ** -0.5``.
