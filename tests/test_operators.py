@@ -58,19 +58,23 @@ def calls(dtype: torch.dtype) -> dict[str, Call]:
     def latent(query: Tensor, *tensors: Tensor) -> Any:
         return vattn.latent_attention(query, tensors[:2], tensors[2:], return_lse=True)
 
+    axial = functools.partial(vattn.axial_attention, dim=0, return_lse=True)
     leap = functools.partial(vattn.leap_attention, leap=2, fold_div=3, return_lse=True)
     shift = functools.partial(vattn.periodic_shift, fold_div=3)
     outs, lses = parts(2, 3, 5, 6, count=2, dtype=dtype)
     tokens = [torch.randn(1, 2, length, 6).to(dtype).requires_grad_() for length in (3, 4, 2, 4, 2)]
     return {
+        "axial_attention": Call(axial, video(1, 2, 3, 4, 6, dtype=dtype)),
         "latent_attention": Call(latent, tokens),
         "leap_attention": Call(leap, video(1, 2, 3, 2, 6, dtype=dtype)),
         "periodic_shift": Call(shift, video(1, 2, 4, 2, 6, dtype=dtype)[:1]),
         "merge_attention": Call(merge, [*outs, *lses]),
+        "nearest_code": Call(vattn.nearest_code, [torch.randn(size).to(dtype) for size in ((2, 5, 6), (7, 6))]),
     }
 
 
 OPERATORS = list(calls(torch.float32))
+DIFFERENTIABLE = [op for op in OPERATORS if op != "nearest_code"]
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -79,7 +83,7 @@ def test_every_public_operator_is_here(op):
     assert hasattr(reference, op)
 
 
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradcheck(op):
     function, tensors = calls(torch.float64)[op]
     assert torch.autograd.gradcheck(function, tensors)
@@ -106,7 +110,7 @@ def test_gradcheck_of_parts_without_keys():
 
 
 @needs_kernels
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_float64_and_kernels_agree(op):
     """The kernels through the public function, autograd included, against the reference."""
     function, tensors = calls(torch.float32)[op]
@@ -164,7 +168,7 @@ def test_gradient_of_lse_alone(op):
 
 
 @needs_kernels
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_compile_fullgraph(op):
     function, tensors = calls(torch.float32)[op]
     compiled = torch.compile(function, fullgraph=True)
@@ -279,7 +283,7 @@ def test_any_leap_attention(data):
         assert_within_budget(a, t, p, name, intermediate if name.startswith("d") else 0.0)
 
 
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_twice_the_same_bits(op):
     function, tensors = calls(torch.float32)[op]
     for _ in range(2):

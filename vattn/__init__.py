@@ -15,16 +15,20 @@ if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "flash.py").
 
 from vattn import nn, reference
 from vattn._version import __version__
+from vattn.ops.axial_attention import axial_attention
 from vattn.ops.latent_attention import latent_attention
 from vattn.ops.leap_attention import leap_attention
 from vattn.ops.merge_attention import merge_attention
+from vattn.ops.nearest_code import nearest_code
 from vattn.ops.periodic_shift import periodic_shift
 
 __all__ = [
     "__version__",
+    "axial_attention",
     "latent_attention",
     "leap_attention",
     "merge_attention",
+    "nearest_code",
     "nn",
     "periodic_shift",
     "reference",

@@ -52,6 +52,7 @@ if importlib.util.find_spec("triton") is not None:
     KERNEL_DEVICES.add("cuda")
 
 library = torch.library.Library("vattn", "DEF")
+_without_cpu_kernel: set[str] = set()  # operators that the extension does not know: it is older than they are
 
 
 def define(schema: str, cuda: Callable[..., Any], autocast: int = 0) -> None:
@@ -62,14 +63,16 @@ def define(schema: str, cuda: Callable[..., Any], autocast: int = 0) -> None:
     """
     library.define(schema)
     name = schema.split("(")[0]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CPU"):
+        _without_cpu_kernel.add(name)
     library.impl(name, cuda, "CUDA")
     for device_type in AUTOCAST_DEVICES if autocast else ():
         rule = functools.partial(_run_autocast, name, autocast, device_type)
         library.impl(name, rule, f"Autocast{device_type.upper()}")
 
 
-def runs_reference(x: Tensor) -> bool:
-    """Whether an operator on `x` runs the reference rather than a kernel; said once if that is a surprise."""
+def runs_reference(x: Tensor, op: str | None = None) -> bool:
+    """Whether operator `op` on `x` runs the reference rather than a kernel; said once if that is a surprise."""
     if compute_dtype(x) == torch.float64:
         return True
     if x.device.type == "cpu" and _C is None:
@@ -79,7 +82,7 @@ def runs_reference(x: Tensor) -> bool:
             f"({extension_error}); `python -m vattn.info` says more",
             stacklevel=1,
         )
-    return x.device.type not in KERNEL_DEVICES
+    return x.device.type not in KERNEL_DEVICES or (x.device.type == "cpu" and op in _without_cpu_kernel)
 
 
 def no_double_backward(name: str) -> None:

@@ -4,18 +4,22 @@ Written to be read and trusted, not to be fast: the kernels are tested against t
 """
 
 from vattn.reference.attention import attention
+from vattn.reference.axial_attention import axial_attention
 from vattn.reference.dropout import dropout_keep
 from vattn.reference.latent_attention import latent_attention
 from vattn.reference.leap_attention import leap_attention, leap_groups
 from vattn.reference.merge_attention import merge_attention
+from vattn.reference.nearest_code import nearest_code
 from vattn.reference.periodic_shift import periodic_shift
 
 __all__ = [
     "attention",
+    "axial_attention",
     "dropout_keep",
     "latent_attention",
     "leap_attention",
     "leap_groups",
     "merge_attention",
+    "nearest_code",
     "periodic_shift",
 ]

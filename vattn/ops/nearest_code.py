@@ -1,0 +1,84 @@
+"""The nearest code of each vector, without the distances in memory.
+
+    index = argmin_k |x - c_k|^2        the lowest k on ties
+
+The step between encoder and decoder of a VQ-VAE (van den Oord et al., "Neural Discrete Representation Learning",
+NeurIPS 2017)::
+
+    x 0.9 -0.2  ->  codes  0: (0, 0)   1: (1, 0)   2: (0, 1)    ->  1
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vattn import _checks, reference
+from vattn._library import AUTOCAST_DEVICES, define, library, runs_reference
+
+
+def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
+    """The index of the code that is nearest to each vector, in Euclidean distance.
+
+    Memory beyond the result is a few numbers for each vector and one copy of the codebook, never the distances.
+    There is no gradient: an index has none.
+
+    Args:
+        x: ``(..., C)``, float32, bfloat16, float16 or float64, any strides.
+        codebook: ``(K, C)``, with K and C at least 1, in the dtype of `x`. Under autocast dtypes may differ, and both
+            are read as float32, as those of ``torch.cdist`` are.
+
+    Returns:
+        int64 ``(...)``, contiguous: between 0 and K - 1, the lowest of equally near codes. Distances that are NaN are
+        no candidates, and a vector that has no other gets 0; with infinities, or squares beyond float32, the index is
+        some valid one.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape that does not fit.
+
+    Source:
+        van den Oord et al., "Neural Discrete Representation Learning", on vector quantisation.
+
+    Example:
+        >>> codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> nearest_code(torch.tensor([[0.9, -0.2], [0.1, 0.8], [0.5, 0.0]]), codebook)
+        tensor([1, 2, 0])
+    """
+    op = "nearest_code"
+    _checks.tensor(op, "x", x)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must have shape (..., C), got x.shape=()")
+    _checks.tensor(op, "codebook", codebook)
+    _checks.rank(op, "codebook", codebook, "(K, C)")
+    _checks.same(op, "x", x, "codebook", codebook, shape=False)
+    if 0 in codebook.shape:
+        raise ValueError(f"{op}: codebook must not be empty, got codebook.shape={tuple(codebook.shape)}")
+    if codebook.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: codebook must have the channels of x ({x.shape[-1]}), got codebook.shape={tuple(codebook.shape)}"
+        )
+    if runs_reference(x, op):
+        return reference.nearest_code(x, codebook)
+    return torch.ops.vattn.nearest_code(x, codebook)
+
+
+def _cuda(x: Tensor, codebook: Tensor) -> Tensor:
+    from vattn.kernels import nearest_code as kernels
+
+    return kernels.forward(x, codebook)
+
+
+def _autocast(device_type: str, x: Tensor, codebook: Tensor) -> Tensor:
+    with torch.autocast(device_type, enabled=False):
+        return torch.ops.vattn.nearest_code(x.float(), codebook.float())
+
+
+define("nearest_code(Tensor x, Tensor codebook) -> Tensor", cuda=_cuda)
+for _device_type in AUTOCAST_DEVICES:
+    library.impl("nearest_code", functools.partial(_autocast, _device_type), f"Autocast{_device_type.upper()}")
+
+
+@torch.library.register_fake("vattn::nearest_code", lib=library)
+def _fake(x: Tensor, codebook: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)

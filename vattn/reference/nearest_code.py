@@ -1,0 +1,28 @@
+"""The nearest code of each vector, as vector quantisation asks for it.
+
+    index = argmin_k |x - c_k|^2        the lowest k on ties
+
+van den Oord et al., "Neural Discrete Representation Learning" (NeurIPS 2017).
+"""
+
+import torch
+from torch import Tensor
+
+CODES = 256  # of which distances are held at once
+
+
+def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
+    """The definition of :func:`vattn.nearest_code`."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    vectors, codebook = x.detach().reshape(-1, x.shape[-1]).to(wide), codebook.detach().to(wide)
+    nearest = vectors.new_full((len(vectors),), torch.inf)
+    index = torch.zeros(len(vectors), dtype=torch.int64, device=x.device)
+    for first in range(0, len(codebook), CODES):
+        # Of differences: |c|^2 - 2 x c loses all digits where vectors are far from 0 and near each other.
+        codes = codebook[first : first + CODES]
+        distances = torch.cdist(vectors, codes, compute_mode="donot_use_mm_for_euclid_dist")
+        distance, code = distances.nan_to_num(torch.inf, torch.inf).min(1)
+        nearer = distance < nearest
+        nearest = torch.where(nearer, distance, nearest)
+        index = torch.where(nearer, first + code, index)
+    return index.view(x.shape[:-1])
