@@ -88,9 +88,7 @@ def sequence(op: str, name: str, value: object) -> list[Tensor]:
 
 def key_lengths(op: str, value: object, query: Tensor) -> None:
     """`value` is one int per sample; how large they are is for the kernels to see."""
-    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
-        got = f"key_lengths.dtype={value.dtype}" if isinstance(value, Tensor) else f"key_lengths={value!r}"
-        raise TypeError(f"{op}: key_lengths must be an int32 or int64 tensor, got {got}")
+    value = index_tensor(op, "key_lengths", value)
     if value.device != query.device:
         raise ValueError(
             f"{op}: key_lengths must be on the device of query ({query.device}), got key_lengths.device={value.device}"
@@ -98,4 +96,48 @@ def key_lengths(op: str, value: object, query: Tensor) -> None:
     if value.shape != query.shape[:1]:
         raise ValueError(
             f"{op}: key_lengths must have shape ({query.shape[0]},), got key_lengths.shape={tuple(value.shape)}"
+        )
+
+
+def index_tensor(op: str, name: str, x: object) -> Tensor:
+    """`x` is a tensor of ints that number or count things."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        got = f"{name}.dtype={x.dtype}" if isinstance(x, Tensor) else f"{name}={x!r}"
+        raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, got {got}")
+    return x
+
+
+def positions(op: str, value: object, like: Tensor, batch: int, length: int) -> None:
+    """`value` is one int64 per token, ``(N,)`` or ``(B, N)``, on the device of `like`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = f"positions.dtype={value.dtype}" if isinstance(value, Tensor) else f"positions={value!r}"
+        raise TypeError(f"{op}: positions must be an int64 tensor, got {got}")
+    if value.device != like.device:
+        raise ValueError(
+            f"{op}: positions must be on the device of the tokens ({like.device}), got positions.device={value.device}"
+        )
+    if value.shape not in ((length,), (batch, length)):
+        raise ValueError(
+            f"{op}: positions must have shape ({length},) or ({batch}, {length}), "
+            f"got positions.shape={tuple(value.shape)}"
+        )
+
+
+def same_but_tokens(op: str, query: Tensor, name: str, x: Tensor) -> None:
+    """`x` has the shape of `query` in all but its axis of tokens."""
+    if x.shape[:2] != query.shape[:2] or x.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"{op}: {name} must have the batch, heads and head_dim of query {tuple(query.shape)}, "
+            f"got {name}.shape={tuple(x.shape)}"
+        )
+
+
+def in_range(op: str, name: str, x: Tensor, count: int) -> None:
+    """All of `x` number one of `count` things. Waits for the device; what is being traced holds no values."""
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        return
+    least, most = (int(value) for value in x.aminmax())
+    if least < 0 or most >= count:
+        raise ValueError(
+            f"{op}: {name} must be between 0 and {count - 1}, got values from {name}={least} to {name}={most}"
         )

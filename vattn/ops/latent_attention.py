@@ -87,11 +87,7 @@ def latent_attention(
             _checks.tensor(op, name, x)
             _checks.rank(op, name, x, "(B, H, Lk, D)")
             _checks.same(op, "query", query, name, x, shape=False)
-            if x.shape[:2] != query.shape[:2] or x.shape[3] != query.shape[3]:
-                raise ValueError(
-                    f"{op}: {name} must have the batch, heads and head_dim of query {tuple(query.shape)}, "
-                    f"got {name}.shape={tuple(x.shape)}"
-                )
+            _checks.same_but_tokens(op, query, name, x)
         if pair[0].shape[2] != pair[1].shape[2]:
             raise ValueError(
                 f"{op}: key and value must be equally long, got key.shape={tuple(pair[0].shape)}, "

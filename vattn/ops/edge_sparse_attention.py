@@ -1,0 +1,217 @@
+"""Edge-sparse attention: a block of tokens reads the global tokens and the blocks that a layout lists for it.
+
+    out[i] = softmax(scale * q[i] k[read(i)]^T + bias[i, read(i)]) v[read(i)]
+
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023). One global token and four
+blocks, each of which reads itself and a random one::
+
+            g  0  1  2  3
+        g   x  x  x  x  x       global queries read everything
+        0   x  x  .  x  .
+        1   x  x  x  .  .       every query reads the global keys
+        2   x  .  .  x  x
+        3   x  .  x  .  x
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vattn import _checks, reference
+from vattn._library import define, empty_rows, library, no_double_backward, runs_reference
+from vattn.layout import BlockLayout
+from vattn.position_bias import RelativePositionBias3D, check_bias
+from vattn.reference.dropout import random_seed
+
+
+def edge_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    position_bias: RelativePositionBias3D | None = None,
+    positions: Tensor | None = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_importance: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention of blocks of tokens to the blocks that `layout` lists for them, and to and from global tokens.
+
+    The first G = ``layout.num_global`` tokens are global: they read all tokens, and all tokens read them. The other N
+    are cut into blocks of ``layout.block_size``, of which the last may be short; query block i reads the blocks in row
+    i of the layout, and one that is listed twice counts twice. A query that reads nothing gives 0 and an lse of -inf.
+
+    Args:
+        query, key, value: ``(B, H, G+N, D)``, float32, bfloat16, float16 or float64, any strides (a last axis that is
+            not contiguous costs one copy). D is at most 256.
+        layout: who reads whom, on the device of `query`; for all heads, or one set of rows per head.
+        position_bias: a table of biases that is added to the scaled scores, looked up inside the kernel from the
+            offset between two positions. Its gradient is computed there too, and is deterministic under
+            ``torch.use_deterministic_algorithms(True)``.
+        positions: ``(N,)`` or ``(B, N)`` int64, the raster index of each token that is not global in the full grid
+            ``position_bias.window``; None for 0 .. N-1.
+        causal: a token reads another only if the position of that one is not greater. Global tokens have no position:
+            they still read everything, and are read by everything.
+        dropout_p: probability of dropping an attention weight; the seed comes from torch's generator. The copies of a
+            block that is listed twice are dropped together.
+        scale: factor of the scores; None means ``D ** -0.5``.
+        return_lse: also return the log-sum-exp of the scaled and biased scores.
+        return_importance: also return how much the first global token attends to each other token.
+
+    Returns:
+        The output ``(B, H, G+N, D)``, in memory as ``(B, G+N, H, D)``, so that merging heads with
+        ``out.movedim(1, -2).flatten(-2)`` is a view. With `return_lse` then lse ``(B, H, G+N)``, natural logarithm, and
+        with `return_importance` then ``(B, N)``, the softmax probability averaged over heads, before dropout and without
+        gradient; both in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or a value that does not fit.
+
+    Source:
+        Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers", on edge sparsity.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 4, 1 + 72, 16)                       # a global token, 2 frames of 6 x 6
+        >>> layout = vattn.BlockLayout.local_random(72, block_size=16, num_random=2)
+        >>> bias = vattn.RelativePositionBias3D((2, 6, 6), num_heads=4)
+        >>> edge_sparse_attention(q, k, v, layout, position_bias=bias).shape
+        torch.Size([2, 4, 73, 16])
+    """
+    op = "edge_sparse_attention"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _checks.tensor(op, name, x)
+        _checks.rank(op, name, x, "(B, H, G+N, D)")
+        _checks.same(op, "query", query, name, x)
+    _checks.head_dim(op, query)
+    _check_layout(op, layout, query)
+    if positions is not None:
+        _checks.positions(op, positions, query, query.shape[0], layout.num_tokens)
+    if position_bias is not None:
+        check_bias(op, position_bias, query, layout.num_global, positions)
+    _checks.dropout(op, dropout_p)
+    scale = _checks.scale(op, scale, query.shape[-1])
+    if return_importance and layout.num_global == 0:
+        raise ValueError(f"{op}: return_importance needs a global token, got layout.num_global=0")
+
+    seed = random_seed(query.device) if dropout_p > 0 else None
+    if runs_reference(query, op):
+        out, lse, *importance = reference.edge_sparse_attention(
+            query, key, value, layout, position_bias=position_bias, positions=positions, causal=causal,
+            dropout_p=dropout_p, scale=scale, return_lse=True, return_importance=return_importance, seed=seed,
+        )  # fmt: skip
+    else:
+        table = None if position_bias is None else position_bias.table.float()
+        transposed = layout.transpose() if _backward_reads_transposed(query, key, value, table) else None
+        out, lse, *importance = torch.ops.vattn.edge_sparse_attention(
+            query, key, value, layout.row_offsets, layout.columns,
+            None if transposed is None else transposed.row_offsets, None if transposed is None else transposed.columns,
+            layout.block_size, layout.num_global, table, [] if position_bias is None else position_bias.window,
+            positions, causal, dropout_p, seed, scale, return_importance,
+        )  # fmt: skip
+    results = (out, *([lse] if return_lse else []), *(importance if return_importance else []))
+    return results if len(results) > 1 else out
+
+
+def _check_layout(op: str, layout: object, query: Tensor) -> None:
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"{op}: layout must be a BlockLayout, got layout={type(layout).__name__}")
+    if layout.num_global + layout.num_tokens != query.shape[2]:
+        raise ValueError(
+            f"{op}: query must have as many tokens as layout ({layout.num_global} + {layout.num_tokens}), "
+            f"got query.shape={tuple(query.shape)}"
+        )
+    if layout.num_heads not in (1, query.shape[1]):
+        raise ValueError(
+            f"{op}: layout must be for all heads or for each of {query.shape[1]}, got layout.num_heads={layout.num_heads}"
+        )
+    if layout.device != query.device:
+        raise ValueError(
+            f"{op}: layout must be on the device of query ({query.device}), got layout.device={layout.device}"
+        )
+
+
+def _backward_reads_transposed(*inputs: Tensor | None) -> bool:
+    """Whether a backward will come that needs to know who reads a block: the one on a GPU."""
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return needs_grad and inputs[0] is not None and inputs[0].device.type == "cuda"
+
+
+def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from vattn.kernels import edge_sparse_attention as kernels
+
+    return kernels.forward(*args)
+
+
+def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vattn.kernels import edge_sparse_attention as kernels
+
+    return kernels.backward(*args)
+
+
+define(
+    "edge_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor row_offsets, Tensor columns, "
+    "Tensor? column_offsets, Tensor? rows, int block_size, int num_global, Tensor? bias_table, int[] window, "
+    "Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
+    "-> (Tensor out, Tensor lse, Tensor importance)",
+    cuda=_cuda,
+    autocast=3,
+)
+define(
+    "edge_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor out, Tensor lse, Tensor row_offsets, Tensor columns, Tensor? column_offsets, Tensor? rows, "
+    "int block_size, int num_global, Tensor? bias_table, int[] window, Tensor? positions, bool causal, "
+    "float dropout_p, Tensor? seed, float scale, bool deterministic) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_table)",
+    cuda=_cuda_backward,
+)
+no_double_backward("edge_sparse_attention_backward")
+
+
+@torch.library.register_fake("vattn::edge_sparse_attention", lib=library)
+def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_global, importance = rest[7], rest[-1]
+    B, _, length, _ = query.shape
+    return (
+        empty_rows(query),
+        query.new_empty(query.shape[:-1], dtype=torch.float32),
+        query.new_empty((B, length - num_global) if importance else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("vattn::edge_sparse_attention_backward", lib=library)
+def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    table = rest[10]
+    grad_table = query.new_empty(0, dtype=torch.float32) if table is None else torch.empty_like(table)
+    return empty_rows(query), empty_rows(query), empty_rows(query), grad_table
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, row_offsets, columns, column_offsets, rows, ctx.block_size, ctx.num_global, table = inputs[:10]
+    ctx.window, positions, ctx.causal, ctx.dropout_p, seed, ctx.scale, _ = inputs[10:]
+    out, lse, importance = output
+    ctx.save_for_backward(
+        query, key, value, out, lse, row_offsets, columns, column_offsets, rows, table, positions, seed
+    )
+    ctx.mark_non_differentiable(importance)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse, row_offsets, columns, column_offsets, rows, table, positions, seed = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    *grads, grad_table = torch.ops.vattn.edge_sparse_attention_backward(
+        grad_out, grad_lse, query, key, value, out, lse, row_offsets, columns, column_offsets, rows, ctx.block_size,
+        ctx.num_global, table, ctx.window, positions, ctx.causal, ctx.dropout_p, seed, ctx.scale,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    no_table = (None,) * 6
+    return *grads, *no_table, None if table is None else grad_table, *(None,) * 7
+
+
+torch.library.register_autograd("vattn::edge_sparse_attention", _backward, setup_context=_setup_context, lib=library)

@@ -1,0 +1,152 @@
+"""Node-sparse attention: every query reads the few keys of its sample that were kept.
+
+    out = softmax(scale * q k[kept]^T) v[kept]
+
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023)::
+
+    keys      0  1  2  3  4  5  6  7        kept = [1, 4, 5]
+    queries      x        x  x              gathered inside the kernel
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vattn import _checks, reference
+from vattn._library import define, empty_rows, library, no_double_backward, runs_reference
+from vattn.reference.dropout import random_seed
+
+
+def node_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the kept keys only, which are read where they lie.
+
+    Args:
+        query: ``(B, H, Lq, D)``, float32, bfloat16, float16 or float64, any strides (a last axis that is not
+            contiguous costs one copy). D is at most 256.
+        key, value: ``(B, H, Lk, D)``.
+        kept: ``(B, K)`` int64, the keys that each sample reads, in any order; one that is listed twice counts twice.
+        dropout_p: probability of dropping an attention weight; the seed comes from torch's generator. The copies of a
+            key that is listed twice are dropped together.
+        scale: factor of the scores; None means ``D ** -0.5``.
+        return_lse: also return the log-sum-exp of the scaled scores.
+
+    Returns:
+        The output ``(B, H, Lq, D)``, in memory as ``(B, Lq, H, D)``, so that merging heads with
+        ``out.movedim(1, -2).flatten(-2)`` is a view. With `return_lse` also lse ``(B, H, Lq)`` in float32 (float64 for
+        float64 inputs), natural logarithm. Without a kept key, 0 and -inf.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or a value that does not fit; a kept index out of range, for which a GPU must be waited for,
+            except while it captures a graph.
+
+    Source:
+        Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers", on node sparsity.
+
+    Example:
+        >>> text, video = torch.randn(2, 4, 12, 32), torch.randn(2, 4, 1000, 32)           # (B, H, tokens, D)
+        >>> kept = torch.rand(2, 1000).topk(100).indices
+        >>> node_sparse_attention(text, video, video, kept).shape
+        torch.Size([2, 4, 12, 32])
+    """
+    op = "node_sparse_attention"
+    for name, x, axes in (("query", query, "Lq"), ("key", key, "Lk"), ("value", value, "Lk")):
+        _checks.tensor(op, name, x)
+        _checks.rank(op, name, x, f"(B, H, {axes}, D)")
+        _checks.same(op, "query", query, name, x, shape=False)
+        _checks.same_but_tokens(op, query, name, x)
+    _checks.same(op, "key", key, "value", value)
+    _checks.head_dim(op, query)
+    _check_kept(op, kept, query)
+    _checks.dropout(op, dropout_p)
+    scale = _checks.scale(op, scale, query.shape[-1])
+
+    seed = random_seed(query.device) if dropout_p > 0 else None
+    if runs_reference(query, op):
+        _checks.in_range(op, "kept", kept, key.shape[2])
+        out, lse = reference.node_sparse_attention(
+            query, key, value, kept, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
+        )
+    else:
+        out, lse = torch.ops.vattn.node_sparse_attention(query, key, value, kept, dropout_p, seed, scale)
+    return (out, lse) if return_lse else out
+
+
+def _check_kept(op: str, kept: object, query: Tensor) -> None:
+    if not isinstance(kept, Tensor) or kept.dtype != torch.int64:
+        got = f"kept.dtype={kept.dtype}" if isinstance(kept, Tensor) else f"kept={kept!r}"
+        raise TypeError(f"{op}: kept must be an int64 tensor, got {got}")
+    if kept.dim() != 2 or kept.shape[0] != query.shape[0]:
+        raise ValueError(f"{op}: kept must have shape ({query.shape[0]}, K), got kept.shape={tuple(kept.shape)}")
+    if kept.device != query.device:
+        raise ValueError(f"{op}: kept must be on the device of query ({query.device}), got kept.device={kept.device}")
+
+
+def _cuda(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    from vattn.kernels import node_sparse_attention as kernels
+
+    if not torch.cuda.is_current_stream_capturing():
+        _checks.in_range("node_sparse_attention", "kept", kept, key.shape[2])
+    return kernels.forward(query, key, value, kept, *settings)
+
+
+def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from vattn.kernels import node_sparse_attention as kernels
+
+    return kernels.backward(*args)
+
+
+define(
+    "node_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor kept, float dropout_p, Tensor? seed, "
+    "float scale) -> (Tensor out, Tensor lse)",
+    cuda=_cuda,
+    autocast=3,
+)
+define(
+    "node_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor out, Tensor lse, Tensor kept, float dropout_p, Tensor? seed, float scale) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    cuda=_cuda_backward,
+)
+no_double_backward("node_sparse_attention_backward")
+
+
+@torch.library.register_fake("vattn::node_sparse_attention", lib=library)
+def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("vattn::node_sparse_attention_backward", lib=library)
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_rows(query), empty_rows(key), empty_rows(value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, kept, ctx.dropout_p, seed, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, kept, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse, kept, seed = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.vattn.node_sparse_attention_backward(
+        grad_out, grad_lse, query, key, value, out, lse, kept, ctx.dropout_p, seed, ctx.scale
+    )
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("vattn::node_sparse_attention", _backward, setup_context=_setup_context, lib=library)

@@ -1,0 +1,159 @@
+"""Selection of tokens: the most important ones stay, in their old order.
+
+    importance   .1 .4 .2 .4 .3         keep=3: tokens 1, 3 and 4
+
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023), on node sparsity.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vattn import _checks, reference
+from vattn._library import define, library, runs_reference
+
+
+def select_tokens(
+    tokens: Tensor,
+    importance: Tensor,
+    keep: float,
+    *,
+    positions: Tensor | None = None,
+    num_global: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Keep the global tokens and the most important of the others, in their old order.
+
+    Of equally important tokens the first are kept. A NaN is more important than any number, as for `torch.topk`;
+    infinities are numbers like others.
+
+    Args:
+        tokens: ``(B, G+N, C)``, float32, bfloat16, float16 or float64, any strides: G = `num_global` tokens that
+            always stay, then the others. The gradient flows to the tokens that are kept.
+        importance: ``(B, N)``, float32, bfloat16, float16 or float64, without gradient.
+        keep: how many of the N stay: an int, or a float between 0 and 1 for ``ceil(keep * N)``.
+        positions: ``(N,)`` or ``(B, N)`` int64, the positions of the N tokens; None for 0 .. N-1.
+        num_global: G.
+
+    Returns:
+        The kept tokens ``(B, G+K, C)``, and the positions ``(B, K)`` int64 of those that are not global.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or a value that does not fit.
+
+    Source:
+        Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers", on node sparsity.
+
+    Example:
+        >>> tokens = torch.arange(6.0).view(1, 6, 1)                                        # a global token and 5 others
+        >>> kept, positions = select_tokens(tokens, torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]]), keep=0.6)
+        >>> kept.flatten(), positions
+        (tensor([0., 2., 4., 5.]), tensor([[1, 3, 4]]))
+    """
+    op = "select_tokens"
+    _checks.tensor(op, "tokens", tokens)
+    _checks.rank(op, "tokens", tokens, "(B, G+N, C)")
+    _checks.integer(op, "num_global", num_global, least=0)
+    _checks.tensor(op, "importance", importance)
+    batch, length = tokens.shape[0], tokens.shape[1] - num_global
+    if importance.shape != (batch, length):
+        raise ValueError(
+            f"{op}: importance must have shape ({batch}, {length}), got importance.shape={tuple(importance.shape)}"
+        )
+    if importance.device != tokens.device:
+        raise ValueError(
+            f"{op}: importance must be on the device of tokens ({tokens.device}), "
+            f"got importance.device={importance.device}"
+        )
+    keep = _count(op, keep, length)
+    if positions is not None:
+        _checks.positions(op, positions, tokens, batch, length)
+
+    importance = importance.detach()
+    if runs_reference(tokens, op):
+        return reference.select_tokens(tokens, importance, keep, positions=positions, num_global=num_global)
+    kept_tokens, kept_positions, _ = torch.ops.vattn.select_tokens(tokens, importance, keep, positions, num_global)
+    return kept_tokens, kept_positions
+
+
+def _count(op: str, keep: object, length: int) -> int:
+    """How many of `length` tokens `keep` means."""
+    if isinstance(keep, bool) or not isinstance(keep, (numbers.Real, torch.SymInt)):
+        raise TypeError(f"{op}: keep must be an int or a float, got keep={keep!r}")
+    if isinstance(keep, (numbers.Integral, torch.SymInt)):
+        if not 0 <= keep <= length:
+            raise ValueError(f"{op}: keep must be between 0 and the number of tokens ({length}), got keep={keep}")
+        return keep  # type: ignore[return-value]
+    if not 0.0 <= float(keep) <= 1.0:
+        raise ValueError(f"{op}: keep as a share must be between 0.0 and 1.0, got keep={keep}")
+    return math.ceil(float(keep) * length)
+
+
+def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from vattn.kernels import select_tokens as kernels
+
+    return kernels.forward(*args)
+
+
+def _cuda_backward(*args: Any) -> Tensor:
+    from vattn.kernels import select_tokens as kernels
+
+    return kernels.backward(*args)
+
+
+define(
+    "select_tokens(Tensor tokens, Tensor importance, SymInt keep, Tensor? positions, SymInt num_global) "
+    "-> (Tensor kept_tokens, Tensor kept_positions, Tensor kept_index)",
+    cuda=_cuda,
+)
+define(
+    "select_tokens_backward(Tensor grad_kept, Tensor kept_index, SymInt num_tokens, SymInt num_global) -> Tensor",
+    cuda=_cuda_backward,
+)
+
+
+@torch.library.register_fake("vattn::select_tokens", lib=library)
+def _fake(
+    tokens: Tensor, importance: Tensor, keep: int, positions: Tensor | None, num_global: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, C = tokens.shape
+    kept = tokens.new_empty(B, keep, dtype=torch.int64)
+    return tokens.new_empty(B, num_global + keep, C), kept, torch.empty_like(kept)
+
+
+@torch.library.register_fake("vattn::select_tokens_backward", lib=library)
+def _fake_backward(grad_kept: Tensor, kept_index: Tensor, num_tokens: int, num_global: int) -> Tensor:
+    return grad_kept.new_empty(grad_kept.shape[0], num_global + num_tokens, grad_kept.shape[2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, importance, _, _, ctx.num_global = inputs
+    ctx.num_tokens = importance.shape[1]
+    ctx.save_for_backward(output[2])
+
+
+def _backward(ctx: Any, grad_kept: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    (kept_index,) = ctx.saved_tensors
+    grad = torch.ops.vattn.select_tokens_backward(grad_kept, kept_index, ctx.num_tokens, ctx.num_global)
+    return grad, None, None, None, None
+
+
+def _setup_context_of_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, kept_index, _, ctx.num_global = inputs
+    ctx.save_for_backward(kept_index)
+
+
+def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The selection is linear in the tokens: its adjoint's adjoint is itself, at the same indices."""
+    (kept_index,) = ctx.saved_tensors
+    rows = (ctx.num_global + kept_index)[..., None].expand(-1, -1, grad.shape[2])
+    return torch.cat([grad[:, : ctx.num_global], grad.gather(1, rows)], 1), None, None, None
+
+
+torch.library.register_autograd("vattn::select_tokens", _backward, setup_context=_setup_context, lib=library)
+torch.library.register_autograd(
+    "vattn::select_tokens_backward", _backward_of_backward, setup_context=_setup_context_of_backward, lib=library
+)

@@ -1,0 +1,117 @@
+"""Token importance: how much probability a key receives, without the matrix of probabilities.
+
+    importance[k] = mean over heads and queries of softmax(scale * q k^T + bias)[q, k]
+
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023): the tokens that receive little
+leave the network (see :func:`vattn.select_tokens`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vattn import _checks, reference
+from vattn._library import define, library, runs_reference
+from vattn.position_bias import RelativePositionBias3D, check_bias
+
+
+def token_importance(
+    query: Tensor,
+    key: Tensor,
+    *,
+    position_bias: RelativePositionBias3D | None = None,
+    positions: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The softmax probability that each key receives, averaged over heads and queries.
+
+    It has no gradient. Memory does not grow with Lq x Lk.
+
+    Args:
+        query: ``(B, H, Lq, D)``, float32, bfloat16, float16 or float64, any strides. D is at most 256.
+        key: ``(B, H, Lk, D)``.
+        position_bias: a table of biases that is added to the scaled scores, for self-attention: query and key are the
+            same ``G + N`` tokens, the first ``G = position_bias.num_global`` of which are global.
+        positions: ``(N,)`` or ``(B, N)`` int64, with `position_bias`: the raster index of each token that is not global
+            in ``position_bias.window``; None for 0 .. N-1.
+        key_lengths: ``(B,)`` int32 or int64: sample b reads its first ``key_lengths[b]`` keys, and the others get 0.
+            Between 0 and Lk: the CPU kernel raises a ValueError otherwise; the GPU and the reference clamp them.
+        scale: factor of the scores; None means ``D ** -0.5``.
+
+    Returns:
+        ``(B, Lk)`` in float32 (float64 for float64 inputs); 0 where there is no query.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or a value that does not fit.
+
+    Source:
+        Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers", on node sparsity.
+
+    Example:
+        >>> text, video = torch.randn(2, 4, 12, 32), torch.randn(2, 4, 1000, 32)           # (B, H, tokens, D)
+        >>> importance = token_importance(text, video)
+        >>> importance.shape, torch.allclose(importance.sum(1), torch.ones(2))
+        (torch.Size([2, 1000]), True)
+    """
+    op = "token_importance"
+    for name, x, axes in (("query", query, "Lq"), ("key", key, "Lk")):
+        _checks.tensor(op, name, x)
+        _checks.rank(op, name, x, f"(B, H, {axes}, D)")
+        _checks.same(op, "query", query, name, x, shape=False)
+        _checks.same_but_tokens(op, query, name, x)
+    _checks.head_dim(op, query)
+    num_global = 0
+    if position_bias is not None:
+        num_global = _check_self_attention(op, position_bias, positions, query, key)
+    elif positions is not None:
+        raise ValueError(f"{op}: positions must come with position_bias, got position_bias=None")
+    if key_lengths is not None:
+        _checks.key_lengths(op, key_lengths, query)
+    scale = _checks.scale(op, scale, query.shape[-1])
+
+    query, key = query.detach(), key.detach()
+    if runs_reference(query, op):
+        return reference.token_importance(
+            query, key, position_bias=position_bias, positions=positions, key_lengths=key_lengths, scale=scale
+        )
+    table = None if position_bias is None else position_bias.table.detach().float()
+    window = [] if position_bias is None else position_bias.window
+    return torch.ops.vattn.token_importance(query, key, table, window, num_global, positions, key_lengths, scale)
+
+
+def _check_self_attention(
+    op: str, bias: RelativePositionBias3D, positions: Tensor | None, query: Tensor, key: Tensor
+) -> int:
+    """With a bias both sides are the same tokens; returns how many of them are global."""
+    num_global = bias.num_global if isinstance(bias, RelativePositionBias3D) else 0
+    if positions is not None:
+        _checks.positions(op, positions, query, query.shape[0], query.shape[2] - num_global)
+    check_bias(op, bias, query, num_global, positions)
+    if query.shape != key.shape or query.shape[2] < num_global:
+        raise ValueError(
+            f"{op}: with position_bias query and key must be the same tokens, at least position_bias.num_global "
+            f"({num_global}), got query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
+        )
+    return num_global
+
+
+def _cuda(*args: Any) -> Tensor:
+    from vattn.kernels import token_importance as kernels
+
+    return kernels.forward(*args)
+
+
+define(
+    "token_importance(Tensor query, Tensor key, Tensor? bias_table, int[] window, int num_global, Tensor? positions, "
+    "Tensor? key_lengths, float scale) -> Tensor",
+    cuda=_cuda,
+    autocast=2,
+)
+
+
+@torch.library.register_fake("vattn::token_importance", lib=library)
+def _fake(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)

@@ -1,0 +1,127 @@
+"""A learned bias for every offset between two tokens of a video, in time, height and width.
+
+A token at raster position p of the grid (T, H, W) has the coordinates (t, h, w), and
+
+    bias[i, j] = table[(t_i - t_j + T - 1, h_i - h_j + H - 1, w_i - w_j + W - 1)]      query i, key j
+
+The rows of the table, with S = (2T-1)(2H-1)(2W-1) offsets and G global tokens, which have no place in the grid::
+
+    0 .. S             offsets, raster order
+    S .. S + G         global query a -> any other key           S + a
+    .. S + 2G          other query -> global key b               S + G + b
+    .. S + 2G + G*G    global query a -> global key b            S + 2G + a * G + b
+
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023); the table is that of BEiT
+with a temporal axis.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vattn import _checks
+
+
+class RelativePositionBias3D(nn.Module):
+    """The bias table of one attention layer.
+
+    :func:`vattn.edge_sparse_attention` and :func:`vattn.token_importance` look it up inside their kernels;
+    :meth:`forward` writes it out, for looking and for tests.
+
+    Args:
+        window: ``(T, H, W)``, the full grid of tokens.
+        num_heads: number of attention heads.
+        num_global: how many global tokens stand before those of the grid.
+
+    Attributes:
+        table: ``(R, num_heads)``, ``R = (2T-1)(2H-1)(2W-1) + 2G + G*G``, zeros at first.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a size that cannot be.
+
+    Source:
+        Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers".
+
+    Example:
+        >>> bias = RelativePositionBias3D((2, 3, 3), num_heads=4)
+        >>> bias.table.shape
+        torch.Size([78, 4])
+        >>> bias().shape                                # (heads, queries, keys): 1 global token and 18 others
+        torch.Size([4, 19, 19])
+    """
+
+    def __init__(self, window: Sequence[int], num_heads: int, num_global: int = 1) -> None:
+        super().__init__()
+        op = type(self).__name__
+        self.window = check_window(op, window)
+        _checks.integer(op, "num_heads", num_heads, least=1)
+        _checks.integer(op, "num_global", num_global, least=0)
+        self.num_heads, self.num_global = num_heads, num_global
+        self.table = nn.Parameter(torch.zeros(num_offsets(self.window) + num_global * (2 + num_global), num_heads))
+
+    def forward(self, positions: Tensor | None = None) -> Tensor:
+        """The bias of every query and key, ``(H, G+N, G+N)``, or ``(B, H, G+N, G+N)`` for positions per sample.
+
+        Args:
+            positions: ``(N,)`` or ``(B, N)`` int64, the raster index of each token; None for the full grid.
+        """
+        if positions is None:
+            positions = torch.arange(math.prod(self.window), device=self.table.device)
+        return self.table[relative_position_index(self.window, self.num_global, positions)].movedim(-1, -3)
+
+    def extra_repr(self) -> str:
+        return f"{self.window}, num_heads={self.num_heads}, num_global={self.num_global}"
+
+
+def check_window(op: str, window: object) -> tuple[int, int, int]:
+    """`window` as three positive ints."""
+    if not isinstance(window, (list, tuple)):
+        raise TypeError(f"{op}: window must be (T, H, W), got window={window!r}")
+    if len(window) != 3:
+        raise ValueError(f"{op}: window must be (T, H, W), got window={tuple(window)}")
+    for axis, size in zip("THW", window, strict=True):
+        _checks.integer(op, f"window's {axis}", size, least=1)
+    return tuple(window)  # type: ignore[return-value]
+
+
+def check_bias(op: str, bias: object, query: Tensor, num_global: int, positions: Tensor | None) -> None:
+    """`bias` fits the heads and the tokens of `query`, of which `num_global` are global."""
+    if not isinstance(bias, RelativePositionBias3D):
+        got = type(bias).__name__
+        raise TypeError(f"{op}: position_bias must be a RelativePositionBias3D, got position_bias={got}")
+    for name, own, wanted in (
+        ("num_heads", bias.num_heads, query.shape[1]),
+        ("num_global", bias.num_global, num_global),
+        ("table.device", bias.table.device, query.device),
+    ):
+        if own != wanted:
+            raise ValueError(f"{op}: position_bias.{name} must be {wanted}, got position_bias.{name}={own}")
+    tokens = query.shape[2] - num_global
+    if positions is None and tokens > math.prod(bias.window):
+        raise ValueError(
+            f"{op}: tokens without positions must be at most as many as position_bias.window has, "
+            f"got {tokens} tokens, position_bias.window={bias.window}"
+        )
+
+
+def num_offsets(window: Sequence[int]) -> int:
+    """How many offsets two tokens of the grid can have: the rows of the table that come first."""
+    return math.prod(2 * size - 1 for size in window)
+
+
+def relative_position_index(window: Sequence[int], num_global: int, positions: Tensor) -> Tensor:
+    """The row of the table for every query and key: ``(..., G+N, G+N)`` int64 for `positions` ``(..., N)``."""
+    G, S = num_global, num_offsets(window)
+    T, H, W = window
+    t, h, w = positions // (H * W), positions // W % H, positions % W
+    code = (t * (2 * H - 1) + h) * (2 * W - 1) + w
+    index = positions.new_empty(*positions.shape[:-1], G + positions.shape[-1], G + positions.shape[-1])
+    index[..., G:, G:] = code[..., :, None] - code[..., None, :] + (S - 1) // 2
+    tokens = torch.arange(G, device=positions.device)
+    index[..., :G, G:] = S + tokens[:, None]
+    index[..., G:, :G] = S + G + tokens
+    index[..., :G, :G] = S + 2 * G + tokens[:, None] * G + tokens
+    return index
