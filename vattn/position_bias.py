@@ -115,7 +115,7 @@ def num_offsets(window: Sequence[int]) -> int:
 def relative_position_index(window: Sequence[int], num_global: int, positions: Tensor) -> Tensor:
     """The row of the table for every query and key: ``(..., G+N, G+N)`` int64 for `positions` ``(..., N)``."""
     G, S = num_global, num_offsets(window)
-    T, H, W = window
+    _, H, W = window
     t, h, w = positions // (H * W), positions // W % H, positions % W
     code = (t * (2 * H - 1) + h) * (2 * W - 1) + w
     index = positions.new_empty(*positions.shape[:-1], G + positions.shape[-1], G + positions.shape[-1])

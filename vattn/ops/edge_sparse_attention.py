@@ -65,8 +65,8 @@ def edge_sparse_attention(
     Returns:
         The output ``(B, H, G+N, D)``, in memory as ``(B, G+N, H, D)``, so that merging heads with
         ``out.movedim(1, -2).flatten(-2)`` is a view. With `return_lse` then lse ``(B, H, G+N)``, natural logarithm, and
-        with `return_importance` then ``(B, N)``, the softmax probability averaged over heads, before dropout and without
-        gradient; both in float32 (float64 for float64 inputs).
+        with `return_importance` then ``(B, N)``, the softmax probability averaged over heads, before dropout and
+        without gradient; both in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -127,7 +127,8 @@ def _check_layout(op: str, layout: object, query: Tensor) -> None:
         )
     if layout.num_heads not in (1, query.shape[1]):
         raise ValueError(
-            f"{op}: layout must be for all heads or for each of {query.shape[1]}, got layout.num_heads={layout.num_heads}"
+            f"{op}: layout must be for all heads or for each of the {query.shape[1]} of query, "
+            f"got layout.num_heads={layout.num_heads}"
         )
     if layout.device != query.device:
         raise ValueError(

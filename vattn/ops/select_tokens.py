@@ -48,7 +48,7 @@ def select_tokens(
         Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers", on node sparsity.
 
     Example:
-        >>> tokens = torch.arange(6.0).view(1, 6, 1)                                        # a global token and 5 others
+        >>> tokens = torch.arange(6.0).view(1, 6, 1)                            # a global token and 5 others
         >>> kept, positions = select_tokens(tokens, torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]]), keep=0.6)
         >>> kept.flatten(), positions
         (tensor([0., 2., 4., 5.]), tensor([[1, 3, 4]]))
@@ -73,9 +73,11 @@ def select_tokens(
         _checks.positions(op, positions, tokens, batch, length)
 
     importance = importance.detach()
-    if runs_reference(tokens, op):
+    if runs_reference(tokens, op) or importance.dtype == torch.float64:
         return reference.select_tokens(tokens, importance, keep, positions=positions, num_global=num_global)
-    kept_tokens, kept_positions, _ = torch.ops.vattn.select_tokens(tokens, importance, keep, positions, num_global)
+    kept_tokens, kept_positions, _ = torch.ops.vattn.select_tokens(
+        tokens, importance.float(), keep, positions, num_global
+    )
     return kept_tokens, kept_positions
 
 

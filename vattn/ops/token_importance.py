@@ -2,8 +2,8 @@
 
     importance[k] = mean over heads and queries of softmax(scale * q k^T + bias)[q, k]
 
-SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023): the tokens that receive little
-leave the network (see :func:`vattn.select_tokens`).
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023): the tokens that receive
+little leave the network (see :func:`vattn.select_tokens`).
 """
 
 from typing import Any
