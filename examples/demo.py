@@ -79,7 +79,7 @@ class Run:
     def gradients(self, video: Tensor, label: Tensor) -> Tensor:
         """Set the gradients of the model, and return the loss."""
         self.model.zero_grad()
-        with mock.patch("vattn.nn.leap_attention", self.attention):
+        with mock.patch("vattn.nn.leap.leap_attention", self.attention):
             loss = F.cross_entropy(self.model(video), label)
             loss.backward()
         return loss.detach()

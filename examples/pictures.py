@@ -77,7 +77,7 @@ def _attention_of_layers(model: nn.Module, video: Tensor, query_frame: int) -> t
         calls.append((query, key, leap, settings))
         return vattn.leap_attention(query, key, value, leap, **settings)
 
-    with mock.patch("vattn.nn.leap_attention", record):
+    with mock.patch("vattn.nn.leap.leap_attention", record):
         model(video[None])
 
     num_frames, num_tokens = calls[0][0].shape[2:4]

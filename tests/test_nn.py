@@ -80,8 +80,8 @@ class Recorder:
     """Keeps what the operator was called with, and what it returned."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.operator = vattn.nn.leap_attention
-        monkeypatch.setattr(vattn.nn, "leap_attention", self)
+        self.operator = vattn.nn.leap.leap_attention
+        monkeypatch.setattr(vattn.nn.leap, "leap_attention", self)
 
     def __call__(self, *inputs: Any, **settings: Any) -> Any:
         self.inputs, self.settings = inputs, settings

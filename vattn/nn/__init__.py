@@ -1,0 +1,15 @@
+"""Attention modules: projections to q, k and v, an operator, a projection back."""
+
+from vattn.nn.latent import LATENT_MODES, LatentAttention, LatentBlock
+from vattn.nn.leap import LeapAttention, LeapAttention2d, attend_frames, leap_of_level, require_only
+
+__all__ = [
+    "LATENT_MODES",
+    "LatentAttention",
+    "LatentBlock",
+    "LeapAttention",
+    "LeapAttention2d",
+    "attend_frames",
+    "leap_of_level",
+    "require_only",
+]

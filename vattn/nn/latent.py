@@ -1,0 +1,172 @@
+"""Latent attention, in a block that updates some streams of tokens from others.
+
+    x       = LN_1(reader) + W_proj latent_attention(reader, sources)  the residual is of the normalised tokens
+    reader  = x + MLP(LN_2(x))
+
+MeBT: Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+Transformers" (CVPR 2023). Few latents stand between many contexts, which are known, and many targets, which are not::
+
+    contexts --latent_enc-> latents --latent_dec-> targets
+                            latents <---lt2l------ targets
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vattn import _checks
+from vattn.ops.latent_attention import latent_attention
+
+
+class LatentAttention(nn.Module):
+    """Multi-head attention of tokens that read over tokens that are read, each in any number of tensors.
+
+    Its parameters have the names that the official MeBT code gives them.
+
+    Args:
+        dim: channels C of input and output.
+        num_heads: heads H, which divide `dim`.
+        attn_drop: probability of dropping an attention weight, in training.
+        proj_drop: dropout after the output projection, in training.
+
+    Shape:
+        readers and sources, lists of ``(B, tokens, C)``, to a list of the shapes of the readers. `attn_bias` is added
+        to the scaled scores, and is broadcastable to ``(B, H, all readers, all sources)``.
+
+    Raises:
+        TypeError: a setting of the wrong type.
+        ValueError: a setting that does not fit.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers".
+
+    Example:
+        >>> attention = LatentAttention(dim=64, num_heads=4)
+        >>> latents, targets = torch.randn(2, 16, 64), torch.randn(2, 1000, 64)
+        >>> [out.shape for out in attention([latents], [latents, targets])]
+        [torch.Size([2, 16, 64])]
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
+        super().__init__()
+        op = type(self).__name__
+        for name, setting in (("dim", dim), ("num_heads", num_heads)):
+            _checks.integer(op, name, setting, least=1)
+        if dim % num_heads:
+            raise ValueError(f"{op}: dim must be a multiple of num_heads={num_heads}, got dim={dim}")
+        self.num_heads = num_heads
+        self.key = nn.Linear(dim, dim)
+        self.query = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self, readers: Sequence[Tensor], sources: Sequence[Tensor], attn_bias: Tensor | None = None
+    ) -> list[Tensor]:
+        key, value = ([self._heads(layer(x)) for x in sources] for layer in (self.key, self.value))
+        lengths = [x.shape[1] for x in readers]
+        biases: Sequence[Tensor | None] = [None] * len(lengths)
+        if attn_bias is not None and sum(x.shape[2] for x in key) > 0:
+            biases = attn_bias.expand(-1, -1, sum(lengths), -1).split(lengths, 2)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        outs = []
+        for reader, bias in zip(readers, biases, strict=True):
+            query = self._heads(self.query(reader))
+            if bias is None:
+                out = cast(Tensor, latent_attention(query, key, value, dropout_p=dropout_p))
+            else:  # the operator has no bias
+                out = F.scaled_dot_product_attention(query, torch.cat(key, 2), torch.cat(value, 2), bias, dropout_p)
+            outs.append(self.proj_drop(self.proj(out.transpose(1, 2).flatten(2))))
+        return outs
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """``(B, tokens, C)`` to ``(B, H, tokens, D)``, a view."""
+        return x.unflatten(-1, (self.num_heads, x.shape[-1] // self.num_heads)).transpose(1, 2)
+
+
+LATENT_MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "latent_enc": (("latents",), ("contexts",)),
+    "latent_self": (("latents",), ("latents",)),
+    "latent_dec": (("targets",), ("latents",)),
+    "lt2l": (("latents",), ("latents", "targets")),
+    "maskgit": (("contexts", "targets"), ("contexts", "targets")),
+}
+"""The modes of a :class:`LatentBlock`: who reads, and is updated, and who is read."""
+
+
+class LatentBlock(nn.Module):
+    """A block of MeBT: one of five ways in which latents, contexts and targets read each other.
+
+    The residual of the attention is of the normalised reader, as in the official code: a stream loses its scale each
+    time that it reads. Parameters have the official names.
+
+    Args:
+        dim: channels C.
+        num_heads: heads H, which divide `dim`.
+        mode: one of ``LATENT_MODES``, which tell who reads whom.
+        mlp_ratio: channels inside the MLP, in multiples of `dim`.
+        attn_drop: probability of dropping an attention weight, in training.
+        proj_drop: dropout after the attention's projection and after the MLP, in training.
+
+    Shape:
+        latents ``(B, NS, C)``, contexts ``(B, NC, C)``, targets ``(B, NT, C)``, of any lengths, 0 among them, to the
+        same three. `attn_bias`, if given, is added to the scaled scores: ``(B or 1, H or 1, readers, sources)``.
+
+    Raises:
+        TypeError: a setting of the wrong type.
+        ValueError: a setting that does not fit.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers".
+
+    Example:
+        >>> block = LatentBlock(dim=64, num_heads=4, mode="latent_enc")
+        >>> latents, contexts, targets = (torch.randn(2, tokens, 64) for tokens in (16, 900, 100))
+        >>> new_latents, same_contexts, same_targets = block(latents, contexts, targets)
+        >>> new_latents.shape, same_contexts is contexts
+        (torch.Size([2, 16, 64]), True)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mode: str,
+        *,
+        mlp_ratio: int = 4,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if mode not in LATENT_MODES:
+            raise ValueError(f"LatentBlock: mode must be one of {', '.join(LATENT_MODES)}, got mode={mode!r}")
+        _checks.integer("LatentBlock", "mlp_ratio", mlp_ratio, least=1)
+        self.mode = mode
+        self.attn = LatentAttention(dim, num_heads, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.ln1 = nn.LayerNorm(dim)
+        self.ln2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim), nn.Dropout(proj_drop)
+        )
+
+    def forward(
+        self, latents: Tensor, contexts: Tensor, targets: Tensor, attn_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        streams = {"latents": latents, "contexts": contexts, "targets": targets}
+        readers, sources = LATENT_MODES[self.mode]
+        normed = {name: self.ln1(streams[name]) for name in dict.fromkeys((*readers, *sources))}
+        attended = self.attn([normed[name] for name in readers], [normed[name] for name in sources], attn_bias)
+        for name, y in zip(readers, attended, strict=True):
+            x = normed[name] + y
+            streams[name] = x + self.mlp(self.ln2(x))
+        return streams["latents"], streams["contexts"], streams["targets"]
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}"
