@@ -10,6 +10,10 @@
 //     store_out / store_grad_query / store_grad_key / store_grad_value (first, count, rows, ld, times)
 //     store_lse / load_lse / load_delta / add_delta (first, count, floats)
 //     query_tokens / key_tokens (first, count, integers)      the operator's own numbers of rows, for dropout
+//     ADJUSTS      whether scores are more than products; if so, on a tile of them, in units of log2,
+//         adjust_scores (first query, count, first key, count, scores)      forward: a row of TILE for each key
+//         adjust_weights (likewise)                                         backward: a row of TILE for each query
+//         adjust_grads (likewise)                                           gradients of those, to take a share of
 //
 // Forward, a panel holds TILE queries, transposed, so that a vector is VL queries: the softmax needs no sum across a
 // vector, and keys and values are read as they lie, a number at a time. Backward, a panel holds TILE keys, and
@@ -18,7 +22,7 @@
 //            TILE queries                             TILE keys
 //     D   [ Q^T panel      ]                   D   [ K^T panel      ]
 //     k   [ S^T  (then P^T)]  <- keys          q   [ S   (then P)   ]  <- queries
-//     D   [ O^T panel      ]  <- values        D   [ dK^T, dV^T     ],  dq += dS K
+//     D   [ O^T panel      ]  <- values        dK += dS^T Q,  dV += P^T dO,  dQ += dS K, all by rows
 #pragma once
 
 #include "dropout.h"
@@ -114,6 +118,8 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
       int64_t columns = round_up(least(TILE, count - p * TILE), VL);
       float* out = w.out + p * panel;
       multiply(false, keys, columns, D, {w.rows, ld, 1}, w.query + p * panel, TILE, w.scores, TILE);
+      if constexpr (Itinerary::ADJUSTS)
+        it.adjust_scores(first + p * TILE, least(TILE, count - p * TILE), k0, keys, w.scores);
       for (int64_t j = 0; j < columns; j += VL) {
         Vec decay = soften(w.scores + j, keys, w.maximum + p * TILE + j, w.sum + p * TILE + j);
         if (k0 > 0)
@@ -148,22 +154,19 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   }
 }
 
-// delta = sum over channels of out * d out, minus the gradient of lse.
+// delta = sum over channels of out * d out, minus the gradient of lse, of a tile of queries.
 template <class Itinerary>
-void delta(const Itinerary& it, float* workspace) {
+void delta(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const ForwardWorkspace w(it.head_dim, 1, workspace);
-  for (int64_t first = 0; first < it.queries; first += TILE) {
-    int64_t count = least(TILE, it.queries - first);
-    it.load_out(first, count, w.rows, w.ld, 1);
-    it.load_grad_out(first, count, w.values, w.ld, 1);
-    for (int64_t i = 0; i < count; ++i) {
-      Vec products{};
-      for (int64_t d = 0; d < w.ld; d += VL) products += load(w.rows + i * w.ld + d) * load(w.values + i * w.ld + d);
-      w.sum[i] = 0;
-      for (int l = 0; l < VL; ++l) w.sum[i] += products[l];
-    }
-    it.add_delta(first, count, w.sum);
+  it.load_out(first, count, w.rows, w.ld, 1);
+  it.load_grad_out(first, count, w.values, w.ld, 1);
+  for (int64_t i = 0; i < count; ++i) {
+    Vec products{};
+    for (int64_t d = 0; d < w.ld; d += VL) products += load(w.rows + i * w.ld + d) * load(w.values + i * w.ld + d);
+    w.sum[i] = 0;
+    for (int l = 0; l < VL; ++l) w.sum[i] += products[l];
   }
+  it.add_delta(first, count, w.sum);
 }
 
 // How a backward is cut. A chunk of queries is held while the keys stream past it; if one chunk is not all of them, the
@@ -171,7 +174,7 @@ void delta(const Itinerary& it, float* workspace) {
 struct BackwardWorkspace {
   int64_t ld, kept, size;  // kept: keys whose gradients are
   float *keys, *key_panel, *value_panel, *weights, *grad_scores;
-  float *grad_key, *grad_value;                        // panels of the keys kept
+  float *grad_key, *grad_value;                        // rows of the keys kept
   float *query, *grad_out, *grad_query, *lse, *delta;  // of the queries held
   uint32_t *key_tokens, *query_tokens;
 
@@ -218,10 +221,11 @@ VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse
   }
 }
 
-// One tile of keys against the queries held: adds to grad_query of those if QUERY, to the panels of the keys if KEY.
-template <bool QUERY, bool KEY, class Itinerary>
-void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t held, const BackwardWorkspace& w,
-                   float* grad_key, float* grad_value) {
+// One tile of keys against the queries held, `first` and on: adds to grad_query of those if QUERY, to rows of the keys
+// kept if KEY, which `place` tells: it calls back with (row, count, keys before) for each piece of the tile.
+template <bool QUERY, bool KEY, class Itinerary, class Place>
+void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first, int64_t held,
+                   const BackwardWorkspace& w, Place place) {
   const int64_t D = it.head_dim, ld = w.ld, columns = round_up(keys, VL);
   it.load_value(k0, keys, w.keys, ld, 1);
   zero(w.keys + keys * ld, (columns - keys) * ld);
@@ -235,13 +239,16 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t held, 
     const float *query = w.query + q0 * ld, *grad_out = w.grad_out + q0 * ld;
     multiply(false, queries, columns, D, {query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
     multiply(false, queries, columns, D, {grad_out, ld, 1}, w.value_panel, TILE, w.grad_scores, TILE);
+    if constexpr (Itinerary::ADJUSTS) it.adjust_weights(first + q0, queries, k0, keys, w.weights);
     for (int64_t q = 0; q < queries; ++q)
       weigh(w.weights + q * TILE, w.grad_scores + q * TILE, columns, w.lse[q0 + q], w.delta[q0 + q], it.dropout,
             w.query_tokens[q0 + q], w.key_tokens);
-    if constexpr (KEY) {
-      multiply(true, D, columns, queries, {grad_out, 1, ld}, w.weights, TILE, grad_value, TILE);
-      multiply(true, D, columns, queries, {query, 1, ld}, w.grad_scores, TILE, grad_key, TILE);
-    }
+    if constexpr (Itinerary::ADJUSTS && QUERY) it.adjust_grads(first + q0, queries, k0, keys, w.grad_scores);
+    if constexpr (KEY)
+      place([&](int64_t row, int64_t count, int64_t before) {
+        multiply(true, count, ld, queries, {w.weights + before, 1, TILE}, grad_out, ld, w.grad_value + row * ld, ld);
+        multiply(true, count, ld, queries, {w.grad_scores + before, 1, TILE}, query, ld, w.grad_key + row * ld, ld);
+      });
     if constexpr (QUERY)
       multiply(true, queries, ld, keys, {w.grad_scores, TILE, 1}, w.keys, ld, w.grad_query + q0 * ld, ld);
   }
@@ -254,23 +261,19 @@ void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t q
               int64_t key_end, float* workspace) {
   const BackwardWorkspace w(it.head_dim, chunk, query_end - query_begin, KEY ? key_end - key_begin : 0, workspace);
   const int64_t ld = w.ld;
-  auto panel = [&](float* panels, int64_t k0) { return panels + (k0 - key_begin) % w.kept * ld; };
   int64_t q0 = query_begin;
   do {
     int64_t held = least(chunk, query_end - q0);
     bool first = q0 == query_begin, last = q0 + held == query_end;
     w.hold(it, q0, held);
     for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE) {
-      int64_t keys = least(TILE, key_end - k0);
-      float *grad_key = panel(w.grad_key, k0), *grad_value = panel(w.grad_value, k0);
-      if (KEY && first) zero(grad_key, TILE * ld), zero(grad_value, TILE * ld);
-      backward_tile<QUERY, KEY>(it, k0, keys, held, w, grad_key, grad_value);
+      int64_t keys = least(TILE, key_end - k0), row = (k0 - key_begin) % w.kept;
+      float *grad_key = w.grad_key + row * ld, *grad_value = w.grad_value + row * ld;
+      if (KEY && first) zero(grad_key, keys * ld), zero(grad_value, keys * ld);
+      backward_tile<QUERY, KEY>(it, k0, keys, q0, held, w, [&](auto piece) { piece(row, keys, 0); });
       if (KEY && last) {
-        float* rows = w.keys;
-        transpose(rows, ld, grad_value, TILE, ld, round_up(keys, VL));
-        it.store_grad_value(k0, keys, rows, ld, 1);
-        transpose(rows, ld, grad_key, TILE, ld, round_up(keys, VL));
-        it.store_grad_key(k0, keys, rows, ld, LN2);  // the queries carry scale * log2(e): scale is left
+        it.store_grad_value(k0, keys, grad_value, ld, 1);
+        it.store_grad_key(k0, keys, grad_key, ld, LN2);  // the queries carry scale * log2(e): scale is left
       }
     }
     if constexpr (QUERY) it.store_grad_query(q0, held, w.grad_query, ld, it.scale);

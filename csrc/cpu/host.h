@@ -84,13 +84,19 @@ void run_forward(const AttentionKernels<Args>& kernel, const Args& a) {
   run(kernel.forward, a, a.components * parts(a.max_queries, a.panels * k.tile), k.forward_workspace(a.D, a.panels));
 }
 
+template <class Args>
+void run_delta(const AttentionKernels<Args>& kernel, const Args& a) {
+  const Kernels& k = kernels();
+  run(kernel.delta, a, a.components * parts(a.max_queries, k.tile), k.forward_workspace(a.D, 1));
+}
+
 // A thread takes whole components while what it keeps of one stays in cache and there are enough of them: five products
 // instead of seven. Otherwise queries and keys are cut separately.
 template <class Args>
 void run_backward(const AttentionKernels<Args>& kernel, Args& a) {
   const Kernels& k = kernels();
   a.chunk = std::max(k.tile, CACHED_FLOATS / a.D / k.tile * k.tile);
-  run(kernel.delta, a, a.components, k.forward_workspace(a.D, 1));
+  run_delta(kernel, a);
   bool keeps_little = a.max_queries <= a.chunk || a.max_keys * a.D <= 4 * CACHED_FLOATS;
   if (keeps_little && a.components >= at::get_num_threads()) {
     run(kernel.backward, a, a.components, k.backward_workspace(a.D, a.chunk, a.max_queries, a.max_keys));

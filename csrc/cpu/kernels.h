@@ -58,6 +58,34 @@ struct LatentAttention : Attention {
   int64_t splits, split_out, split_lse;
 };
 
+// A learned bias of relative positions, for numbers of G + N tokens: see position_bias.h.
+struct PositionBias {
+  const float* table = nullptr;  // of head 0, in units of log2; null if there is no bias
+  int64_t table_head = 0;        // from head to head
+  int64_t G = 0, differences = 0, middle = 0;  // entries of differences of codes, and the one of equal codes
+  const int32_t* codes = nullptr;              // of the N tokens; `codes_batch` from sample to sample
+  int64_t codes_batch = 0;
+};
+
+struct EdgeSparseAttention : Attention {
+  int64_t Lq, G, block_size, blocks, layouts;  // Lq = G + N; layouts: 1, or one for each head
+  const int32_t *row_offsets, *columns;
+  Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+  PositionBias bias;
+  const int32_t* positions;  // of the N tokens where attention is causal, else null
+  int64_t positions_batch;
+  float* importance;  // the scores (B, H, N) of the first global query, in units of log2, or null
+  // Backward over `slices` shares of the queries: gradients of keys then are float, and they and grad_bias have a
+  // leading axis of that size. grad_bias has a table for each batch and head.
+  int64_t slices, slice_grad;
+  float* grad_bias;
+
+  int64_t length(int64_t block) const {
+    int64_t rest = Lq - G - block * block_size;
+    return rest < block_size ? rest : block_size;
+  }
+};
+
 struct PeriodicShift {
   Dtype dtype;
   int64_t B, H, T, N, D, fold;
@@ -93,7 +121,7 @@ template <class Args>
 struct AttentionKernels {
   using Kernel = void (*)(const Args&, int64_t begin, int64_t end, float* workspace);
   Kernel forward;         // items: panels of a component
-  Kernel delta;           // components
+  Kernel delta;           // tiles of a component
   Kernel backward;        // components
   Kernel backward_query;  // chunks of a component
   Kernel backward_key;    // tiles of a component
@@ -107,6 +135,7 @@ struct Kernels {
   int64_t (*backward_workspace)(int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys);
   AttentionKernels<LeapAttention> leap_attention;
   AttentionKernels<LatentAttention> latent_attention;
+  AttentionKernels<EdgeSparseAttention> edge_sparse_attention;  // backward only whole: items are (slice, b, h)
   void (*periodic_shift)(const PeriodicShift&, int64_t begin, int64_t end);
   void (*merge_forward)(const MergeAttention&, int64_t begin, int64_t end);
   void (*merge_backward)(const MergeAttention&, int64_t begin, int64_t end);

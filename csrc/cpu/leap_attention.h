@@ -4,7 +4,7 @@
 // an output row is written, and its gradient read, in three pieces at frames t - 1, t + 1 and t.
 #pragma once
 
-#include "work.h"
+#include "itinerary.h"
 
 namespace vattn {
 namespace VATTN_ISA {
@@ -19,30 +19,18 @@ VATTN_INLINE void shifted_pieces(int64_t t, int64_t T, int64_t fold, int64_t D, 
 }
 
 template <class T>
-struct LeapGroup {
-  const LeapAttention& a;
-  int64_t b, h, base, head_dim, queries, keys;
-  float scale;
-  Dropout weights_dropout;
-  const Dropout* dropout;
+struct LeapGroup : Itinerary<LeapAttention> {
+  int64_t base, queries, keys;
 
   // `index` counts groups with the heads innermost: neighbours read the same pages.
-  LeapGroup(const LeapAttention& a, int64_t index)
-      : a(a), head_dim(a.D), scale(a.scale), weights_dropout(0, 0, 0), dropout(nullptr) {
-    h = index % a.H;
+  LeapGroup(const LeapAttention& a, int64_t index) : Itinerary(a, index / a.H / a.groups(), index % a.H) {
     int64_t group = index / a.H % a.groups();
-    b = index / a.H / a.groups();
     base = group / a.leap * a.leap * a.group_size + group % a.leap;
     queries = keys = least(a.group_size, (a.T - base + a.leap - 1) / a.leap) * a.N;
-    if (a.dropout_p > 0) {
-      weights_dropout = Dropout(a.dropout_p, a.seed, b * a.H + h);
-      dropout = &weights_dropout;
-    }
   }
-  LeapGroup(const LeapGroup&) = delete;  // `dropout` points into this object
 
   T* at(const Video& x, int64_t frame, int64_t token) const {
-    return (T*)x.data + b * x.batch + h * x.head + frame * x.frame + token * x.token;
+    return Itinerary::at<T>(x, token) + frame * x.frame;
   }
 
   // Calls f(frame, token, row of the tile) for `count` rows from `first` on; divides once, not per row.

@@ -1,4 +1,5 @@
 // The kernels of one instruction set, as a table. Included once by each isa_*.cpp, below its target pragma.
+#include "edge_sparse_attention.h"
 #include "latent_attention.h"
 #include "leap_attention.h"
 #include "rows.h"
@@ -26,6 +27,9 @@ const Kernels& table() {
       },
       attention_kernels<LeapGroup, LeapAttention>(),
       attention_kernels<LatentHead, LatentAttention>(),
+      {VATTN_BY_DTYPE(EdgeSparseAttention, forward_items<EdgeBlock<T>>),
+       VATTN_BY_DTYPE(EdgeSparseAttention, delta_items<EdgeBlock<T>>),
+       VATTN_BY_DTYPE(EdgeSparseAttention, edge_backward_items<T>), nullptr, nullptr},
       VATTN_ROWS(periodic_shift, PeriodicShift),
       VATTN_ROWS(merge_forward, MergeAttention),
       VATTN_ROWS(merge_backward, MergeAttention),

@@ -1,4 +1,6 @@
 // The items of an attention kernel's work, for any operator: Itinerary<T>(args, component) tells where its rows live.
+//
+// Forward, components come before their tiles: neighbours among them are heads, whose rows lie on the same pages.
 #pragma once
 
 #include "flash.h"
@@ -8,17 +10,21 @@ namespace VATTN_ISA {
 
 template <class Itinerary, class Args>
 void forward_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  int64_t rows = a.panels * TILE, tiles = (a.max_queries + rows - 1) / rows;
+  int64_t rows = a.panels * TILE;
   for (int64_t item = begin; item < end; ++item) {
-    Itinerary it(a, item / tiles);
-    int64_t first = item % tiles * rows;
+    Itinerary it(a, item % a.components);
+    int64_t first = item / a.components * rows;
     if (first < it.queries) forward(it, first, least(rows, it.queries - first), workspace);
   }
 }
 
 template <class Itinerary, class Args>
 void delta_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  for (int64_t item = begin; item < end; ++item) delta(Itinerary(a, item), workspace);
+  for (int64_t item = begin; item < end; ++item) {
+    Itinerary it(a, item % a.components);
+    int64_t first = item / a.components * TILE;
+    if (first < it.queries) delta(it, first, least(TILE, it.queries - first), workspace);
+  }
 }
 
 template <class Itinerary, class Args>
@@ -49,20 +55,22 @@ void backward_key_items(const Args& a, int64_t begin, int64_t end, float* worksp
   }
 }
 
-// A kernel's instance for the dtype of its arguments.
+// A kernel's instance for the dtype of its arguments; `kernel` names it in terms of that dtype, T.
+#define VATTN_BY_DTYPE(Args, ...)                                                              \
+  [](const Args& a, int64_t begin, int64_t end, float* workspace) {                            \
+    auto kernel = [&]<class T>() { __VA_ARGS__(a, begin, end, workspace); };                   \
+    switch (a.dtype) {                                                                         \
+      case Dtype::Float32: return kernel.template operator()<float>();                         \
+      case Dtype::BFloat16: return kernel.template operator()<BFloat16>();                     \
+      case Dtype::Float16: return kernel.template operator()<Float16>();                       \
+    }                                                                                          \
+  }
+
 template <template <class> class Itinerary, class Args>
 AttentionKernels<Args> attention_kernels() {
-#define VATTN_BY_DTYPE(kernel)                                                              \
-  [](const Args& a, int64_t begin, int64_t end, float* workspace) {                         \
-    switch (a.dtype) {                                                                      \
-      case Dtype::Float32: return kernel<Itinerary<float>>(a, begin, end, workspace);       \
-      case Dtype::BFloat16: return kernel<Itinerary<BFloat16>>(a, begin, end, workspace);   \
-      case Dtype::Float16: return kernel<Itinerary<Float16>>(a, begin, end, workspace);     \
-    }                                                                                       \
-  }
-  return {VATTN_BY_DTYPE(forward_items), VATTN_BY_DTYPE(delta_items), VATTN_BY_DTYPE(backward_items),
-          VATTN_BY_DTYPE(backward_query_items), VATTN_BY_DTYPE(backward_key_items)};
-#undef VATTN_BY_DTYPE
+  return {VATTN_BY_DTYPE(Args, forward_items<Itinerary<T>>), VATTN_BY_DTYPE(Args, delta_items<Itinerary<T>>),
+          VATTN_BY_DTYPE(Args, backward_items<Itinerary<T>>), VATTN_BY_DTYPE(Args, backward_query_items<Itinerary<T>>),
+          VATTN_BY_DTYPE(Args, backward_key_items<Itinerary<T>>)};
 }
 
 }  // namespace VATTN_ISA

@@ -1,0 +1,160 @@
+// Edge-sparse attention's itinerary: a block of queries, and the global tokens and blocks of keys that it reads.
+//
+//     keys of block 2    | G |  block 1  |  block 2  |  block 7  |        tiles of keys straddle the blocks
+//     rows of the head     0   G + 56      G + 112     G + 392
+//
+// Unit 0 of a head is its global queries, which read all keys as they lie; unit 1 + i is block i.
+#pragma once
+
+#include "itinerary.h"
+#include "position_bias.h"
+
+namespace vattn {
+namespace VATTN_ISA {
+
+template <class T>
+struct EdgeBlock : TokenItinerary<T, EdgeSparseAttention> {
+  static constexpr bool ADJUSTS = true;
+  using Base = TokenItinerary<T, EdgeSparseAttention>;
+  using Base::a, Base::b, Base::h;
+  const int32_t *list = nullptr, *list_end = nullptr;  // the blocks that are read; null if all keys are
+  int64_t keys, slice = 0;
+  mutable const int32_t* entry;  // the block of the list that was read last, and the keys before it
+  mutable int64_t before = 0;
+
+  EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit) : Base(a, b, h, a.G), keys(a.Lq) {
+    if (unit == 0) return;
+    const int32_t* offsets = a.row_offsets + (a.layouts > 1 ? h * (a.blocks + 1) : 0) + unit - 1;
+    list = entry = a.columns + offsets[0], list_end = a.columns + offsets[1];
+    this->query_begin = a.G + (unit - 1) * a.block_size;
+    this->queries = a.length(unit - 1);
+    keys = a.G + (list_end - list) * a.block_size;
+    for (const int32_t* e = list; e < list_end; ++e) keys -= a.block_size - a.length(*e);
+  }
+  // Forward, items count (b, unit, h), heads innermost: neighbours read the same pages.
+  EdgeBlock(const EdgeSparseAttention& a, int64_t index)
+      : EdgeBlock(a, index / a.H / (a.blocks + 1), index % a.H, index / a.H % (a.blocks + 1)) {}
+
+  // Calls f(first row, count, keys before) for the pieces of `count` keys from `first` on.
+  template <class F>
+  VATTN_INLINE void pieces(int64_t first, int64_t count, F f) const {
+    if (!list) return f(first, count, 0);
+    int64_t done = 0;
+    if (first < a.G) f(first, done = least(count, a.G - first), 0);
+    if (first + done - a.G < before) entry = list, before = 0;
+    while (done < count) {
+      int64_t inside = first + done - a.G - before, length = a.length(*entry);
+      if (inside >= length) {
+        before += length, ++entry;
+        continue;
+      }
+      int64_t piece = least(count - done, length - inside);
+      f(a.G + *entry * a.block_size + inside, piece, done);
+      done += piece;
+    }
+  }
+
+  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      this->load_rows(a.key, row, n, rows + done * ld, ld, times);
+    });
+  }
+  void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      this->load_rows(a.value, row, n, rows + done * ld, ld, times);
+    });
+  }
+  void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
+    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      for (int64_t i = 0; i < n; ++i) tokens[done + i] = (uint32_t)(row + i);
+    });
+  }
+  // Of all keys, as they lie; what a slice of the queries gives is a float and lies behind that of the slices before.
+  void store_grad(Video grad, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    if (a.slices == 1) return this->template store_rows<T>(grad, first, count, rows, ld, times);
+    grad.data = (float*)grad.data + slice * a.slice_grad;
+    this->template store_rows<float>(grad, first, count, rows, ld, times);
+  }
+
+  // What is more than a product: a tile has a row of TILE for each token down its side, here keys.
+  void adjust_scores(int64_t first, int64_t count, int64_t k0, int64_t keys, float* scores) const {
+    if (a.bias.table || a.positions) adjust<true>(first, count, k0, keys, scores);
+    if (!list && first == 0 && a.importance)
+      for (int64_t k = k0 < a.G ? a.G - k0 : 0; k < keys; ++k)
+        a.importance[(b * a.H + h) * (a.Lq - a.G) + k0 + k - a.G] = scores[k * TILE];
+  }
+  void adjust_weights(int64_t first, int64_t count, int64_t k0, int64_t keys, float* weights) const {
+    if (a.bias.table || a.positions) adjust<false>(first, count, k0, keys, weights);
+  }
+  void adjust_grads(int64_t first, int64_t count, int64_t k0, int64_t keys, const float* grads) const {
+    if (!a.bias.table) return;
+    uint32_t across[TILE];
+    key_tokens(k0, keys, across);
+    BiasTile<false> bias(a.bias, b, h, across, keys);
+    float* to = a.grad_bias + ((slice * a.B + b) * a.H + h) * a.bias.table_head;
+    for (int64_t q = 0; q < count; ++q) bias.accumulate(to, grads + q * TILE, this->query_begin + first + q);
+  }
+
+ private:
+  template <bool QUERIES_ACROSS>
+  void adjust(int64_t first, int64_t count, int64_t k0, int64_t keys, float* tile) const {
+    uint32_t queries[TILE], key_rows[TILE];
+    this->query_tokens(first, count, queries);
+    key_tokens(k0, keys, key_rows);
+    const uint32_t *across = queries, *side = key_rows;
+    int64_t columns = count, rows = keys;
+    if (!QUERIES_ACROSS) across = key_rows, side = queries, columns = keys, rows = count;
+    if (a.bias.table) {
+      BiasTile<QUERIES_ACROSS> bias(a.bias, b, h, across, columns);
+      for (int64_t i = 0; i < rows; ++i) bias.add(tile + i * TILE, side[i]);
+    }
+    if (a.positions) forbid<QUERIES_ACROSS>(across, columns, side, rows, tile);
+  }
+
+  // Causal: no query reads a later key, unless one of them is global.
+  template <bool QUERIES_ACROSS>
+  void forbid(const uint32_t* across, int64_t columns, const uint32_t* side, int64_t rows, float* tile) const {
+    const int32_t* positions = a.positions + b * a.positions_batch;
+    int32_t place[TILE];
+    for (int64_t j = 0; j < columns; ++j) place[j] = across[j] < a.G ? -1 : positions[across[j] - a.G];
+    for (int64_t i = 0; i < rows; ++i) {
+      if (side[i] < a.G) continue;
+      int32_t here = positions[side[i] - a.G];
+      for (int64_t j = 0; j < columns; ++j) {
+        bool later = place[j] >= 0 && (QUERIES_ACROSS ? here > place[j] : place[j] > here);
+        if (later) tile[i * TILE + j] = -INFINITE;
+      }
+    }
+  }
+};
+
+// The backward of a share of a head's blocks: the queries of one after the other, and the gradients of all keys kept.
+template <class T>
+void edge_backward_items(const EdgeSparseAttention& a, int64_t begin, int64_t end, float* workspace) {
+  const BackwardWorkspace w(a.D, a.chunk, a.chunk + 1, a.Lq, workspace);
+  const int64_t ld = w.ld, units = a.blocks + 1, share = (units + a.slices - 1) / a.slices;
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t h = item % a.H, b = item / a.H % a.B, slice = item / a.H / a.B;
+    zero(w.grad_key, a.Lq * ld), zero(w.grad_value, a.Lq * ld);
+    for (int64_t unit = slice * share; unit < least(slice * share + share, units); ++unit) {
+      EdgeBlock<T> it(a, b, h, unit);
+      it.slice = slice;
+      for (int64_t q0 = 0; q0 < it.queries; q0 += a.chunk) {
+        int64_t held = least(a.chunk, it.queries - q0);
+        w.hold(it, q0, held);
+        for (int64_t k0 = 0; k0 < it.keys; k0 += TILE) {
+          int64_t keys = least(TILE, it.keys - k0);
+          backward_tile<true, true>(it, k0, keys, q0, held, w, [&](auto piece) { it.pieces(k0, keys, piece); });
+        }
+        it.store_grad_query(q0, held, w.grad_query, ld, it.scale);
+      }
+    }
+    EdgeBlock<T> all(a, b, h, 0);
+    all.slice = slice;
+    all.store_grad(a.grad_key, 0, a.Lq, w.grad_key, ld, LN2);  // as in flash.h
+    all.store_grad(a.grad_value, 0, a.Lq, w.grad_value, ld, 1);
+  }
+}
+
+}  // namespace VATTN_ISA
+}  // namespace vattn
