@@ -2,6 +2,7 @@
 
 from vattn.nn.latent import LATENT_MODES, LatentAttention, LatentBlock
 from vattn.nn.leap import LeapAttention, LeapAttention2d, attend_frames, leap_of_level, require_only
+from vattn.nn.sparse import SparseSelfAttention
 
 __all__ = [
     "LATENT_MODES",
@@ -9,6 +10,7 @@ __all__ = [
     "LatentBlock",
     "LeapAttention",
     "LeapAttention2d",
+    "SparseSelfAttention",
     "attend_frames",
     "leap_of_level",
     "require_only",
