@@ -1,0 +1,340 @@
+"""The language side of SViTT: a BERT whose last layers also read a video, and forget most of it on the way.
+
+    x = LN(x + W_proj attention(x, x))         every layer
+    x = LN(x + W_proj attention(x, video))     from `fusion_layer` on
+    x = LN(x + MLP(x))
+
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023), on Devlin et al., "BERT:
+Pre-training of Deep Bidirectional Transformers for Language Understanding" (NAACL 2019). After a layer that prunes,
+later ones read only the video tokens that it attended to most::
+
+    video tokens        g  0  1  2  3  4  5  6  7        g is global, and always stays
+    layer 9 reads       x  x  x  x  x  x  x  x  x        prunes with keep=0.5
+    layers 10, 11       x  .  x  x  .  .  x  .  x
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vattn import _checks
+from vattn.models._common import init_linear, load, named
+from vattn.models._svitt_weights import settings_of, text_weights
+from vattn.ops.latent_attention import latent_attention
+from vattn.ops.node_sparse_attention import node_sparse_attention
+from vattn.ops.select_tokens import select_tokens
+from vattn.ops.token_importance import token_importance
+
+KEEP_BY = {"cls_attn": "the first text token", "avg_attn": "all text tokens"}
+"""Whose attention tells which video tokens stay, under the official names."""
+
+
+class Fused(NamedTuple):
+    """Text that has read a video: its tokens ``(B, L, C)``, and for each pruning the video tokens that were kept.
+
+    The latter are ``(B, 1 + K)`` int64, indices in the video sequence, 0 of which is the global token.
+    """
+
+    tokens: Tensor
+    kept: tuple[Tensor, ...]
+
+
+class TextEncoder(nn.Module):
+    """BERT with cross-attention to a video in its last layers. Settings default to the official ones.
+
+    Args:
+        vocab_size, dim, depth, num_heads, mlp_dim, max_length: as in any BERT.
+        fusion_layer: the first layer that reads the video.
+        video_dim: channels of a video token.
+        keep: share of the video tokens that a pruning layer leaves to the next ones.
+        prune_after: layers, counted from 0, after whose cross-attention video tokens are pruned.
+        keep_by: "cls_attn" keeps what the first text token attends to, "avg_attn" what all text tokens do on average,
+            padding among them.
+        causal: a text token reads no later one, as in a decoder.
+        dropout: of embeddings, attention weights and outputs of layers, in training.
+
+    Shape:
+        ids ``(B, L)`` int64 and mask ``(B, L)``, 0 for padding, or None, to text tokens ``(B, L, dim)``: the first
+        `fusion_layer` layers. :meth:`fuse` is the others.
+
+    Raises:
+        TypeError, ValueError: a setting or an input that does not fit.
+
+    Source:
+        Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers"; Devlin et al., "BERT: Pre-training of
+        Deep Bidirectional Transformers for Language Understanding".
+
+    Example:
+        >>> size = {"dim": 32, "depth": 4, "num_heads": 2, "mlp_dim": 64, "video_dim": 48}
+        >>> encoder = TextEncoder(100, **size, fusion_layer=2, keep=0.25, prune_after=(2,))
+        >>> text = encoder(torch.randint(100, (3, 7)))
+        >>> fused = encoder.fuse(text, None, torch.randn(3, 1 + 20, 48))
+        >>> fused.tokens.shape, fused.kept[0].shape
+        (torch.Size([3, 7, 32]), torch.Size([3, 6]))
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_dim: int = 3072,
+        max_length: int = 512,
+        *,
+        fusion_layer: int = 9,
+        video_dim: int = 768,
+        keep: float = 1.0,
+        prune_after: Collection[int] = (9,),
+        keep_by: str = "cls_attn",
+        causal: bool = False,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        for name, setting, least in (
+            ("vocab_size", vocab_size, 1), ("depth", depth, 1), ("fusion_layer", fusion_layer, 0),
+            ("mlp_dim", mlp_dim, 1), ("max_length", max_length, 1), ("video_dim", video_dim, 1),
+        ):  # fmt: skip
+            _checks.integer(op, name, setting, least=least)
+        if keep_by not in KEEP_BY:
+            raise ValueError(f"{op}: keep_by must be one of {', '.join(KEEP_BY)}, got keep_by={keep_by!r}")
+        if not all(fusion_layer <= i < depth for i in prune_after):
+            raise ValueError(
+                f"{op}: prune_after must be layers from fusion_layer={fusion_layer} to {depth - 1}, got {prune_after=}"
+            )
+        self.fusion_layer = fusion_layer
+        self.keep = keep
+        self.prune_after = frozenset(prune_after)
+        self.keep_by = keep_by
+        self.causal = causal
+        self.word = nn.Embedding(vocab_size, dim)
+        self.position = nn.Embedding(max_length, dim)
+        self.kind = nn.Embedding(2, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
+        self.drop = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            TextLayer(dim, num_heads, mlp_dim, video_dim if i >= fusion_layer else None, dropout) for i in range(depth)
+        )
+        self.apply(init_linear)
+        for embedding in (self.word, self.position, self.kind):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    @classmethod
+    def from_official(cls, state_dict: Mapping[str, Any], config: Mapping[str, Any], **settings: Any) -> "TextEncoder":
+        """The encoder of an official checkpoint, or of BERT itself with cross-attention, in evaluation mode.
+
+        Args:
+            state_dict: of ``BertModel`` in ``models/sparse_xbert.py``. It is copied; dtype and device stay.
+            config: the official ``BertConfig`` as a dict, of which ``num_attention_heads``, ``fusion_layer``,
+                ``token_keep_rate``, ``token_drop_loc`` (layers without a video are left out, as in the official code),
+                ``token_keep_strategy`` and ``hidden_dropout_prob`` are read; sizes are those of the weights.
+            settings: of the constructor, that take the place of those of `config`.
+
+        Raises:
+            ValueError: the weights or the configuration do not make this model.
+            RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
+        """
+        weights = text_weights("TextEncoder.from_official", state_dict)
+        settings = text_settings(weights, config) | settings
+        return load(weights, lambda: cls(**settings))
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        text, visible = self.embed(ids), self._visible(mask, ids)
+        for layer in list(self.layers)[: self.fusion_layer]:
+            text = layer(text, visible)
+        return text
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """``(B, L)`` int64 to ``(B, L, dim)``, what the first layer reads."""
+        if ids.dim() != 2 or ids.shape[1] > self.position.num_embeddings:
+            raise ValueError(
+                f"{type(self).__name__}: ids must have shape (B, L), L up to {self.position.num_embeddings}, "
+                f"got ids.shape={tuple(ids.shape)}"
+            )
+        x = self.word(ids) + self.kind.weight[0] + self.position.weight[: ids.shape[1]]
+        return self.drop(self.norm(x))
+
+    def fuse(self, text: Tensor, mask: Tensor | None, video: Tensor, video_mask: Tensor | None = None) -> Fused:
+        """Text tokens that have read a video.
+
+        Without a `video_mask`, keys are read where they lie, also after pruning; with one, attention falls back on
+        :func:`torch.nn.functional.scaled_dot_product_attention`, with copies of what was kept.
+
+        Args:
+            text: ``(B, L, dim)``, as :meth:`forward` gives it.
+            mask: ``(B, L)``, 0 for padding, or None.
+            video: ``(B, 1 + N, video_dim)``, the first token global, or ``(1, 1 + N, video_dim)``, one video for all
+                texts: then it is projected only once.
+            video_mask: ``(B, 1 + N)`` or ``(1, 1 + N)``, 0 for padding, or None.
+        """
+        if video.dim() != 3 or video.shape[0] not in (1, len(text)):
+            raise ValueError(
+                f"{type(self).__name__}: video must have shape ({len(text)} or 1, 1 + N, C), "
+                f"got video.shape={tuple(video.shape)}"
+            )
+        visible = self._visible(mask, text)
+        readable = None if video_mask is None else video_mask.bool().expand(len(text), -1)[:, None, None]
+        kept: list[Tensor] = []
+        for i, layer in list(enumerate(self.layers))[self.fusion_layer :]:
+            last = kept[-1] if kept else None
+            keep = self.keep if i in self.prune_after else 1.0
+            text, chosen = cast(TextLayer, layer).fuse(text, visible, video, readable, last, keep, self.keep_by)
+            if chosen is not last:
+                kept.append(chosen)
+        return Fused(text, tuple(kept))
+
+    def _visible(self, mask: Tensor | None, text: Tensor) -> Tensor | None:
+        """Who reads whom, for all heads: bool ``(B or 1, 1, L or 1, L)``; None is everyone."""
+        length = text.shape[1]
+        visible = None if mask is None else mask.bool()[:, None, None]
+        if not self.causal:
+            return visible
+        past = torch.ones(length, length, dtype=torch.bool, device=text.device).tril()[None, None]
+        return past if visible is None else past & visible
+
+
+class TextLayer(nn.Module):
+    """A layer of BERT, normalised after each residual; with `video_dim` it reads a video between its two halves."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, video_dim: int | None, dropout: float) -> None:
+        super().__init__()
+        self.attn = TextAttention(dim, num_heads, dim, dropout)
+        self.cross = None if video_dim is None else TextAttention(dim, num_heads, video_dim, dropout)
+        self.mlp = named(fc1=nn.Linear(dim, mlp_dim), act=nn.GELU(), fc2=nn.Linear(mlp_dim, dim))
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, text: Tensor, visible: Tensor | None) -> Tensor:
+        return self._transform(self._read_text(text, visible))
+
+    def fuse(
+        self,
+        text: Tensor,
+        visible: Tensor | None,
+        video: Tensor,
+        readable: Tensor | None,
+        kept: Tensor | None,
+        keep: float,
+        keep_by: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's output, and which video tokens the next layers read: None is all."""
+        assert self.cross is not None
+        text = self._read_text(text, visible)
+        query, key, value = self.cross.heads(text, video)
+        text = self.cross.residual(text, self.cross.attend(query, key, value, readable, kept))
+        if keep < 1:
+            judges = query[:, :, :1] if keep_by == "cls_attn" else query
+            importance = _importance(judges, key, readable, kept)
+            _, chosen = select_tokens(importance[..., None], importance[:, 1:], keep)
+            chosen = F.pad(chosen + 1, (1, 0))  # the global token stays
+            kept = chosen if kept is None else kept.gather(1, chosen)
+        return self._transform(text), kept
+
+    def _read_text(self, text: Tensor, visible: Tensor | None) -> Tensor:
+        return self.attn.residual(text, self.attn.attend(*self.attn.heads(text, text), visible))
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.drop(self.mlp(x)))
+
+
+class TextAttention(nn.Module):
+    """``LN(x + W_proj attention(x, source))``, in three steps, as pruning needs to look between them."""
+
+    def __init__(self, dim: int, num_heads: int, source_dim: int, dropout: float) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"TextEncoder: dim must be a multiple of num_heads={num_heads}, got dim={dim}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(source_dim, dim)
+        self.value = nn.Linear(source_dim, dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
+        self.drop = nn.Dropout(dropout)
+
+    def heads(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, ``(B, H, tokens, D)``; one source for all samples is projected once."""
+        query, key, value = (
+            y.unflatten(-1, (self.num_heads, y.shape[-1] // self.num_heads)).transpose(1, 2).expand(len(x), -1, -1, -1)
+            for y in (self.query(x), self.key(source), self.value(source))
+        )
+        return query, key, value
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """``(B, H, Lq, D)``: over the kept keys, if not over all, and of these those that the mask does not hide."""
+        dropout_p = self.drop.p if self.training else 0.0
+        if mask is not None:
+            if kept is not None:
+                key, value, mask = (_gather(x, kept, dim) for x, dim in ((key, 2), (value, 2), (mask, 3)))
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
+        if kept is not None:
+            return cast(Tensor, node_sparse_attention(query, key, value, kept, dropout_p=dropout_p))
+        return cast(Tensor, latent_attention(query, key, value, dropout_p=dropout_p))
+
+    def residual(self, x: Tensor, out: Tensor) -> Tensor:
+        return self.norm(x + self.drop(self.proj(out.transpose(1, 2).flatten(2))))
+
+
+@torch.no_grad()
+def _importance(query: Tensor, key: Tensor, mask: Tensor | None, kept: Tensor | None) -> Tensor:
+    """``(B, keys that are left)``: the probability of each, averaged over heads and queries."""
+    if kept is not None:
+        key = _gather(key, kept, 2)
+        mask = None if mask is None else _gather(mask, kept, 3)
+    if mask is None:
+        return token_importance(query, key)
+    scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).mean((1, 2))
+
+
+def _gather(x: Tensor, kept: Tensor, dim: int) -> Tensor:
+    """The entries ``kept (B, K)`` of each sample along `dim` of ``x (B, ., ., .)``."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = kept.shape
+    return x.take_along_dim(kept.view(shape), dim)
+
+
+class TokenHead(nn.Module):
+    """Logits of words from text tokens: BERT's head for masked words. Its weights are those of the word embeddings.
+
+    Shape:
+        ``(B, L, dim)`` and the weights ``(vocab_size, dim)`` to ``(B, L, vocab_size)``.
+    """
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.apply(init_linear)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(x))), weight, self.bias)
+
+
+def text_settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the :class:`TextEncoder` that weights, under their names here, and a configuration make."""
+    vocab_size, dim = weights["word.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
+    fusion_layer = min((i for i in range(depth) if f"layers.{i}.cross.key.weight" in weights), default=depth)
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "depth": depth,
+        "mlp_dim": weights["layers.0.mlp.fc1.weight"].shape[0],
+        "max_length": weights["position.weight"].shape[0],
+        "fusion_layer": fusion_layer,
+        "prune_after": tuple(i for i in config.get("token_drop_loc", (9,)) if fusion_layer <= i < depth),
+    }
+    if fusion_layer < depth:
+        settings["video_dim"] = weights[f"layers.{fusion_layer}.cross.key.weight"].shape[1]
+    return settings | settings_of(
+        "TextEncoder.from_official", config, dim, keep="token_keep_rate", keep_by="token_keep_strategy",
+        dropout="hidden_dropout_prob",
+    )  # fmt: skip
