@@ -72,6 +72,55 @@ class RelativePositionBias3D(nn.Module):
             positions = torch.arange(math.prod(self.window), device=self.table.device)
         return self.table[relative_position_index(self.window, self.num_global, positions)].movedim(-1, -3)
 
+    @classmethod
+    def from_2d(cls, table: Tensor, window: Sequence[int]) -> "RelativePositionBias3D":
+        """The bias of a video model from that of an image model: every frame is biased as the image is.
+
+        Args:
+            table: ``(R, num_heads)``, ``R = (2H-1)(2W-1) + 2G + G*G``, rows in the order of this module's, such as
+                BEiT's, which has G = 1.
+            window: ``(T, H, W)``.
+
+        Example:
+            >>> RelativePositionBias3D.from_2d(torch.randn(25 + 3, 4), (2, 3, 3)).table.shape
+            torch.Size([78, 4])
+        """
+        op = f"{cls.__name__}.from_2d"
+        T, H, W = check_window(op, window)
+        _checks.tensor(op, "table", table)
+        _checks.rank(op, "table", table, "(R, num_heads)")
+        rest = table.shape[0] - num_offsets((1, H, W))
+        num_global = math.isqrt(max(rest + 1, 0)) - 1  # rest = 2G + G*G = (G + 1)**2 - 1
+        if num_global < 0 or (num_global + 1) ** 2 != rest + 1:
+            raise ValueError(
+                f"{op}: table must have (2H-1)(2W-1) + 2G + G*G rows for window={tuple(window)} and some G, "
+                f"got table.shape={tuple(table.shape)}"
+            )
+        offsets, of_global = table.detach().split([table.shape[0] - rest, rest])
+        return cls._of(torch.cat([offsets.repeat(2 * T - 1, 1), of_global]), (T, H, W), num_global)
+
+    def inflate(self, num_frames: int) -> "RelativePositionBias3D":
+        """The bias for clips of `num_frames`: each offset in time takes the rows of the nearest one of this table.
+
+        Example:
+            >>> RelativePositionBias3D((2, 3, 3), num_heads=4).inflate(4)
+            RelativePositionBias3D((4, 3, 3), num_heads=4, num_global=1)
+        """
+        _checks.integer("RelativePositionBias3D.inflate", "num_frames", num_frames, least=1)
+        T, H, W = self.window
+        S = num_offsets(self.window)
+        offsets, of_global = self.table.detach().split([S, self.table.shape[0] - S])
+        offsets = offsets.view(1, 2 * T - 1, -1).transpose(1, 2)  # time last, as interpolate has it
+        nearest = torch.nn.functional.interpolate(offsets, size=2 * num_frames - 1, mode="nearest")
+        offsets = nearest.transpose(1, 2).reshape(-1, self.num_heads)
+        return self._of(torch.cat([offsets, of_global]), (num_frames, H, W), self.num_global)
+
+    @classmethod
+    def _of(cls, table: Tensor, window: tuple[int, int, int], num_global: int) -> "RelativePositionBias3D":
+        bias = cls(window, table.shape[1], num_global)
+        bias.table = nn.Parameter(table)
+        return bias
+
     def extra_repr(self) -> str:
         return f"{self.window}, num_heads={self.num_heads}, num_global={self.num_global}"
 

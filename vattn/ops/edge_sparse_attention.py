@@ -13,6 +13,7 @@ blocks, each of which reads itself and a random one::
         3   x  .  x  .  x
 """
 
+import math
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ def edge_sparse_attention(
 
     seed = random_seed(query.device) if dropout_p > 0 else None
     if runs_reference(query, op):
+        if position_bias is not None and positions is not None:
+            _checks.in_range(op, "positions", positions, math.prod(position_bias.window))
         out, lse, *importance = reference.edge_sparse_attention(
             query, key, value, layout, position_bias=position_bias, positions=positions, causal=causal,
             dropout_p=dropout_p, scale=scale, return_lse=True, return_importance=return_importance, seed=seed,

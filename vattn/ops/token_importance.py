@@ -6,6 +6,7 @@ SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (
 little leave the network (see :func:`vattn.select_tokens`).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ def token_importance(
 
     query, key = query.detach(), key.detach()
     if runs_reference(query, op):
+        if position_bias is not None and positions is not None:
+            _checks.in_range(op, "positions", positions, math.prod(position_bias.window))
         return reference.token_importance(
             query, key, position_bias=position_bias, positions=positions, key_lengths=key_lengths, scale=scale
         )

@@ -39,8 +39,8 @@ def edge_sparse_attention(
         bias = bias + position_bias(positions)
     if causal:
         late = positions[..., None, :] > positions[..., :, None]
-        late = torch.nn.functional.pad(late, (G, 0, G, 0), value=False)
-        bias = bias.masked_fill(late.view(-1, 1, length, length), -torch.inf)
+        late = torch.nn.functional.pad(late, (G, 0, G, 0), value=False).unsqueeze(-3)
+        bias = bias.masked_fill(late, -torch.inf)
     keep = None
     if dropout_p > 0:
         seed = random_seed(query.device) if seed is None else seed
