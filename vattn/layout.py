@@ -95,13 +95,13 @@ class BlockLayout:
         if check_values:
             _check_values(op, row_offsets, columns, blocks)
         # What was checked must stay so, whatever the caller writes into the tensors later: hence the copy.
-        settings = {"dtype": torch.int32, "copy": check_values, "memory_format": torch.contiguous_format}
+        row_offsets, columns = (x.to(torch.int32, copy=check_values).contiguous() for x in (row_offsets, columns))
         for name, value in (
             ("num_tokens", num_tokens),
             ("block_size", block_size),
             ("num_global", num_global),
-            ("row_offsets", row_offsets.to(**settings)),
-            ("columns", columns.to(**settings)),
+            ("row_offsets", row_offsets),
+            ("columns", columns),
         ):
             object.__setattr__(self, name, value)
 
@@ -288,7 +288,7 @@ class BlockLayout:
         if block_mask.kv_num_blocks.shape[0] != 1:
             raise ValueError(f"{op}: block_mask must be for a batch of 1, got block_mask.shape={block_mask.shape}")
         reads = _listed_blocks(block_mask.kv_num_blocks[0], block_mask.kv_indices[0])
-        if block_mask.full_kv_num_blocks is not None:
+        if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
             reads |= _listed_blocks(block_mask.full_kv_num_blocks[0], block_mask.full_kv_indices[0])
         return cls._from_blocks(block_mask.seq_lengths[0], block_mask.BLOCK_SIZE[0], reads)
 
@@ -296,8 +296,9 @@ class BlockLayout:
     def _from_blocks(cls, num_tokens: int, block_size: int, reads: Tensor, num_global: int = 0) -> "BlockLayout":
         """The layout of a bool ``(M, M)`` or ``(L, M, M)``: which block reads which, in ascending order."""
         reads = reads.view(-1, *reads.shape[-2:])
+        L, M = reads.shape[:2]
         ends = reads.sum(2).view(-1).cumsum(0)
-        offsets = torch.nn.functional.pad(ends, (1, 0))[_row_starts(*reads.shape[:2], reads.device)]
+        offsets = torch.nn.functional.pad(ends, (1, 0))[_row_starts(L, M, reads.device)]
         return cls(num_tokens, block_size, offsets, reads.nonzero()[:, 2], num_global=num_global, check_values=False)
 
     @property

@@ -81,17 +81,17 @@ def select_tokens(
     return kept_tokens, kept_positions
 
 
-def _count(op: str, keep: object, length: int) -> int:
+def _count(op: str, keep: Any, length: int) -> int:
     """How many of `length` tokens `keep` means."""
-    if isinstance(keep, bool) or not isinstance(keep, (numbers.Real, torch.SymInt)):
+    if isinstance(keep, float):
+        if not 0.0 <= keep <= 1.0:
+            raise ValueError(f"{op}: keep as a share must be between 0.0 and 1.0, got keep={keep}")
+        return math.ceil(keep * length)
+    if isinstance(keep, bool) or not isinstance(keep, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{op}: keep must be an int or a float, got keep={keep!r}")
-    if isinstance(keep, (numbers.Integral, torch.SymInt)):
-        if not 0 <= keep <= length:
-            raise ValueError(f"{op}: keep must be between 0 and the number of tokens ({length}), got keep={keep}")
-        return keep  # type: ignore[return-value]
-    if not 0.0 <= float(keep) <= 1.0:
-        raise ValueError(f"{op}: keep as a share must be between 0.0 and 1.0, got keep={keep}")
-    return math.ceil(float(keep) * length)
+    if not 0 <= keep <= length:
+        raise ValueError(f"{op}: keep must be between 0 and the number of tokens ({length}), got keep={keep}")
+    return keep
 
 
 def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
