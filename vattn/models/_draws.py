@@ -32,6 +32,10 @@ class Draws:
         rows = [torch.randperm(length, generator=self.generator, device=self._device) for _ in range(batch)]
         return torch.stack(rows).to(device)
 
+    def uniforms(self, *shape: int, device: torch.device) -> Tensor:
+        """Numbers from 0 up to, but not including, 1: float32."""
+        return torch.rand(shape, generator=self.generator, device=self._device).to(device)
+
     def uniform(self) -> float:
         """A number from 0 up to, but not including, 1."""
         return float(torch.rand((), generator=self.generator, device=self._device))

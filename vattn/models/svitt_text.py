@@ -183,7 +183,7 @@ class TextEncoder(nn.Module):
             last = kept[-1] if kept else None
             keep = self.keep if i in self.prune_after else 1.0
             text, chosen = cast(TextLayer, layer).fuse(text, visible, video, readable, last, keep, self.keep_by)
-            if chosen is not last:
+            if chosen is not None and chosen is not last:
                 kept.append(chosen)
         return Fused(text, tuple(kept))
 

@@ -37,8 +37,8 @@ class SparseSelfAttention(nn.Module):
 
     Shape:
         x ``(B, G+N, C)`` to the same. `layout` is a :class:`vattn.BlockLayout` of these tokens, on the device of x;
-        with None all read all. `positions`, ``(N,)`` or ``(B, N)`` int64, are raster indices in `window`; None is 0 .. N-1.
-        With `return_importance` also ``(B, N)``, how much the first global token attends to each other token.
+        without one all read all. `positions`, ``(N,)`` or ``(B, N)`` int64, are raster indices in `window`, 0 .. N-1 if
+        None. With `return_importance` also ``(B, N)``: how much the first global token attends to each other token.
 
     Raises:
         TypeError: an argument of the wrong type.

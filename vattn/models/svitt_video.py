@@ -1,0 +1,410 @@
+"""The video encoder of SViTT: a BEiT over the patches of all frames, that reads little of them and keeps fewer.
+
+    x = x + scale_1 * attention(LN(x))        each block of tokens reads few blocks (edge sparsity)
+    x = x + scale_2 * MLP(LN(x))
+    x = x[most important]                     after some layers (node sparsity)
+
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023), on Bao et al., "BEiT: BERT
+Pre-Training of Image Transformers" (ICLR 2022). Tokens are the patches of all frames, behind one that is global::
+
+    4 frames of 14 x 14 patches     layer 3    6    9         keep=0.7: what the global token attends to most
+    784 tokens, 14 blocks of 56         549  385  270         10, 7, 5 blocks
+
+A model learns on few frames first, and goes on with more, and sparser: :func:`expand`.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from vattn import _checks
+from vattn.layout import BlockLayout
+from vattn.models._common import Model, count_blocks, init_linear, load, named
+from vattn.models._draws import Draws, Randomness, draws_of
+from vattn.models._svitt_weights import settings_of, video_weights
+from vattn.models.token_order import token_order
+from vattn.nn import SparseSelfAttention
+from vattn.ops.select_tokens import select_tokens
+
+KEEP_BY = ("cls_attn", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """What a video encoder reads and what it keeps. The default is the official setting for 4 frames.
+
+    Args:
+        block_size: tokens of a block.
+        num_local: how many blocks around it a block reads, itself among them: odd, or 0. The ends meet.
+        num_random: how many other blocks it reads, drawn anew in each layer of each call. Where there are no more
+            blocks than these, each reads all of them, once. None means that every token reads every token.
+        keep: share of the tokens that a pruning layer keeps, rounded up; 1 for all.
+        prune_after: the layers that prune, counted from 0.
+        keep_by: "cls_attn" keeps the tokens that the global token attends to most, "random" any.
+        pad_keys: see :class:`vattn.nn.SparseSelfAttention`.
+
+    Example:
+        >>> Sparsity(num_random=None, keep=1.0)                           # dense
+        Sparsity(block_size=56, num_local=1, num_random=None, keep=1.0, prune_after=(3, 6, 9), keep_by='cls_attn', \
+pad_keys='mask')
+    """
+
+    block_size: int = 56
+    num_local: int = 1
+    num_random: int | None = 3
+    keep: float = 0.7
+    prune_after: tuple[int, ...] = (3, 6, 9)
+    keep_by: str = "cls_attn"
+    pad_keys: str = "mask"
+
+    def __post_init__(self) -> None:
+        op = type(self).__name__
+        for name, setting, least in (
+            ("block_size", self.block_size, 1), ("num_local", self.num_local, 0),
+            ("num_random", 0 if self.num_random is None else self.num_random, 0),
+        ):  # fmt: skip
+            _checks.integer(op, name, setting, least=least)
+        if self.num_local and self.num_local % 2 == 0:
+            raise ValueError(f"{op}: num_local must be odd or 0, got num_local={self.num_local}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"{op}: keep must be above 0 and at most 1, got keep={self.keep}")
+        if self.keep_by not in KEEP_BY:
+            raise ValueError(f"{op}: keep_by must be one of {', '.join(KEEP_BY)}, got keep_by={self.keep_by!r}")
+
+    def layout(self, num_tokens: int, generator: torch.Generator | None = None) -> BlockLayout | None:
+        """Who reads whom among `num_tokens` tokens behind one that is global; None is everyone."""
+        if self.num_random is None:
+            return None
+        if -(-num_tokens // self.block_size) <= self.num_local + self.num_random:
+            return BlockLayout.dense(num_tokens, self.block_size, num_global=1)
+        return BlockLayout.local_random(
+            num_tokens, self.block_size, num_local=self.num_local, num_random=self.num_random, num_global=1,
+            generator=generator,
+        )  # fmt: skip
+
+
+class VideoTokens(NamedTuple):
+    """What a video is to a transformer.
+
+    Attributes:
+        tokens: ``(B, 1 + K, C)``: the global token, and the patches that are left.
+        pooled: ``(B, C)``, one vector for the video.
+        kept: for each pruning the raster indices ``(B, K)`` int64 of the patches that were left.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+    kept: tuple[Tensor, ...]
+
+
+class SparseBlock(nn.Module):
+    """A layer of the encoder: sparse attention, MLP, and where `sparsity.keep` says so (see :meth:`sparsify`) pruning.
+
+    Shape:
+        x ``(B, 1 + N, dim)``, its layout and its positions ``(N,)`` or ``(B, N)`` int64, or None for each (see
+        :class:`vattn.nn.SparseSelfAttention`), to x ``(B, 1 + K, dim)`` and its positions.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        *,
+        window: tuple[int, int, int] | None,
+        layer_scale: float | None = 0.1,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=1e-12)
+        self.attn = SparseSelfAttention(dim, num_heads, window=window)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-12)
+        self.mlp = named(fc1=nn.Linear(dim, mlp_dim), act=nn.GELU(), fc2=nn.Linear(mlp_dim, dim))
+        self.scale1: nn.Parameter | None = None
+        self.scale2: nn.Parameter | None = None
+        if layer_scale is not None:
+            self.scale1 = nn.Parameter(torch.full((dim,), layer_scale))
+            self.scale2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.sparsify(Sparsity(), keep=1.0)
+
+    def sparsify(self, sparsity: Sparsity, keep: float) -> None:
+        """Prune from now on down to a share of `keep`, and fill up blocks, as `sparsity` says."""
+        self.keep = keep
+        self.keep_by = sparsity.keep_by
+        self.attn.pad_keys = sparsity.pad_keys
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: BlockLayout | None = None,
+        positions: Tensor | None = None,
+        generator: Randomness = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        attended = self.attn(self.norm1(x), layout, positions, return_importance=self.keep < 1)
+        attended, importance = attended if self.keep < 1 else (attended, None)
+        x = x + self._residual(attended, self.scale1)
+        x = x + self._residual(self.mlp(self.norm2(x)), self.scale2)
+        if importance is None:
+            return x, positions
+        if self.keep_by == "random":
+            importance = draws_of(generator).uniforms(*importance.shape, device=x.device)
+        return select_tokens(x, importance, self.keep, positions=positions)
+
+    def _residual(self, y: Tensor, scale: Tensor | None) -> Tensor:
+        if scale is not None:
+            y = scale * y
+        if self.training and self.drop_path > 0:
+            stays = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
+            y = y * stays / (1 - self.drop_path)
+        return y
+
+
+class VideoEncoder(nn.Module):
+    """BEiT over the patches of all frames, with sparse edges and sparse nodes. Settings default to the official ones.
+
+    Without sparsity, and with one frame, it is BEiT itself: an image checkpoint is loaded as one, and expanded.
+
+    Args:
+        num_frames: T.
+        image_size: height and width of a frame, or one number for both.
+        patch_size, dim, depth, num_heads, mlp_dim: as in any ViT.
+        sparsity: what is read and what is kept.
+        order: of the tokens, and so which ones are a block, see :func:`vattn.models.token_order.token_order`.
+        position_bias: whether each layer has a table of biases, one for each offset in time and space.
+        layer_scale: the first value of the factors of each residual; None for no factors.
+        mean_pooling: the vector of a video is the normalised mean of the patches that are left, and tokens are not
+            normalised; otherwise they are, and it is the global token.
+        drop_path: how likely the last layer's residuals are dropped in training, the first one's never.
+
+    Shape:
+        video ``(B, T, 3, height, width)`` to :class:`VideoTokens`. `layouts`, one for each layer and on the device of the
+        video, say who reads whom, None among them that all read all; if not given, they are drawn, so that the seed of
+        `generator` decides. None is torch's own.
+
+    Raises:
+        TypeError, ValueError: a setting or an input that does not fit.
+
+    Source:
+        Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers"; Bao et al., "BEiT: BERT Pre-Training of
+        Image Transformers".
+
+    Example:
+        >>> sparsity = Sparsity(block_size=4, num_random=2, keep=0.5, prune_after=(0,))
+        >>> size = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
+        >>> encoder = VideoEncoder(num_frames=2, sparsity=sparsity, **size)
+        >>> out = encoder(torch.randn(3, 2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+        >>> out.tokens.shape, out.pooled.shape, out.kept[0].shape             # 16 of 32 patches are kept
+        (torch.Size([3, 17, 32]), torch.Size([3, 32]), torch.Size([3, 16]))
+    """
+
+    order_of_tokens: Tensor | None
+
+    def __init__(
+        self,
+        num_frames: int = 4,
+        *,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_dim: int = 3072,
+        sparsity: Sparsity | None = None,
+        order: str = "raster",
+        position_bias: bool = True,
+        layer_scale: float | None = 0.1,
+        mean_pooling: bool = True,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, setting in (("num_frames", num_frames), ("patch_size", patch_size), ("depth", depth)):
+            _checks.integer("VideoEncoder", name, setting, least=1)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        window = (num_frames, height // patch_size, width // patch_size)
+        self.order = order
+        self.mean_pooling = mean_pooling
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.blocks = nn.ModuleList(
+            SparseBlock(
+                dim, num_heads, mlp_dim, window=window if position_bias else None, layer_scale=layer_scale,
+                drop_path=drop_path * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )  # fmt: skip
+        self.norm = nn.Identity() if mean_pooling else nn.LayerNorm(dim, eps=1e-12)
+        self.pool_norm = nn.LayerNorm(dim, eps=1e-12) if mean_pooling else nn.Identity()
+        self.apply(init_linear)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self._see(window, sparsity or Sparsity())
+
+    @classmethod
+    def from_official(cls, state_dict: Mapping[str, Any], config: Mapping[str, Any], **settings: Any) -> "VideoEncoder":
+        """The encoder of an official checkpoint, or of an image BEiT, in evaluation mode.
+
+        Args:
+            state_dict: of ``BeitModel`` in ``models/sparse_xbeit.py``, or of BEiT. It is copied; dtype and device stay.
+            config: the official ``BeitConfig`` as a dict, of which ``image_size``, ``num_attention_heads`` and the
+                settings of sparsity are read; the other sizes, frames among them, are those of the weights.
+            settings: of the constructor, that take the place of those of `config`. For a model without position bias
+                `num_frames` is needed.
+
+        Raises:
+            ValueError: the weights or the configuration do not make this model.
+            RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
+        """
+        weights = video_weights("VideoEncoder.from_official", state_dict)
+        settings = video_settings(weights, config) | settings
+        return load(weights, lambda: cls(**settings))
+
+    def forward(
+        self,
+        video: Tensor,
+        layouts: Sequence[BlockLayout | None] | None = None,
+        *,
+        generator: Randomness = None,
+    ) -> VideoTokens:
+        draws = draws_of(generator)
+        if layouts is not None and len(layouts) != len(self.blocks):
+            raise ValueError(
+                f"VideoEncoder: layouts must be one for each of {len(self.blocks)} layers, "
+                f"got len(layouts)={len(layouts)}"
+            )
+        x, positions = self._embed(video), self.order_of_tokens
+        if positions is not None:
+            positions = positions.to(x.device)
+            x = torch.cat([x[:, :1], x[:, 1:][:, positions]], 1)
+        kept: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            layout = self._draw(x, draws) if layouts is None else layouts[i]
+            x, positions = block(x, layout, positions, draws)
+            if cast(SparseBlock, block).keep < 1:
+                kept.append(cast(Tensor, positions))
+        x = self.norm(x)
+        pooled = self.pool_norm(x[:, 1:].mean(1)) if self.mean_pooling else x[:, 0]
+        return VideoTokens(x, pooled, tuple(kept))
+
+    def _embed(self, video: Tensor) -> Tensor:
+        """``(B, T, 3, height, width)`` to ``(B, 1 + N, dim)``, in raster order."""
+        size = self.patch_embed.stride[0]
+        wanted = (self.window[0], 3, self.window[1] * size, self.window[2] * size)
+        if video.dim() != 5 or tuple(video.shape[1:]) != wanted:
+            raise ValueError(
+                f"VideoEncoder: video must have shape (B, {', '.join(map(str, wanted))}), "
+                f"got video.shape={tuple(video.shape)}"
+            )
+        patches = self.patch_embed(video.flatten(0, 1)).flatten(2).transpose(1, 2)
+        return torch.cat(
+            [self.cls_token.expand(len(video), -1, -1), patches.reshape(len(video), -1, patches.shape[2])], 1
+        )
+
+    def _draw(self, x: Tensor, draws: Draws) -> BlockLayout | None:
+        layout = self.sparsity.layout(x.shape[1] - 1, draws.generator)
+        return None if layout is None else layout.to(x.device)
+
+    def _see(self, window: tuple[int, int, int], sparsity: Sparsity) -> None:
+        """Be an encoder of videos of `window` patches from now on, of this sparsity; the tables are not changed."""
+        depth = len(self.blocks)
+        if sparsity.keep < 1 and not all(0 <= i < depth for i in sparsity.prune_after):
+            raise ValueError(
+                f"VideoEncoder: sparsity.prune_after must be layers from 0 to {depth - 1}, got {sparsity.prune_after}"
+            )
+        self.window = window
+        self.sparsity = sparsity
+        self.register_buffer("order_of_tokens", token_order(self.order, window), persistent=False)
+        for i, block in enumerate(self.blocks):
+            cast(SparseBlock, block).sparsify(sparsity, sparsity.keep if i in sparsity.prune_after else 1.0)
+
+    def expand(self, num_frames: int, sparsity: Sparsity | None = None) -> None:
+        """What :func:`expand` does, to this encoder itself."""
+        for block in self.blocks:
+            attention = cast(SparseBlock, block).attn
+            if attention.position_bias is not None:
+                attention.position_bias = attention.position_bias.inflate(num_frames)
+        self._see((num_frames, *self.window[1:]), sparsity or self.sparsity)
+
+
+def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> Model:
+    """A copy of `model`, ready to go on learning from more frames, and sparser: a step of SViTT's curriculum.
+
+    The biases of each offset in time are those of the nearest one before. From one frame, which is an image model, to
+    more, a dense encoder sees a video that stands still as it saw the image.
+
+    Args:
+        model: a :class:`VideoEncoder`, or a model that has some.
+        num_frames: T.
+        sparsity: what is read and kept from now on; None for what was until now.
+
+    Raises:
+        ValueError: `model` has no video encoder, or the sparsity does not fit it.
+
+    Source:
+        Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers", on temporal sparse expansion.
+
+    Example:
+        >>> size = {"image_size": 16, "patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
+        >>> encoder = VideoEncoder(num_frames=4, sparsity=Sparsity(keep=0.7, prune_after=(0,)), **size)
+        >>> longer = expand(encoder, 8, Sparsity(keep=0.6, prune_after=(0,)))
+        >>> longer(torch.randn(1, 8, 3, 16, 16)).tokens.shape                 # 20 of 32 patches are kept
+        torch.Size([1, 21, 32])
+    """
+    model = copy.deepcopy(model)
+    encoders = [module for module in model.modules() if isinstance(module, VideoEncoder)]
+    if not encoders:
+        raise ValueError(f"expand: model must have a VideoEncoder, got model={type(model).__name__}")
+    for encoder in encoders:
+        encoder.expand(num_frames, sparsity)
+    return model
+
+
+def video_settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the :class:`VideoEncoder` that weights, under their names here, and a configuration make."""
+    op = "VideoEncoder.from_official"
+    if config.get("num_cls_tokens", 1) != 1:
+        raise ValueError(f"{op}: config must have one class token, got num_cls_tokens={config['num_cls_tokens']}")
+    dim, _, _, patch_size = weights["patch_embed.weight"].shape
+    size = config.get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    table = weights.get("blocks.0.attn.position_bias.table")
+    order = config.get("token_3d_order", "none")
+    settings: dict[str, Any] = {
+        "image_size": (height, width),
+        "patch_size": patch_size,
+        "dim": dim,
+        "depth": count_blocks(weights, "blocks"),
+        "mlp_dim": weights["blocks.0.mlp.fc1.weight"].shape[0],
+        "sparsity": official_sparsity(config),
+        "order": "raster" if order == "none" else order,
+        "position_bias": table is not None,
+        "layer_scale": 0.1 if "blocks.0.scale1" in weights else None,
+        "mean_pooling": "pool_norm.weight" in weights,
+        "drop_path": config.get("drop_path_rate", 0.0),
+    }
+    if table is None:
+        return settings | settings_of(op, config, dim)
+    offsets_in_space = (2 * (height // patch_size) - 1) * (2 * (width // patch_size) - 1)
+    offsets_in_time, rest = divmod(table.shape[0] - 3, offsets_in_space)
+    if rest or offsets_in_time % 2 == 0:
+        raise ValueError(
+            f"{op}: config must have the image_size of the weights, whose table has {table.shape[0]} rows, "
+            f"got image_size={size}"
+        )
+    return settings | {"num_frames": (offsets_in_time + 1) // 2, "num_heads": table.shape[1]}
+
+
+def official_sparsity(config: Mapping[str, Any]) -> Sparsity:
+    """The sparsity of an official configuration, whose short blocks are filled up with zeros."""
+    return Sparsity(
+        block_size=config.get("attn_block_size", 1),
+        num_local=config.get("sparse_local_attn") or 0,
+        num_random=config.get("sparse_random_attn"),
+        keep=config.get("token_keep_rate", 1.0),
+        prune_after=tuple(config.get("token_drop_loc", (3, 6, 9))),
+        keep_by=config.get("token_keep_strategy", "cls_attn"),
+        pad_keys="zero",
+    )
