@@ -207,7 +207,7 @@ class BlockLayout:
             reads |= (differs.sum(0) <= 1) & ~differs[-1]
         if causal:
             reads &= distance >= 0
-        return cls._from_blocks(math.prod(grid), block_size, reads)
+        return cls._from_blocks(math.prod(grid), block_size, reads[None])
 
     @classmethod
     def dense(cls, num_tokens: int, block_size: int, *, num_global: int = 0) -> "BlockLayout":
@@ -235,7 +235,8 @@ class BlockLayout:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = f"mask.dtype={mask.dtype}" if isinstance(mask, Tensor) else f"mask={type(mask).__name__}"
             raise TypeError(f"{op}: mask must be a bool tensor, got {got}")
-        if mask.dim() not in (2, 3) or mask.shape[-1] != mask.shape[-2] or mask.shape[0] == 0 < mask.shape[-1]:
+        per_head = mask[None] if mask.dim() == 2 else mask
+        if per_head.dim() != 3 or mask.shape[-1] != mask.shape[-2] or per_head.shape[0] == 0:
             raise ValueError(
                 f"{op}: mask must have shape (G+N, G+N) or (H, G+N, G+N), got mask.shape={tuple(mask.shape)}"
             )
@@ -243,11 +244,11 @@ class BlockLayout:
         M = _count_blocks(op, N, block_size, num_global)
         if not (mask[..., :num_global, :].all() and mask[..., :num_global].all()):
             raise ValueError(f"{op}: mask must be True for global tokens, got num_global={num_global}")
-        local = mask.reshape(-1, *mask.shape[-2:])[:, num_global:, num_global:]
+        local = per_head[:, num_global:, num_global:]
+        blocks = (local.shape[0], M, block_size, M, block_size)
         rest = M * block_size - N
         some, every = (
-            torch.nn.functional.pad(local, (0, rest, 0, rest), value=value).view(-1, M, block_size, M, block_size)
-            for value in (False, True)
+            torch.nn.functional.pad(local, (0, rest, 0, rest), value=value).view(blocks) for value in (False, True)
         )
         reads = some.any(4).any(2)
         if not torch.equal(reads, every.all(4).all(2)):
@@ -294,8 +295,7 @@ class BlockLayout:
 
     @classmethod
     def _from_blocks(cls, num_tokens: int, block_size: int, reads: Tensor, num_global: int = 0) -> "BlockLayout":
-        """The layout of a bool ``(M, M)`` or ``(L, M, M)``: which block reads which, in ascending order."""
-        reads = reads.view(-1, *reads.shape[-2:])
+        """The layout of a bool ``(L, M, M)``: which block reads which, in ascending order."""
         L, M = reads.shape[:2]
         ends = reads.sum(2).view(-1).cumsum(0)
         offsets = torch.nn.functional.pad(ends, (1, 0))[_row_starts(L, M, reads.device)]

@@ -133,7 +133,7 @@ def check_window(op: str, window: object) -> tuple[int, int, int]:
         raise ValueError(f"{op}: window must be (T, H, W), got window={tuple(window)}")
     for axis, size in zip("THW", window, strict=True):
         _checks.integer(op, f"window's {axis}", size, least=1)
-    return tuple(window)  # type: ignore[return-value]
+    return tuple(window)
 
 
 def check_bias(op: str, bias: object, query: Tensor, num_global: int, positions: Tensor | None) -> None:

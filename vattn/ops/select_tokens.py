@@ -87,7 +87,8 @@ def _count(op: str, keep: Any, length: int) -> int:
         if not 0.0 <= keep <= 1.0:
             raise ValueError(f"{op}: keep as a share must be between 0.0 and 1.0, got keep={keep}")
         return math.ceil(keep * length)
-    if isinstance(keep, bool) or not isinstance(keep, (numbers.Integral, torch.SymInt)):
+    whole = isinstance(keep, (numbers.Integral, torch.SymInt)) and not isinstance(keep, bool)
+    if not whole:
         raise TypeError(f"{op}: keep must be an int or a float, got keep={keep!r}")
     if not 0 <= keep <= length:
         raise ValueError(f"{op}: keep must be between 0 and the number of tokens ({length}), got keep={keep}")
