@@ -1,5 +1,7 @@
 """The tokenizers: their codebook, their shapes, their training; their numbers are checked in tests/golden."""
 
+import copy
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,34 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vattn.models.vqvae import VQGAN, Codebook, level_strides
+from vattn.models.vqvae import VQGAN, VQVAE, Codebook, level_strides
 
-SMALL: dict[str, Any] = {"num_codes": 12, "code_dim": 4, "hidden": 4, "downsample": (2, 4, 4), "groups": 2}
+SMALL: dict[str, Any] = {"num_codes": 12, "code_dim": 4, "hidden": 4, "downsample": (2, 4, 4)}
 
 
 def seed(number: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def small_tokenizer(**settings: Any) -> VQGAN:
+def small_vqgan(**settings: Any) -> VQGAN:
     torch.manual_seed(0)
-    return VQGAN(**(SMALL | settings))
+    return VQGAN(**(SMALL | {"groups": 2} | settings))
+
+
+def small_vqvae(**settings: Any) -> VQVAE:
+    torch.manual_seed(0)
+    return VQVAE(**(SMALL | {"num_blocks": 1} | settings))
+
+
+SMALL_TOKENIZERS = [pytest.param(small_vqgan, id="VQGAN"), pytest.param(small_vqvae, id="VQVAE")]
+
+
+def codebook_at(codes: Tensor, **settings: Any) -> Codebook:
+    """One in training, whose codes are where they are after one vector each."""
+    codebook = Codebook(*codes.shape, **settings)
+    for name, value in {"embeddings": codes, "z_avg": codes, "N": 1.0, "has_begun": True}.items():
+        codebook.get_buffer(name).copy_(torch.as_tensor(value))
+    return codebook
 
 
 class TestCodebook:
@@ -54,19 +72,30 @@ class TestCodebook:
         codebook, z = Codebook(10, 3, restart=None), torch.randn(1, 3, num_vectors) + 100
         codebook(z, generator=seed())
         assert torch.cdist(codebook.z_avg / codebook.N[:, None], z[0].T).amin(1).max() < 3
-        # A checkpoint does not begin again.
-        resumed = Codebook(10, 3, restart=None)
-        resumed.load_state_dict(codebook.state_dict())
-        far = z + 1000
-        resumed(far, generator=seed())
-        assert (resumed.embeddings.mean(1) < 1000).any()
+        assert codebook.has_begun
+        codebook(z + 1000, generator=seed())
+        assert (codebook.embeddings.mean(1) < 1000).any()
+
+    def test_a_checkpoint_restores_it_exactly(self) -> None:
+        steps = [torch.randn(1, 3, 30, generator=seed(i)) for i in range(4)]
+        whole, resumed, generator = Codebook(10, 3), Codebook(10, 3), seed()
+        fresh = copy.deepcopy(whole.state_dict())
+        for z in steps[:2]:
+            whole(z, generator=generator)
+        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+        other_generator = seed()
+        other_generator.set_state(generator.get_state())
+        for z in steps[2:]:
+            expected, actual = whole(z, generator=generator), resumed(z, generator=other_generator)
+            assert all(map(torch.equal, expected, actual))
+        # One that has not begun is restored, too.
+        whole.load_state_dict(fresh)
+        whole(steps[0] + 100, generator=seed())
+        assert whole.embeddings.mean() > 50
 
     def test_codes_settle_at_the_means_of_their_vectors(self) -> None:
         centers = torch.tensor([[-5.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
-        codebook, generator = Codebook(3, 2), seed(1)
-        codebook.embeddings.copy_(centers + 0.5)
-        codebook.z_avg.copy_(codebook.embeddings)
-        codebook.N.fill_(1.0)
+        codebook, generator = codebook_at(centers + 0.5), seed(1)
         for _ in range(600):
             noise = 0.1 * torch.randn(30, 2, generator=generator)
             codebook((centers.repeat(10, 1) + noise).T[None], generator=generator)
@@ -74,11 +103,9 @@ class TestCodebook:
 
     def test_unused_codes_restart_at_a_vector(self) -> None:
         for restart, comes_back in ((1.0, True), (None, False)):
-            codebook = Codebook(4, 2, restart=restart)
-            codebook.embeddings[3] = 1e3
-            codebook.z_avg.copy_(codebook.embeddings)
-            codebook.N.fill_(1.0)
-            z = torch.randn(1, 2, 50)
+            codes = torch.randn(4, 2)
+            codes[3] = 1e3
+            codebook, z = codebook_at(codes, restart=restart), torch.randn(1, 2, 50)
             codebook(z, generator=seed())
             assert bool((codebook.embeddings[3] == z[0].T).all(1).any()) == comes_back
 
@@ -104,32 +131,41 @@ class TestCodebook:
             Codebook(0, 3)
 
 
+def codebook_steps(samples: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What codebooks hold and say after steps in training, each with some of the same 3 samples of 10 vectors."""
+    found = []
+    for num_codes in (6, 50):  # fewer than vectors, and more
+        codebook, generator = Codebook(num_codes, 2).double(), seed()
+        for step in range(3):
+            z = torch.randn(3, 2, 10, generator=seed(step), dtype=torch.float64)
+            found.append(codebook(samples(z), generator=generator).perplexity)
+        found += codebook.buffers()
+    return found
+
+
 def train_codebook(rank: int, folder: str) -> None:
-    """One of two processes, each with a half of the vectors."""
+    """One of two processes: the first has one sample of each step, the second two."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    codebook, generator = Codebook(6, 2), seed(rank)
-    for step in range(3):
-        z = torch.randn(2, 2, 10, generator=seed(step))
-        codebook(z[rank : rank + 1], generator=generator)
-    torch.save(codebook.state_dict(), f"{folder}/{rank}.pt")
+    torch.save(codebook_steps(lambda z: z[:1] if rank == 0 else z[1:]), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_processes_share_a_codebook(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_codebook, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    # After one step per process, all 20 vectors have been counted.
-    assert first["N"].sum().item() == pytest.approx(6 * 0.99**3 + 0.01 * 20 * (1 + 0.99 + 0.99**2), rel=1e-5)
+    expected = codebook_steps(lambda z: z)
+    for rank in range(2):
+        actual = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-class TestVQGAN:
-    """The tokenizer of MeBT."""
+class TestTokenizers:
+    """The tokenizers of MeBT and VideoGPT."""
 
-    @pytest.mark.parametrize("downsample", [(2, 2, 2), (1, 2, 4), (2, 4, 2), (4, 1, 1)])
-    def test_shapes(self, downsample: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize("downsample", [(2, 2, 2), (1, 2, 4), (2, 4, 2), (4, 1, 1), (1, 1, 2)])
+    @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
+    def test_shapes(self, small_tokenizer: Any, downsample: tuple[int, ...]) -> None:
         tokenizer, video = small_tokenizer(downsample=downsample).eval(), torch.randn(2, 3, 4, 8, 8)
         codes = tokenizer.encode(video)
         assert codes.shape == (2, *(size // factor for size, factor in zip((4, 8, 8), downsample, strict=True)))
@@ -141,12 +177,13 @@ class TestVQGAN:
         assert level_strides((4, 8, 8)) == [(2, 2, 2), (2, 2, 2), (1, 2, 2)]
         assert level_strides((1, 1, 1)) == []
 
-    def test_training_lowers_the_loss(self) -> None:
-        tokenizer, generator = small_tokenizer(hidden=8), seed()
+    @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
+    def test_training_lowers_the_loss(self, small_tokenizer: Any) -> None:
+        tokenizer, generator = small_tokenizer(hidden=16 if small_tokenizer is small_vqvae else 8), seed()
         video: Tensor = F.interpolate(torch.randn(2, 3, 2, 4, 4, generator=generator), (4, 16, 16), mode="trilinear")
-        optimizer, losses = torch.optim.AdamW(tokenizer.parameters(), 1e-3), []
+        optimizer, losses = torch.optim.AdamW(tokenizer.parameters(), 3e-3), []
         for _ in range(40):
-            recon, quantized = tokenizer(video)
+            recon, quantized = tokenizer(video, generator)
             loss = F.l1_loss(recon, video) + quantized.commitment_loss
             optimizer.zero_grad()
             loss.backward()
@@ -154,38 +191,70 @@ class TestVQGAN:
             losses.append(F.l1_loss(recon, video).item())
         assert losses[-1] < 0.5 * losses[0]
 
-    @pytest.mark.parametrize("wrap", ["plain", "checkpoint", "in a MeBT"])
-    def test_official_state_dicts(self, wrap: str) -> None:
+    @pytest.mark.parametrize("wrap", ["plain", "checkpoint", "in a model"])
+    @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
+    def test_official_state_dicts(self, small_tokenizer: Any, wrap: str) -> None:
         tokenizer, video = small_tokenizer(), torch.randn(1, 3, 4, 16, 16)
         tokenizer(video)  # the codebook begins
         tokenizer.eval()
         weights: dict[str, Any] = tokenizer.state_dict()
+        del weights["codebook.has_begun"]
         if wrap == "checkpoint":
             weights = {"state_dict": weights | {"image_discriminator.model0.0.weight": torch.zeros(1)}}
-        if wrap == "in a MeBT":
+        if wrap == "in a model":
             weights = {f"first_stage_model.{name}": weight for name, weight in weights.items()}
             weights = {"state_dict": weights | {"pos_emb": torch.zeros(1)}}
-        loaded = VQGAN.from_official(weights, (2, 4, 4), groups=2)
-        assert not loaded.training
+        settings = {"groups": 2} if isinstance(tokenizer, VQGAN) else {}
+        loaded = type(tokenizer).from_official(weights, (2, 4, 4), **settings)
+        assert not loaded.training and loaded.codebook.has_begun
         assert torch.equal(loaded(video)[0], tokenizer(video)[0])
         assert torch.equal(loaded.codebook.N, tokenizer.codebook.N)
 
-    def test_errors(self) -> None:
-        for settings, message in (
+    def test_weights_without_the_state_of_training(self) -> None:
+        tokenizer, video = small_vqvae(), torch.randn(1, 3, 4, 16, 16)
+        state = ("codebook.N", "codebook.z_avg", "codebook.has_begun", "num_batches_tracked")
+        weights = {name: x for name, x in tokenizer.state_dict().items() if not name.endswith(state)}
+        loaded = VQVAE.from_official(weights, (2, 4, 4))
+        assert torch.equal(loaded(video)[0], tokenizer.eval()(video)[0])
+        codes = loaded.train()(video)[1].codes
+        assert torch.equal(codes, tokenizer.encode(video))  # found before the codes moved, which did not begin again
+        torch.testing.assert_close(loaded.codebook.N, 0.99 + 0.01 * codes.flatten().bincount(minlength=12))
+
+    def test_a_resumed_tokenizer_trains_on_as_it_would_have(self) -> None:
+        whole, resumed, videos = small_vqvae(), small_vqvae(num_codes=12), torch.rand(4, 2, 3, 4, 16, 16) - 0.5
+        generators = [seed(), seed()]
+        for video in videos[:2]:
+            whole.training_loss(video, generators[0])
+        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+        generators[1].set_state(generators[0].get_state())
+        for video in videos[2:]:
+            losses = [model.training_loss(video, g) for model, g in zip((whole, resumed), generators, strict=True)]
+            assert torch.equal(*losses)
+
+    @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
+    def test_errors(self, small_tokenizer: Any) -> None:
+        name = type(small_tokenizer()).__name__
+        cases = [
             (
                 {"downsample": (2, 3, 4)},
                 r"level_strides: downsample must be three powers of 2, got downsample=\(2, 3, 4\)",
             ),
-            ({"downsample": (1, 1, 1)}, "VQGAN: downsample must have a number above 1"),
-            ({"hidden": 5, "groups": 4}, "VQGAN: 2 \\* hidden must be a multiple of groups=4, got hidden=5"),
-            ({"num_codes": 0}, "VQGAN: num_codes must be at least 1, got num_codes=0"),
-        ):
+            ({"downsample": (1, 1, 1)}, f"{name}: downsample must have a number above 1"),
+            ({"num_codes": 0}, f"{name}: num_codes must be at least 1, got num_codes=0"),
+        ]
+        if name == "VQGAN":
+            cases.append(
+                ({"hidden": 5, "groups": 4}, r"VQGAN: 2 \* hidden must be a multiple of groups=4, got hidden=5")
+            )
+        else:
+            cases.append(({"hidden": 5}, "VQVAE: hidden must be even, got hidden=5"))
+        for settings, message in cases:
             with pytest.raises(ValueError, match=f"^{message}"):
                 small_tokenizer(**settings)
         for shape in ((1, 3, 4, 10, 16), (3, 4, 16, 16), (16,)):
             with pytest.raises(
-                ValueError, match=r"^VQGAN: video must have shape \(B, C, T, H, W\), .* got video.shape="
+                ValueError, match=rf"^{name}: video must have shape \(B, C, T, H, W\), .* got video.shape="
             ):
                 small_tokenizer()(torch.zeros(shape))
         with pytest.raises(ValueError, match=r"downsample must have 2 levels, got downsample=\(2, 2, 2\)$"):
-            VQGAN.from_official(small_tokenizer().state_dict(), (2, 2, 2))
+            type(small_tokenizer()).from_official(small_tokenizer().state_dict(), (2, 2, 2))

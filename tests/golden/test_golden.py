@@ -92,7 +92,7 @@ class Golden:
                 if np.issubdtype(weight.dtype, np.floating):
                     noisy.arrays[f"w/{name}"] = weight * (1 + 2.0**-24 * noise.standard_normal(weight.shape))
             for name, result in run(noisy).items():
-                moved[name] = max(moved[name], float((result - exact[name]).abs().max()))
+                moved[name] = max(moved[name], float((result - exact[name]).detach().abs().max()))
         return moved
 
     def _largest(self, name: str) -> float:

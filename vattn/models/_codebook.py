@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models._draws import Draws, Randomness, draws_of
+from vattn.ops.nearest_code import nearest_code
 
 
 class Quantized(NamedTuple):
@@ -30,7 +31,9 @@ class Quantized(NamedTuple):
 class Codebook(nn.Module):
     """The nearest of K codes for each vector. In training, codes move, and begin at the vectors that come first.
 
-    Under ``torch.distributed`` all processes move their codes alike. Buffers have the official names.
+    Under ``torch.distributed`` the codes, and the perplexity in training, are those of one process that has the vectors
+    of all, one process after the other; random numbers are those of the first. Buffers have the official names, and
+    `has_begun`, which the official code keeps elsewhere, is False until the codes are where some vectors were.
 
     Args:
         num_codes: K.
@@ -58,6 +61,7 @@ class Codebook(nn.Module):
     embeddings: Tensor
     N: Tensor
     z_avg: Tensor
+    has_begun: Tensor
 
     def __init__(self, num_codes: int, dim: int, *, restart: float | None = 1.0) -> None:
         super().__init__()
@@ -67,7 +71,7 @@ class Codebook(nn.Module):
         self.register_buffer("embeddings", torch.randn(num_codes, dim))
         self.register_buffer("N", torch.zeros(num_codes))
         self.register_buffer("z_avg", self.embeddings.clone())
-        self._has_begun = False
+        self.register_buffer("has_begun", torch.tensor(False))
 
     def forward(self, z: Tensor, generator: Randomness = None) -> Quantized:
         if z.dim() < 2 or z.shape[1] != self.embeddings.shape[1]:
@@ -76,17 +80,18 @@ class Codebook(nn.Module):
             )
         vectors = z.detach().movedim(1, -1).flatten(0, -2).to(self.embeddings.dtype)
         draws = draws_of(generator)
-        if self.training:
+        if self.training and not self.has_begun:
             self._begin(vectors, draws)
-        with torch.autocast(z.device.type, enabled=False):  # the nearest of many codes needs all digits
-            # The squared distance, but for |z|^2, which is the same for all codes.
-            flat = (self.embeddings.square().sum(1) - 2 * vectors @ self.embeddings.T).argmin(1)
+        flat = nearest_code(vectors, self.embeddings)
+        taken = flat.bincount(minlength=len(self.embeddings)).to(vectors.dtype)
+        if self.training and _is_distributed():
+            dist.all_reduce(taken)
+        frequencies = taken / taken.sum()
+        perplexity = torch.exp(-(frequencies * (frequencies + 1e-10).log()).sum())
         codes = flat.view(z.shape[:1] + z.shape[2:])
         embeddings = self.lookup(codes)
-        frequencies = flat.bincount(minlength=len(self.embeddings)).to(vectors.dtype) / len(flat)
-        perplexity = torch.exp(-(frequencies * (frequencies + 1e-10).log()).sum())
         if self.training:
-            self._follow(vectors, flat, draws)
+            self._follow(vectors, flat, taken, draws)
         return Quantized(z + (embeddings - z).detach(), codes, 0.25 * F.mse_loss(z, embeddings), perplexity)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -95,18 +100,15 @@ class Codebook(nn.Module):
 
     def _begin(self, vectors: Tensor, draws: Draws) -> None:
         """Put the codes of a codebook that has never been trained where some vectors are."""
-        if not self._has_begun and not bool(self.N.any()):
-            self.embeddings.copy_(self._candidates(vectors, draws))
-            self.z_avg.copy_(self.embeddings)
-            self.N.fill_(1.0)
-        self._has_begun = True
+        self.embeddings.copy_(self._candidates(vectors, draws))
+        self.z_avg.copy_(self.embeddings)
+        self.N.fill_(1.0)
+        self.has_begun.fill_(True)
 
-    def _follow(self, vectors: Tensor, codes: Tensor, draws: Draws) -> None:
+    def _follow(self, vectors: Tensor, codes: Tensor, taken: Tensor, draws: Draws) -> None:
         """Move the codes towards the vectors that took them, and those that few take to other vectors."""
-        taken = codes.bincount(minlength=len(self.N)).to(self.N.dtype)
         sums = torch.zeros_like(self.z_avg).index_add_(0, codes, vectors)
         if _is_distributed():
-            dist.all_reduce(taken)
             dist.all_reduce(sums)
         self.N.mul_(0.99).add_(taken, alpha=0.01)
         self.z_avg.mul_(0.99).add_(sums, alpha=0.01)
@@ -119,15 +121,36 @@ class Codebook(nn.Module):
         self.embeddings.copy_(embeddings)
 
     def _candidates(self, vectors: Tensor, draws: Draws) -> Tensor:
-        """As many random vectors as there are codes; if there are fewer, copies with a little noise."""
+        """As many random vectors, of all processes, as there are codes; if there are fewer, copies with some noise."""
         num_codes, dim = self.embeddings.shape
-        if len(vectors) < num_codes:
-            vectors = vectors.repeat(-(-num_codes // len(vectors)), 1)
-            vectors = vectors + draws.normal(*vectors.shape, device=vectors.device).to(vectors.dtype) * 0.01 / dim**0.5
-        chosen = vectors[draws.permutation(1, len(vectors), vectors.device)[0, :num_codes]]
+        first, total = _place(vectors)
+        repeats = 1 if total >= num_codes else -(-num_codes // total)
+        noise = vectors.new_zeros(num_codes, dim)
+        chosen = torch.zeros(num_codes, dtype=torch.int64, device=vectors.device)
+        if not _is_distributed() or dist.get_rank() == 0:
+            scatter = draws.normal(repeats * total, dim, device=vectors.device) if repeats > 1 else None
+            chosen = draws.permutation(1, repeats * total, vectors.device)[0, :num_codes]
+            if scatter is not None:
+                noise = scatter[chosen].to(vectors.dtype) * 0.01 / dim**0.5
         if _is_distributed():
             dist.broadcast(chosen, 0)
-        return chosen
+            dist.broadcast(noise, 0)
+        mine = chosen % total - first
+        is_mine = (mine >= 0) & (mine < len(vectors))
+        candidates = torch.where(is_mine[:, None], vectors[mine.clamp(0, len(vectors) - 1)], 0)
+        if _is_distributed():  # each row is there in one process, and 0 in the others
+            dist.all_reduce(candidates)
+        return candidates + noise
+
+
+def _place(vectors: Tensor) -> tuple[int, int]:
+    """Where the vectors of this process begin among those of all processes, and how many these are."""
+    if not _is_distributed():
+        return 0, len(vectors)
+    lengths = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=vectors.device)
+    lengths[dist.get_rank()] = len(vectors)
+    dist.all_reduce(lengths)
+    return int(lengths[: dist.get_rank()].sum()), int(lengths.sum())
 
 
 def _is_distributed() -> bool:

@@ -1,7 +1,7 @@
 """What the models share: outputs per frame, the pre-norm block, and reading official checkpoints."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from vattn.nn import leap_of_level
 
 Levels = Sequence[int | None]
 Model = TypeVar("Model", bound=nn.Module)
+Item = TypeVar("Item")
 
 
 class FrameModel(nn.Module):
@@ -119,3 +120,12 @@ def load(weights: Mapping[str, Tensor], build: Callable[[], Model]) -> Model:
         model = build()
     model.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()}, assign=True)
     return model.eval()
+
+
+def progress_bar(items: Iterable[Item], title: str, shown: bool) -> Iterable[Item]:
+    """`items`, with a progress bar if there shall be one."""
+    if not shown:
+        return items
+    from tqdm.auto import tqdm  # not needed otherwise
+
+    return tqdm(items, desc=title)

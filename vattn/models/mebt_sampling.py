@@ -15,13 +15,14 @@ interpolation are inpainting with a certain mask.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vattn.models._common import progress_bar
 from vattn.models._draws import Randomness, draws_of
 from vattn.models.mebt_masks import (
     Partition,
@@ -40,7 +41,6 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda t: math.cos(t * math.pi / 2),
     "constant": lambda t: 1.0,
 }
-Item = TypeVar("Item")
 
 
 class Sample(NamedTuple):
@@ -166,7 +166,7 @@ def maskgit(
     draws = draws_of(generator)
     codes, context, target = _start("maskgit", model, codes, context, target)
     total = target.shape[1] if start_anew else codes.shape[1]
-    for step in _bar(range(1, num_steps + 1), "maskgit", progress):
+    for step in progress_bar(range(1, num_steps + 1), "maskgit", progress):
         t = step / num_steps
         masked = num_masked(schedule, t, total, official_rounding=official_rounding)
         if target.shape[1] == 0 or masked > target.shape[1]:
@@ -408,7 +408,7 @@ def _by_group(
     draws = draws_of(generator)
     codes, context, target = _start(op, model, codes, context, target)
     target = target.gather(1, draws.permutation(len(target), target.shape[1], target.device))
-    for known, wanted in _bar(partitions(context, target, num_steps), op, progress):
+    for known, wanted in progress_bar(partitions(context, target, num_steps), op, progress):
         tokens, _ = sample_tokens(model(codes, known, wanted), **sampling, generator=draws)
         codes = codes.scatter(1, wanted, tokens)
     return Sample(codes, torch.cat([context, target], 1), target[:, :0])
@@ -425,12 +425,3 @@ def _start(op: str, model: Logits, codes: Tensor, context: Tensor | None, target
         target = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
         context = target[:, :0]
     return Sample(codes, context, target)
-
-
-def _bar(items: Iterable[Item], title: str, progress: bool) -> Iterable[Item]:
-    """`items`, with a progress bar if there shall be one."""
-    if not progress:
-        return items
-    from tqdm.auto import tqdm  # not needed otherwise
-
-    return tqdm(items, desc=title)

@@ -1,167 +1,157 @@
 """Tokenizers: a video becomes a grid of codes, and codes become a video.
 
     z = W_pre encoder(video),  codes = nearest(z),  video = decoder(W_post e_codes)
+    loss = mean (video - reconstruction)^2 / variance + 0.25 mean (z - e_code)^2
 
-Here is the 3D VQGAN, whose codes MeBT models: Ge et al., "Long Video Generation with Time-Agnostic VQGAN and
-Time-Sensitive Transformer" (ECCV 2022). It is convolutions only, with ``downsample`` = (4, 8, 8)::
+Here is the VQ-VAE whose codes VideoGPT models: Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers"
+(2021). Strided convolutions shrink the video; then come residual blocks, in which each position attends along its
+three axes. With ``downsample`` = (4, 4, 4)::
 
-    video  (3, 16, 128, 128) -> (n, ...)           convolution 3x3x3
-           (2n, 8, 64, 64) -> (4n, 4, 32, 32) -> (8n, 4, 16, 16)      4x4x4, then a residual block, each
-    codes  (4, 16, 16)
-    video                                          the same way back, with two residual blocks each
+    video  (3, 16, 128, 128) -> (n, 8, 64, 64) -> (n, 4, 32, 32)      4x4x4, stride 2
+           residual blocks: 3x3x3, 1x1x1, attention along width + height + time
+    codes  (4, 32, 32)
+    video                                          the same way back
 
-A dimension that is down to its size already keeps it: the first levels shrink time, too, the last ones only space.
+A dimension that is down to its size already keeps it. The tokenizer of MeBT is in :mod:`vattn.models.vqgan`; its names
+are here, too.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models._codebook import Codebook, Quantized
-from vattn.models._common import count_blocks, load, named, official_weights
+from vattn.models._common import count_blocks, load
+from vattn.models._draws import Randomness
+from vattn.models._tokenizer import (
+    SamePadConv3d,
+    SamePadConvTranspose3d,
+    Tokenizer,
+    level_strides,
+    tokenizer_weights,
+)
+from vattn.models.vqgan import VQGAN
+from vattn.nn.axial import AxialAttention
 
-__all__ = ["VQGAN", "Codebook", "Quantized", "SamePadConv3d", "SamePadConvTranspose3d"]
+__all__ = [
+    "VQGAN",
+    "VQVAE",
+    "AttentionResidualBlock",
+    "AxialBlock",
+    "Codebook",
+    "Quantized",
+    "SamePadConv3d",
+    "SamePadConvTranspose3d",
+    "level_strides",
+]
 
-
-Size = tuple[int, int, int]
-
-
-class SamePadConv3d(nn.Module):
-    """A convolution that pads so that its output has ``1 / stride`` of the size of its input, in each dimension.
-
-    Args:
-        channels, new_channels: of input and output. kernel_size: in each dimension. stride: for each dimension.
-        padding_mode: of :func:`torch.nn.functional.pad`. bias: whether there is one.
-
-    Example:
-        >>> SamePadConv3d(3, 8, 4, (1, 2, 2))(torch.randn(1, 3, 4, 6, 6)).shape
-        torch.Size([1, 8, 4, 3, 3])
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        new_channels: int,
-        kernel_size: int,
-        stride: Size = (1, 1, 1),
-        *,
-        padding_mode: str = "replicate",
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        self.padding, self.padding_mode = _same_padding(kernel_size, stride), padding_mode
-        self.conv = nn.Conv3d(channels, new_channels, kernel_size, stride, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, self.padding, mode=self.padding_mode))
+PIXEL_VARIANCE = 0.06
+"""Of the official data, pixels from -0.5 to 0.5: what squared errors are a share of."""
 
 
-class SamePadConvTranspose3d(nn.Module):
-    """A transposed convolution whose output has `stride` times the size of its input, in each dimension.
+class AxialBlock(nn.Module):
+    """The sum of attention along width, height and time, ``(B, C, T, H, W)`` to the same.
 
     Args:
-        channels, new_channels, kernel_size, stride, padding_mode, bias: as in :class:`SamePadConv3d`.
+        channels, num_heads: of each attention, see :class:`vattn.nn.AxialAttention`.
 
     Example:
-        >>> SamePadConvTranspose3d(8, 3, 4, (1, 2, 2))(torch.randn(1, 8, 4, 3, 3)).shape
-        torch.Size([1, 3, 4, 6, 6])
+        >>> AxialBlock(32, 2)(torch.randn(2, 32, 2, 4, 4)).shape
+        torch.Size([2, 32, 2, 4, 4])
     """
 
-    def __init__(
-        self,
-        channels: int,
-        new_channels: int,
-        kernel_size: int,
-        stride: Size = (1, 1, 1),
-        *,
-        padding_mode: str = "replicate",
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
-        self.padding, self.padding_mode = _same_padding(kernel_size, stride), padding_mode
-        self.convt = nn.ConvTranspose3d(channels, new_channels, kernel_size, stride, padding=kernel_size - 1, bias=bias)
+        self.attn_w = AxialAttention(channels, num_heads, axis=2)
+        self.attn_h = AxialAttention(channels, num_heads, axis=1)
+        self.attn_t = AxialAttention(channels, num_heads, axis=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convt(F.pad(x, self.padding, mode=self.padding_mode))
+        x = x.movedim(1, -1)
+        return (self.attn_w(x) + self.attn_h(x) + self.attn_t(x)).movedim(-1, 1)
 
 
-class ResidualBlock(nn.Module):
-    """``x + conv2(silu(norm2(conv1(silu(norm1(x))))))``."""
+class AttentionResidualBlock(nn.Module):
+    """``x + axial(...)`` behind two convolutions, of which the first halves the channels, each after norm and ReLU.
 
-    def __init__(self, channels: int, groups: int) -> None:
+    Args:
+        channels: an even number. num_heads: of the attention.
+    """
+
+    def __init__(self, channels: int, num_heads: int = 2) -> None:
         super().__init__()
-        self.norm1 = _norm(channels, groups)
-        self.conv1 = SamePadConv3d(channels, channels, 3)
-        self.norm2 = _norm(channels, groups)
-        self.conv2 = SamePadConv3d(channels, channels, 3)
+        self.block = nn.Sequential(
+            *_norm_relu(channels),
+            SamePadConv3d(channels, channels // 2, 3, padding_mode="constant", bias=False),
+            *_norm_relu(channels // 2),
+            SamePadConv3d(channels // 2, channels, 1, bias=False),
+            *_norm_relu(channels),
+            AxialBlock(channels, num_heads),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return x + self.block(x)
 
 
 class Encoder(nn.Module):
-    """``(B, image_channels, T, H, W)`` to ``(B, hidden * 2**levels, T', H', W')``."""
+    """``(B, image_channels, T, H, W)`` to ``(B, hidden, T', H', W')``."""
 
     def __init__(
-        self, hidden: int, downsample: Sequence[int], image_channels: int, groups: int, padding_mode: str
+        self, hidden: int, num_blocks: int, downsample: Sequence[int], image_channels: int, num_heads: int
     ) -> None:
         super().__init__()
-        self.conv_first = SamePadConv3d(image_channels, hidden, 3, padding_mode=padding_mode)
-        self.conv_blocks = nn.ModuleList()
-        for stride in level_strides(downsample):
-            down = SamePadConv3d(hidden, 2 * hidden, 4, stride, padding_mode=padding_mode)
-            hidden = 2 * hidden
-            self.conv_blocks.append(named(down=down, res=ResidualBlock(hidden, groups)))
-        self.final_block = nn.Sequential(_norm(hidden, groups), nn.SiLU())
+        strides = level_strides(downsample)
+        channels = [image_channels, *[hidden] * len(strides)]
+        self.convs = nn.ModuleList(
+            SamePadConv3d(before, hidden, 4, stride, padding_mode="constant")
+            for before, stride in zip(channels, strides, strict=False)
+        )
+        self.conv_last = SamePadConv3d(hidden, hidden, 3, padding_mode="constant")
+        self.res_stack = _residual_stack(hidden, num_blocks, num_heads)
 
     def forward(self, video: Tensor) -> Tensor:
-        x = self.conv_first(video)
-        for block in self.conv_blocks:
-            x = block(x)
-        return self.final_block(x)
+        x = video
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return self.res_stack(self.conv_last(x))
 
 
 class Decoder(nn.Module):
-    """``(B, hidden * 2**levels, T', H', W')`` to ``(B, image_channels, T, H, W)``; its "final block" comes first."""
+    """``(B, hidden, T', H', W')`` to ``(B, image_channels, T, H, W)``."""
 
-    def __init__(self, hidden: int, downsample: Sequence[int], image_channels: int, groups: int) -> None:
+    def __init__(
+        self, hidden: int, num_blocks: int, downsample: Sequence[int], image_channels: int, num_heads: int
+    ) -> None:
         super().__init__()
+        self.res_stack = _residual_stack(hidden, num_blocks, num_heads)
         strides = level_strides(downsample)
-        channels = hidden * 2 ** len(strides)
-        self.final_block = nn.Sequential(_norm(channels, groups), nn.SiLU())
-        self.conv_blocks = nn.ModuleList()
-        for level, stride in enumerate(strides):
-            new_channels = hidden * 2 ** (len(strides) - level)
-            self.conv_blocks.append(
-                named(
-                    up=SamePadConvTranspose3d(channels, new_channels, 4, stride),
-                    res1=ResidualBlock(new_channels, groups),
-                    res2=ResidualBlock(new_channels, groups),
-                )
-            )
-            channels = new_channels
-        self.conv_last = SamePadConv3d(channels, image_channels, 3)
+        channels = [*[hidden] * (len(strides) - 1), image_channels]
+        self.convts = nn.ModuleList(
+            SamePadConvTranspose3d(hidden, after, 4, stride, padding_mode="constant")
+            for after, stride in zip(channels, strides, strict=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.final_block(x)
-        for block in self.conv_blocks:
-            x = block(x)
-        return self.conv_last(x)
+        x = self.res_stack(x)
+        for i, conv in enumerate(self.convts):
+            x = conv(F.relu(x) if i else x)
+        return x
 
 
-class VQGAN(nn.Module):
-    """The 3D VQGAN tokenizer. Settings default to the official one of MeBT.
+class VQVAE(Tokenizer):
+    """VideoGPT's VQ-VAE. Settings default to the official ones.
 
     Args:
         num_codes, code_dim: of the codebook.
-        hidden: channels of the first convolution; each level doubles them.
-        downsample: powers of 2 by which time, height and width shrink.
+        hidden: channels of all layers, an even multiple of `num_heads`.
+        num_blocks: residual blocks of the encoder, and of the decoder.
+        downsample: powers of 2 by which time, height and width shrink; one of them at least is above 1.
+        num_heads: of the axial attention.
         image_channels: of the video.
-        groups: of the group norms, which divide the channels of each level.
-        padding_mode: of the encoder's convolutions outside its residual blocks; all others replicate.
         restart: see :class:`Codebook`.
 
     Shape:
@@ -172,11 +162,12 @@ class VQGAN(nn.Module):
         TypeError, ValueError: a setting or a video that does not fit.
 
     Source:
-        Ge et al., "Long Video Generation with Time-Agnostic VQGAN and Time-Sensitive Transformer", section 3.1.
+        Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021).
 
     Example:
-        >>> tokenizer = VQGAN(num_codes=64, code_dim=8, hidden=8, downsample=(2, 4, 4), groups=4)
-        >>> video = torch.randn(1, 3, 4, 16, 16)
+        >>> tokenizer = VQVAE(num_codes=64, code_dim=8, hidden=16, num_blocks=1, downsample=(2, 4, 4))
+        >>> video = torch.rand(1, 3, 4, 16, 16) - 0.5
+        >>> tokenizer.training_loss(video).backward()
         >>> codes = tokenizer.eval().encode(video)
         >>> codes.shape, tokenizer.decode(codes).shape
         (torch.Size([1, 2, 4, 4]), torch.Size([1, 3, 4, 16, 16]))
@@ -184,120 +175,81 @@ class VQGAN(nn.Module):
 
     def __init__(
         self,
-        num_codes: int = 16384,
+        num_codes: int = 2048,
         code_dim: int = 256,
-        hidden: int = 32,
-        downsample: Sequence[int] = (4, 8, 8),
+        hidden: int = 240,
+        num_blocks: int = 4,
+        downsample: Sequence[int] = (4, 4, 4),
         *,
+        num_heads: int = 2,
         image_channels: int = 3,
-        groups: int = 32,
-        padding_mode: str = "replicate",
         restart: float | None = 1.0,
     ) -> None:
         super().__init__()
-        sizes = {"num_codes": num_codes, "code_dim": code_dim, "hidden": hidden, "groups": groups}
-        for name, size in (sizes | {"image_channels": image_channels}).items():
-            _checks.integer("VQGAN", name, size, least=1)
-        levels = len(level_strides(downsample))
-        if levels == 0:
-            raise ValueError(f"VQGAN: downsample must have a number above 1, got {downsample=}")
-        if 2 * hidden % groups:
-            raise ValueError(f"VQGAN: 2 * hidden must be a multiple of groups={groups}, got hidden={hidden}")
-        inner = hidden * 2**levels
-        self.downsample = tuple(downsample)
-        self.encoder = Encoder(hidden, downsample, image_channels, groups, padding_mode)
-        self.decoder = Decoder(hidden, downsample, image_channels, groups)
-        self.pre_vq_conv = SamePadConv3d(inner, code_dim, 1, padding_mode=padding_mode)
-        self.post_vq_conv = SamePadConv3d(code_dim, inner, 1)
+        sizes = {"num_codes": num_codes, "code_dim": code_dim, "hidden": hidden, "image_channels": image_channels}
+        for name, size in sizes.items():
+            _checks.integer("VQVAE", name, size, least=1)
+        _checks.integer("VQVAE", "num_blocks", num_blocks, least=0)
+        if not level_strides(downsample):
+            raise ValueError(f"VQVAE: downsample must have a number above 1, got {downsample=}")
+        if hidden % 2:
+            raise ValueError(f"VQVAE: hidden must be even, got hidden={hidden}")
+        self.downsample = (downsample[0], downsample[1], downsample[2])
+        self.encoder = Encoder(hidden, num_blocks, downsample, image_channels, num_heads)
+        self.decoder = Decoder(hidden, num_blocks, downsample, image_channels, num_heads)
+        self.pre_vq_conv = SamePadConv3d(hidden, code_dim, 1)
+        self.post_vq_conv = SamePadConv3d(code_dim, hidden, 1)
         self.codebook = Codebook(num_codes, code_dim, restart=restart)
 
     @classmethod
     def from_official(
         cls,
         state_dict: Mapping[str, Any],
-        downsample: Sequence[int] = (4, 8, 8),
+        downsample: Sequence[int] = (4, 4, 4),
         *,
-        groups: int = 32,
-        padding_mode: str = "replicate",
         restart: float | None = 1.0,
-    ) -> "VQGAN":
+    ) -> "VQVAE":
         """The tokenizer of an official checkpoint, in evaluation mode; its other sizes are read from the weights.
 
         Args:
-            state_dict: of ``VQGAN`` in ``mebt/vqgan.py``, or of a MeBT that has one, with or without the outer dict of
-                a checkpoint. Discriminators and the perceptual model are left out. It is copied; dtype and device stay.
-            downsample, padding_mode: ``downsample`` and ``padding_type`` of its arguments.
-            groups: of the group norms, 32 in the official code.
+            state_dict: of ``VQVAE`` in ``videogpt/vqvae.py``, or of a VideoGPT that has one, with or without the outer
+                dict of a checkpoint. It is copied; dtype and device stay.
+            downsample: ``downsample`` of its arguments.
             restart: see :class:`Codebook`.
 
         Raises:
             ValueError: the weights do not make this tokenizer.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
-        op = "VQGAN.from_official"
-        first, book = "encoder.conv_first.conv.weight", "codebook.embeddings"
-        weights = official_weights(op, state_dict, first, book)
-        parts = ("encoder", "decoder", "pre_vq_conv", "post_vq_conv", "codebook")
-        weights = {name: weight for name, weight in weights.items() if name.split(".")[0] in parts}
-        levels = count_blocks({name.removeprefix("encoder."): x for name, x in weights.items()}, "conv_blocks")
-        if levels != len(level_strides(downsample)):
-            raise ValueError(f"{op}: downsample must have {levels} levels, got {downsample=}")
+        first, book = "encoder.convs.0.conv.weight", "codebook.embeddings"
+        weights = tokenizer_weights("VQVAE.from_official", state_dict, first, "convs", downsample)
         (hidden, image_channels), (num_codes, code_dim) = weights[first].shape[:2], weights[book].shape
-        # A codebook saved without the state of its training can be used, and trained from where it is.
-        weights.setdefault("codebook.N", weights[book].new_ones(num_codes))
-        weights.setdefault("codebook.z_avg", weights[book])
+        for name in [name for name in weights if name.endswith("running_mean")]:
+            weights.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+        stack = {name.removeprefix("encoder."): x for name, x in weights.items() if ".block." in name}
         return load(
             weights,
             lambda: cls(
-                num_codes, code_dim, hidden, downsample, image_channels=image_channels, groups=groups,
-                padding_mode=padding_mode, restart=restart,
+                num_codes, code_dim, hidden, count_blocks(stack, "res_stack"), downsample,
+                image_channels=image_channels, restart=restart,
             ),
         )  # fmt: skip
 
-    def encode(self, video: Tensor) -> Tensor:
-        """A video to its codes, ``(B, T', H', W')`` int64."""
-        return self.quantize(video).codes
+    def training_loss(self, video: Tensor, generator: Randomness = None) -> Tensor:
+        """The loss of one training step: squared error over ``PIXEL_VARIANCE``, and the commitment to the codes.
 
-    def quantize(self, video: Tensor) -> Quantized:
-        """A video to its codes, these as vectors, and the loss of the codebook."""
-        sizes = zip(video.shape[-3:], self.downsample, strict=True)
-        if video.dim() != 5 or any(size % factor for size, factor in sizes):
-            raise ValueError(
-                f"VQGAN: video must have shape (B, C, T, H, W), with T, H and W multiples of {self.downsample}, "
-                f"got video.shape={tuple(video.shape)}"
-            )
-        return self.codebook(self.pre_vq_conv(self.encoder(video)))
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes to a video."""
-        return self.decoder(self.post_vq_conv(self.codebook.lookup(codes)))
-
-    def forward(self, video: Tensor) -> tuple[Tensor, Quantized]:
-        quantized = self.quantize(video)
-        return self.decoder(self.post_vq_conv(quantized.embeddings)), quantized
+        Args:
+            video: pixels from -0.5 to 0.5.
+            generator: see :class:`Codebook`.
+        """
+        reconstruction, quantized = self(video, generator)
+        return F.mse_loss(reconstruction, video) / PIXEL_VARIANCE + quantized.commitment_loss
 
 
-def level_strides(downsample: Sequence[int]) -> list[Size]:
-    """The strides of each level: 2 in a dimension until it has shrunk enough, then 1.
-
-    Raises:
-        ValueError: `downsample` is not three powers of 2.
-
-    Example:
-        >>> level_strides((2, 4, 4))
-        [(2, 2, 2), (1, 2, 2)]
-    """
-    if len(downsample) != 3 or any(factor < 1 or factor & (factor - 1) for factor in downsample):
-        raise ValueError(f"level_strides: downsample must be three powers of 2, got {downsample=}")
-    levels = max(downsample).bit_length() - 1
-    time, height, width = ([2 if factor >> level > 1 else 1 for level in range(levels)] for factor in downsample)
-    return list(zip(time, height, width, strict=True))
+def _residual_stack(channels: int, num_blocks: int, num_heads: int) -> nn.Sequential:
+    blocks = (AttentionResidualBlock(channels, num_heads) for _ in range(num_blocks))
+    return nn.Sequential(*blocks, *_norm_relu(channels))
 
 
-def _same_padding(kernel_size: int, stride: Sequence[int]) -> list[int]:
-    """What :func:`torch.nn.functional.pad` wants, last dimension first; the larger half comes before."""
-    return [half for step in reversed(stride) for half in ((kernel_size - step + 1) // 2, (kernel_size - step) // 2)]
-
-
-def _norm(channels: int, groups: int) -> nn.Module:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def _norm_relu(channels: int) -> tuple[nn.Module, nn.Module]:
+    return nn.BatchNorm3d(channels), nn.ReLU()

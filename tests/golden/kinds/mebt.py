@@ -5,15 +5,15 @@ at most 4 targets. Random numbers are recorded, and replayed in the order in whi
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.golden.replay import Replay, recorded
 from vattn.models.mebt import (
-    Draws,
     LatentTransformer,
     MeBT,
     complement,
@@ -36,35 +36,6 @@ from vattn.nn import LATENT_MODES, LatentBlock
 
 _num_masked = partial(num_masked, official_rounding=True)
 STREAMS = ("sos", "contexts", "targets")
-
-
-class _Replay(Draws):
-    """Draws that were recorded: each is used once, and has the shape it was recorded with."""
-
-    def __init__(
-        self, exponentials: Sequence[Tensor] = (), permutations: Sequence[Tensor] = (), normals: Sequence[Tensor] = ()
-    ) -> None:
-        super().__init__()
-        self.exponentials, self.permutations, self.normals = iter(exponentials), iter(permutations), iter(normals)
-
-    def exponential(self, *shape: int, device: torch.device) -> Tensor:
-        numbers = next(self.exponentials)
-        assert numbers.shape == shape
-        return numbers.float()
-
-    def permutation(self, batch: int, length: int, device: torch.device) -> Tensor:
-        numbers = torch.stack([next(self.permutations) for _ in range(batch)])
-        assert numbers.shape == (batch, length)
-        return numbers
-
-    def normal(self, *shape: int, device: torch.device) -> Tensor:
-        numbers = next(self.normals)
-        assert numbers.shape == shape
-        return numbers
-
-    def assert_used_up(self, path: str) -> None:
-        left = [*self.exponentials, *self.permutations, *self.normals]
-        assert not left, f"{path}: the official code drew more"
 
 
 def mebt_blocks(golden: Any) -> None:
@@ -129,7 +100,7 @@ def mebt_masks(golden: Any) -> None:
         prefix = name.removesuffix("context_out")
         masked = _num_masked(golden.meta.get("schedule", "cosine"), float(t), frames * frame_tokens)
         golden.equal(f"{prefix}n_masked", torch.full((len(score),), masked))
-        draws = _Replay([golden[f"{prefix}exp"]] if f"{prefix}exp" in golden.arrays else [])
+        draws = Replay([golden[f"{prefix}exp"]] if f"{prefix}exp" in golden.arrays else [])
         new_context, new_target = next_partition(
             context, target, score, masked, context_temperature=float(temperature), generator=draws
         )
@@ -143,7 +114,7 @@ def mebt_sample_logits(golden: Any) -> None:
     cases = re.findall(r"\(([\d.]+), ?(None|\d+), ?(None|[\d.]+)\)", golden.meta["cases"])
     assert len(cases) == len({name.split("/")[0] for name in golden.names("c")})
     for i, (temperature, top_k, top_p) in enumerate(cases):
-        draws = _Replay([golden[f"c{i}/exp"]])
+        draws = Replay([golden[f"c{i}/exp"]])
         tokens, probabilities = sample_tokens(
             golden["logits"],
             temperature=float(temperature),
@@ -227,18 +198,17 @@ def mebt_vqgan(golden: Any) -> None:
 def mebt_codebook(golden: Any) -> None:
     meta = golden.meta
     codebook = Codebook(meta["n_codes"], meta["emb"], restart=meta["restart_thres"]).to(golden.dtype)
-    codebook.load_state_dict({name: golden[f"before/{name}"] for name in golden.names("before/")})
-    if meta["need_init"]:
-        codebook.N.zero_()
+    before = {name: golden[f"before/{name}"] for name in golden.names("before/")}
+    codebook.load_state_dict(before | {"has_begun": torch.tensor(not meta["need_init"])})
     z = golden["z"].requires_grad_()
-    draws = _Replay([], *(_recorded(golden, name) for name in ("randperm", "tile_noise")))
+    draws = Replay([], *(recorded(golden, name) for name in ("randperm", "tile_noise")))
     quantized = codebook(z, generator=draws)
     golden.equal("encodings", quantized.codes)
     golden.operator("embeddings_st", quantized.embeddings)
     golden.operator("commitment_loss", quantized.commitment_loss)
     golden.operator("perplexity", quantized.perplexity)
-    for name, buffer in codebook.named_buffers():
-        golden.operator(f"after/{name}", buffer)
+    for name in golden.names("after/"):
+        golden.operator(f"after/{name}", codebook.get_buffer(name))
     loss = (quantized.embeddings * golden["gout"]).sum() + quantized.commitment_loss
     _check_gradients(golden, "", loss, ["grad/z"], [z])
     draws.assert_used_up("codebook")
@@ -258,7 +228,7 @@ def _check_sampler(golden: Any, path: str, model: MeBT, sampler: Any, codes: Ten
         return logits
 
     permutations = [*golden[f"{path}/randperm"]] if f"{path}/randperm" in golden.arrays else []
-    draws = _Replay(_recorded(golden, f"{path}/exp"), permutations)
+    draws = Replay(recorded(golden, f"{path}/exp"), permutations)
     sample = sampler(ask, codes, **settings, generator=draws)
     golden.equal(f"{path}/final", sample.codes)
     golden.equal(f"{path}/ncalls", torch.tensor(calls))
@@ -316,11 +286,6 @@ def _readers(mode: str, streams: tuple[Tensor, ...]) -> Tensor:
     """The streams that a block of this mode has updated, as one."""
     by_name = dict(zip(("latents", "contexts", "targets"), streams, strict=True))
     return torch.cat([by_name[name] for name in LATENT_MODES[mode][0]], 1)
-
-
-def _recorded(golden: Any, name: str) -> list[Tensor]:
-    """The arrays `name` 0, 1, 2, ... that the file has."""
-    return [golden[f"{name}{i}"] for i in range(sum(end.isdigit() for end in golden.names(name)))]
 
 
 def _matches(golden: Any, prefix: str, pattern: str) -> Iterator[tuple[str, tuple[Any, ...]]]:

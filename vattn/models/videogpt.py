@@ -1,0 +1,278 @@
+"""VideoGPT: a transformer that finds the codes of a video one after the other, each from those before it.
+
+    p(codes) = prod_i p(code_i | codes before i, class, first frames),   logits_i = W_out norm(stack(W_in e_codes))_i
+    loss     = -mean_i log p(code_i)
+
+Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021). Codes are those of a VQ-VAE
+(:mod:`vattn.models.vqvae`), whose vectors e are what the transformer is given::
+
+    codes    c0 c1 c2 c3 ...          in raster order: time, height, width
+    input    s  c0 c1 c2 ...          shifted by one; s is learned
+    output   c0 c1 c2 c3 ...
+
+A class changes the gain and the bias of every norm. First frames, as pixels, go through a 3-D ResNet, whose features
+every layer reads. The layers are in :mod:`vattn.models.videogpt_layers`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vattn import _checks
+from vattn.models._common import count_blocks, load, official_weights, progress_bar
+from vattn.models._draws import Randomness, draws_of
+from vattn.models.mebt_sampling import sample_tokens
+from vattn.models.videogpt_layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
+from vattn.models.videogpt_resnet import ResNet3d, resnet_like
+
+__all__ = ["AttentionStack", "Decoding", "ResNet3d", "VideoGPT", "generate"]
+
+
+class VideoGPT(nn.Module):
+    """VideoGPT's prior: logits of each code of a video, given the codes before it.
+
+    Settings default to the official ones, but for dropout (0.2, and 0.3 for attention weights).
+
+    Args:
+        embeddings: ``(num_codes, code_dim)``, the vectors of the codes, such as ``tokenizer.codebook.embeddings``. They
+            are copied, saved with the model, and not trained.
+        grid: sizes of the axes of a video in codes, such as (T, height, width).
+        dim, num_heads, num_layers: channels, a multiple of heads and axes; heads; blocks.
+        attention: "full", or "sparse" for near tokens and those in line.
+        block_size, num_local_blocks: of the sparse layout, see :meth:`vattn.BlockLayout.strided`.
+        num_classes: of videos; None for a model that knows no class.
+        resnet: makes features of the first frames; None for a model that is given none.
+        frame_shape: frames, height and width in pixels of what the ResNet is given.
+        dropout: after attention and MLPs, in training. attn_drop: of attention weights, in training.
+
+    Shape:
+        codes ``(B, *grid)`` int64 to logits ``(B, *grid, num_codes)``. `classes` are ``(B,)`` int64, or weights
+        ``(B, num_classes)`` of classes; `frames` are ``(B, 3, *frame_shape)``.
+
+    Raises:
+        TypeError, ValueError: a setting or an input that does not fit.
+
+    Source:
+        Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021).
+
+    Example:
+        >>> model = VideoGPT(torch.randn(10, 4), (2, 3, 3), dim=12, num_heads=2, num_layers=1, num_classes=3)
+        >>> codes, classes = torch.randint(10, (2, 2, 3, 3)), torch.tensor([2, 0])
+        >>> model.training_loss(codes, classes=classes)
+        tensor(2.3026, grad_fn=<NllLossBackward0>)
+        >>> generate(model.eval(), 2, classes=classes, generator=torch.Generator()).shape
+        torch.Size([2, 2, 3, 3])
+    """
+
+    embeddings: Tensor
+
+    def __init__(
+        self,
+        embeddings: Tensor,
+        grid: Sequence[int],
+        dim: int = 576,
+        num_heads: int = 4,
+        num_layers: int = 8,
+        *,
+        attention: str = "full",
+        block_size: int = 32,
+        num_local_blocks: int = 4,
+        num_classes: int | None = None,
+        resnet: ResNet3d | None = None,
+        frame_shape: tuple[int, int, int] | None = None,
+        dropout: float = 0.0,
+        attn_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _checks.tensor("VideoGPT", "embeddings", embeddings)
+        _checks.rank("VideoGPT", "embeddings", embeddings, "(num_codes, code_dim)")
+        if num_classes is not None:
+            _checks.integer("VideoGPT", "num_classes", num_classes, least=1)
+        if (resnet is None) != (frame_shape is None):
+            raise ValueError(
+                f"VideoGPT: resnet and frame_shape must be given together, got resnet={type(resnet).__name__}, "
+                f"frame_shape={frame_shape}"
+            )
+        self.grid, self.num_classes, self.frame_shape = tuple(grid), num_classes, frame_shape
+        self.register_buffer("embeddings", embeddings.detach().clone())
+        num_codes, code_dim = embeddings.shape
+        if resnet is not None and frame_shape is not None:
+            if any(size % factor for size, factor in zip(frame_shape, resnet.downsample, strict=True)):
+                raise ValueError(
+                    f"VideoGPT: frame_shape must be multiples of {resnet.downsample}, got frame_shape={frame_shape}"
+                )
+            features = [size // factor for size, factor in zip(frame_shape, resnet.downsample, strict=True)]
+            self.resnet, self.cond_pos_embd = resnet, GridEmbedding(features, resnet.dim)
+        self.fc_in = nn.Linear(code_dim, dim, bias=False)
+        self.attn_stack = AttentionStack(
+            grid, dim, num_heads, num_layers, attention=attention, block_size=block_size,
+            num_local_blocks=num_local_blocks, num_classes=num_classes,
+            memory_dim=None if resnet is None else resnet.dim, dropout=dropout, attn_drop=attn_drop,
+        )  # fmt: skip
+        self.norm = LayerNorm(dim, num_classes)
+        self.fc_out = nn.Linear(dim, num_codes, bias=False)
+        nn.init.normal_(self.fc_in.weight, std=0.02)
+        nn.init.zeros_(self.fc_out.weight)
+
+    @classmethod
+    def from_official(
+        cls,
+        state_dict: Mapping[str, Any],
+        num_heads: int = 4,
+        *,
+        attention: str = "full",
+        dropout: float = 0.0,
+        attn_drop: float = 0.0,
+    ) -> "VideoGPT":
+        """The model of an official checkpoint, in evaluation mode; its sizes and conditions are read from the weights.
+
+        Args:
+            state_dict: of ``VideoGPT`` in ``videogpt/gpt.py``, with or without the outer dict of a checkpoint. Of its
+                tokenizer, only the codebook is used. It is copied; dtype and device stay.
+            num_heads, attention, dropout, attn_drop: ``heads``, ``attn_type``, ``dropout`` and ``attn_dropout`` of its
+                arguments. Both checkpoints that its authors gave out have sparse attention.
+
+        Raises:
+            ValueError: the weights do not make this model.
+            RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
+        """
+        book, first = "vqvae.codebook.embeddings", "attn_stack.right_shift.sos"
+        weights = official_weights("VideoGPT.from_official", state_dict, first, book, "fc_in.weight", "fc_out.weight")
+        embeddings = weights[book]
+        masks = {name for name in weights if name.endswith(".attn.attn.mask")}
+        weights = {name: x for name, x in weights.items() if not name.startswith("vqvae.") and name not in masks}
+        weights["embeddings"] = embeddings
+
+        stack = {name.removeprefix("attn_stack."): x for name, x in weights.items()}
+        resnet_weights = {name.removeprefix("resnet."): x for name, x in weights.items() if name.startswith("resnet.")}
+
+        def build() -> "VideoGPT":
+            resnet, frame_shape = None, None
+            if resnet_weights:
+                resnet = resnet_like(resnet_weights)
+                (T, height, width), factors = _grid(weights, "cond_pos_embd"), resnet.downsample
+                frame_shape = (T * factors[0], height * factors[1], width * factors[2])
+            return cls(
+                torch.empty_like(embeddings, device="meta"),
+                _grid(weights, "attn_stack.pos_embd"),
+                len(weights[first]),
+                num_heads,
+                count_blocks(stack, "attn_nets"),
+                attention=attention,
+                num_classes=weights["norm.w.weight"].shape[1] if "norm.w.weight" in weights else None,
+                resnet=resnet,
+                frame_shape=frame_shape,
+                dropout=dropout,
+                attn_drop=attn_drop,
+            )
+
+        return load(weights, build)
+
+    def forward(self, codes: Tensor, *, classes: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
+        if codes.shape[1:] != self.grid:
+            raise ValueError(
+                f"VideoGPT: codes must have shape (B, {', '.join(map(str, self.grid))}), "
+                f"got codes.shape={tuple(codes.shape)}"
+            )
+        weights, memory = self._conditions(len(codes), classes, frames)
+        x = self.attn_stack(self._embed(codes.flatten(1)), weights, memory)
+        return self.fc_out(self.norm(x, weights)).unflatten(1, self.grid)
+
+    def training_loss(self, codes: Tensor, *, classes: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy of codes ``(B, *grid)``, under the conditions of :meth:`forward`."""
+        logits = self(codes, classes=classes, frames=frames)
+        return F.cross_entropy(logits.flatten(0, -2), codes.flatten())
+
+    def begin(self, batch: int, *, classes: Tensor | None = None, frames: Tensor | None = None) -> Decoding:
+        """Videos of which no code is known yet, for :meth:`step`."""
+        return self.attn_stack.begin(*self._conditions(batch, classes, frames))
+
+    def step(self, codes: Tensor, state: Decoding) -> Tensor:
+        """The logits ``(B, num_codes)`` of the next code of each video, from the last one, ``(B,)``.
+
+        What `state` keeps of the codes before makes it the cost of one code. For the first code, `codes` are anything.
+
+        Example:
+            >>> model = VideoGPT(torch.randn(10, 4), (2, 2, 2), dim=12, num_heads=2, num_layers=1).eval()
+            >>> codes, state = torch.zeros(1, dtype=torch.int64), model.begin(1)
+            >>> logits = model.step(codes, state)
+            >>> logits = model.step(logits.argmax(-1), state)
+        """
+        x = self.attn_stack.step(self._embed(codes[:, None]), state)
+        return self.fc_out(self.norm(x, state.classes))[:, 0]
+
+    def _embed(self, codes: Tensor) -> Tensor:
+        return self.fc_in(F.embedding(codes, self.embeddings))
+
+    def _conditions(
+        self, batch: int, classes: Tensor | None, frames: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Weights of classes ``(B, num_classes)``, and features of frames ``(B, M, C)``."""
+        for name, given, known in (("classes", classes, self.num_classes), ("frames", frames, self.frame_shape)):
+            if (given is None) != (known is None):
+                must = "not be given to a model without them" if known is None else "be given"
+                raise ValueError(f"VideoGPT: {name} must {must}, got {name}={'None' if given is None else 'a tensor'}")
+        memory = None
+        if classes is not None:
+            if not classes.is_floating_point():
+                classes = F.one_hot(classes, self.num_classes or -1).to(self.fc_in.weight.dtype)
+            if classes.shape != (batch, self.num_classes):
+                raise ValueError(
+                    f"VideoGPT: classes must have shape ({batch},) or ({batch}, {self.num_classes}), "
+                    f"got classes.shape={tuple(classes.shape)}"
+                )
+        if frames is not None and self.frame_shape is not None:
+            if frames.shape != (batch, 3, *self.frame_shape):
+                raise ValueError(
+                    f"VideoGPT: frames must have shape {(batch, 3, *self.frame_shape)}, "
+                    f"got frames.shape={tuple(frames.shape)}"
+                )
+            memory = self.resnet(frames).flatten(1, -2) + self.cond_pos_embd()
+        return classes, memory
+
+
+@torch.no_grad()
+def generate(
+    model: VideoGPT,
+    batch: int = 1,
+    *,
+    classes: Tensor | None = None,
+    frames: Tensor | None = None,
+    generator: Randomness = None,
+    progress: bool = False,
+    **sampling: Any,
+) -> Tensor:
+    """Videos from nothing, or from their class and first frames, code by code.
+
+    Args:
+        model: in evaluation mode.
+        batch: how many videos.
+        classes, frames: as in :class:`VideoGPT`.
+        generator: a generator, or :class:`vattn.models.mebt.Draws`; its seed decides the sample.
+        progress: show a bar.
+        sampling: `temperature`, `top_k` and `top_p` of :func:`vattn.models.mebt.sample_tokens`.
+
+    Returns:
+        Codes ``(batch, *grid)`` int64.
+
+    Raises:
+        ValueError: a setting that does not fit.
+
+    Source:
+        Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021).
+    """
+    if model.training:
+        raise ValueError("generate: model must be in evaluation mode, got model.training=True")
+    draws, state = draws_of(generator), model.begin(batch, classes=classes, frames=frames)
+    codes = [torch.zeros(batch, dtype=torch.int64, device=model.embeddings.device)]  # comes before the first one
+    for _ in progress_bar(range(torch.Size(model.grid).numel()), "VideoGPT", progress):
+        codes.append(sample_tokens(model.step(codes[-1], state), **sampling, generator=draws)[0])
+    return torch.stack(codes[1:], 1).unflatten(1, model.grid)
+
+
+def _grid(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The grid of a :class:`GridEmbedding`."""
+    return tuple(len(weights[f"{name}.emb.d_{i}"]) for i in range(sum(key.startswith(f"{name}.") for key in weights)))
