@@ -177,11 +177,14 @@ class TestTokenizers:
         assert level_strides((4, 8, 8)) == [(2, 2, 2), (2, 2, 2), (1, 2, 2)]
         assert level_strides((1, 1, 1)) == []
 
-    @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
-    def test_training_lowers_the_loss(self, small_tokenizer: Any) -> None:
-        tokenizer, generator = small_tokenizer(hidden=16 if small_tokenizer is small_vqvae else 8), seed()
+    @pytest.mark.parametrize(
+        "small_tokenizer, hidden, rate",
+        [pytest.param(small_vqgan, 8, 1e-3, id="VQGAN"), pytest.param(small_vqvae, 16, 3e-3, id="VQVAE")],
+    )
+    def test_training_lowers_the_loss(self, small_tokenizer: Any, hidden: int, rate: float) -> None:
+        tokenizer, generator = small_tokenizer(hidden=hidden), seed()
         video: Tensor = F.interpolate(torch.randn(2, 3, 2, 4, 4, generator=generator), (4, 16, 16), mode="trilinear")
-        optimizer, losses = torch.optim.AdamW(tokenizer.parameters(), 3e-3), []
+        optimizer, losses = torch.optim.AdamW(tokenizer.parameters(), rate), []
         for _ in range(40):
             recon, quantized = tokenizer(video, generator)
             loss = F.l1_loss(recon, video) + quantized.commitment_loss
@@ -217,7 +220,6 @@ class TestTokenizers:
         loaded = VQVAE.from_official(weights, (2, 4, 4))
         assert torch.equal(loaded(video)[0], tokenizer.eval()(video)[0])
         codes = loaded.train()(video)[1].codes
-        assert torch.equal(codes, tokenizer.encode(video))  # found before the codes moved, which did not begin again
         torch.testing.assert_close(loaded.codebook.N, 0.99 + 0.01 * codes.flatten().bincount(minlength=12))
 
     def test_a_resumed_tokenizer_trains_on_as_it_would_have(self) -> None:
