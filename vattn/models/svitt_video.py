@@ -182,9 +182,9 @@ class VideoEncoder(nn.Module):
         drop_path: how likely the last layer's residuals are dropped in training, the first one's never.
 
     Shape:
-        video ``(B, T, 3, height, width)`` to :class:`VideoTokens`. `layouts`, one for each layer and on the device of the
-        video, say who reads whom, None among them that all read all; if not given, they are drawn, so that the seed of
-        `generator` decides. None is torch's own.
+        video ``(B, T, 3, height, width)`` to :class:`VideoTokens`. `layouts`, one for each layer, on the device of the
+        video, say who reads whom, and None among them that all read all. If they are not given, they are drawn, so that
+        the seed of `generator` decides; without one it is torch's own.
 
     Raises:
         TypeError, ValueError: a setting or an input that does not fit.
@@ -382,7 +382,7 @@ def video_settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         "order": "raster" if order == "none" else order,
         "position_bias": table is not None,
         "layer_scale": 0.1 if "blocks.0.scale1" in weights else None,
-        "mean_pooling": "pool_norm.weight" in weights,
+        "mean_pooling": "norm.weight" not in weights,
         "drop_path": config.get("drop_path_rate", 0.0),
     }
     if table is None:
