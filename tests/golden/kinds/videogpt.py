@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.golden.replay import Replay, recorded
 from vattn import BlockLayout, edge_sparse_attention
-from vattn.models.videogpt import VideoGPT, generate
+from vattn.models.videogpt import ResNet3d, VideoGPT, generate
 from vattn.models.videogpt_layers import AttentionStack, GridEmbedding, LayerNorm, QuickGELU, RightShift
 from vattn.models.vqvae import PIXEL_VARIANCE, VQVAE, AttentionResidualBlock, AxialBlock, Codebook
 
@@ -163,6 +163,26 @@ def videogpt_gpt(golden: Any) -> None:
         parameters = _parameters(model)
         gradients = torch.autograd.grad(loss, [*parameters.values()])
         return {"logits": logits, "loss": loss, **dict(zip(parameters, gradients, strict=True))}
+
+    golden.model(run)
+
+
+def videogpt_resnet(golden: Any) -> None:
+    meta = golden.meta
+    assert meta["width_multiplier"] == 1
+
+    def run(golden: Any) -> dict[str, Tensor]:
+        resnet = ResNet3d(meta["resnet_dim"], meta["layers"], meta["stride"]).double()
+        with torch.no_grad():  # as meta["note"] says: they would be a large file
+            for i, (name, parameter) in enumerate(sorted(resnet.named_parameters())):
+                wave = torch.cos(1.7 * torch.arange(parameter.numel()).double().square() + i).view_as(parameter)
+                if parameter.dim() > 1:
+                    parameter.copy_((2 / parameter[0].numel()) ** 0.5 * wave)
+                else:
+                    parameter.copy_(0.3 * wave + name.endswith("weight"))
+        x = golden["x"].requires_grad_()
+        out = resnet.to(golden.dtype)(x)
+        return {"out": out, **_gradients(out, golden["gout"], {"grad/x": x})}
 
     golden.model(run)
 
