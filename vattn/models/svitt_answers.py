@@ -28,9 +28,9 @@ class VideoAnswers(nn.Module):
             (``causal=True, fusion_layer=0``), `video_dim` being the channels of the question.
 
     Shape:
-        video ``(B, T, 3, H, W)``, question ids ``(B, L)`` int64 and their mask, answers ``(A, M)`` int64 and their mask,
-        the question ``of (A,)`` int64 that each one answers, and weights ``(A,)``, to a scalar: the weighted sum of
-        -log p(answer), over B.
+        video ``(B, T, 3, H, W)``, question ids ``(B, L)`` int64 and mask, answers ``(A, M)`` int64 and mask, the question
+        ``of (A,)`` int64 that each one answers, and weights ``(A,)``, to a scalar: the weighted sum of -log p(answer),
+        over B. Masks are 0 for padding, or None.
 
     Raises:
         ValueError: a decoder that is not one.
@@ -39,6 +39,7 @@ class VideoAnswers(nn.Module):
         Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers".
 
     Example:
+        >>> from vattn.models.svitt_video import Sparsity
         >>> video = VideoEncoder(2, image_size=16, patch_size=8, dim=32, depth=1, num_heads=2, mlp_dim=64,
         ...                      sparsity=Sparsity(keep=1.0))
         >>> question = TextEncoder(50, 32, 2, 2, 64, fusion_layer=1, video_dim=32, prune_after=())
@@ -71,8 +72,8 @@ class VideoAnswers(nn.Module):
         """The model of an official checkpoint, in evaluation mode. As in the official code, no text layer prunes.
 
         Args:
-            state_dict: of ``Singularity`` in ``models/model_vqa.py``, with or without the outer dict of a checkpoint. It
-                is copied; dtype and device stay.
+            state_dict: of ``Singularity`` in ``models/model_vqa.py``, with or without the outer dict of a checkpoint.
+                It is copied; dtype and device stay.
             video_config, text_config: see :meth:`VideoEncoder.from_official` and :meth:`TextEncoder.from_official`; the
                 decoder has the heads of the text encoder.
 
@@ -141,8 +142,8 @@ class VideoAnswers(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The best of A answers to each question, the best one first.
 
-        Those with the most likely second word are looked at whole, the first one being the same for all. They are ranked
-        by log p; the official code counts their second word twice.
+        Those with the most likely second word are looked at whole, the first one being the same for all. They are
+        ranked by log p; the official code counts their second word twice.
 
         Args:
             video, question, question_mask: of B questions, as in :class:`VideoAnswers`.
@@ -156,15 +157,11 @@ class VideoAnswers(nn.Module):
         states = self.states(video, question, question_mask, generator=generator)
         B, K = len(states), min(candidates, len(answers))
         start = self._words(states, question_mask, answers[:1, :1].expand(B, 1), None)[:, 0]
-        likely = start[:, answers[:, 1]].argsort(1, descending=True, stable=True)[:, :K]
+        likely = start[:, answers[:, 1]].argsort(dim=1, descending=True, stable=True)[:, :K]
         mask = None if question_mask is None else question_mask.repeat_interleave(K, 0)
         chosen = likely.flatten()
-        log_p = self.log_probability(
-            states.repeat_interleave(K, 0),
-            mask,
-            answers[chosen],
-            None if answers_mask is None else answers_mask[chosen],
-        ).view(B, K)
+        chosen_mask = None if answers_mask is None else answers_mask[chosen]
+        log_p = self.log_probability(states.repeat_interleave(K, 0), mask, answers[chosen], chosen_mask).view(B, K)
         probabilities, order = log_p.softmax(1).sort(descending=True, stable=True)
         return likely.gather(1, order), probabilities
 

@@ -101,4 +101,4 @@ def _start(op: str, model: "SViTT", similarity: Tensor) -> Tensor:
 
 
 def _descending(scores: Tensor) -> Tensor:
-    return scores.argsort(-1, descending=True, stable=True)
+    return scores.argsort(dim=-1, descending=True, stable=True)
