@@ -1,9 +1,9 @@
-"""Block layouts that nobody thought of, for tests of whatever takes one."""
+"""Block layouts and position biases for tests of whatever takes them."""
 
 import torch
 from hypothesis import strategies as st
 
-from vattn import BlockLayout
+from vattn import BlockLayout, RelativePositionBias3D
 
 
 @st.composite
@@ -28,3 +28,10 @@ def layout_of(
     offsets = torch.stack([ends[head * blocks : (head + 1) * blocks + 1] for head in range(sets)])
     columns = torch.tensor([column for row in rows for column in row], dtype=torch.int64)
     return BlockLayout(num_tokens, block_size, offsets, columns, num_global=num_global)
+
+
+def bias_without_table(window: tuple[int, int, int], num_heads: int, num_global: int = 1) -> RelativePositionBias3D:
+    """A bias module whose `table` a test sets: to the result of something, say, which a parameter may not be."""
+    bias = RelativePositionBias3D(window, num_heads, num_global)
+    del bias.table
+    return bias

@@ -382,9 +382,12 @@ class BlockLayout:
         edges = sorted({*edges, self.num_global + self.num_tokens})
         if self.num_global > 0:
             counts = torch.nn.functional.pad(counts, (1, 0, 1, 0), value=1)
+        most = counts.max() if counts.numel() > 0 else 1
         figure = Figure(figsize=(4 * self.num_heads, 4), layout="constrained")
         for head, axes in enumerate(figure.subplots(1, self.num_heads, squeeze=False)[0]):
-            axes.pcolormesh(edges, edges, counts[head].numpy(), cmap="Blues", vmin=0)
+            axes.pcolormesh(
+                edges, edges, counts[head].numpy(), cmap="Blues", vmin=0, vmax=most, edgecolors="white", linewidth=0.3
+            )
             axes.set(xlabel="key", aspect="equal", title=f"head {head}" if self.num_heads > 1 else "")
             axes.invert_yaxis()
             axes.set_ylabel("query" if head == 0 else "")

@@ -158,7 +158,7 @@ def check_bias(op: str, bias: object, query: Tensor, num_global: int, positions:
 
 def num_offsets(window: Sequence[int]) -> int:
     """How many offsets two tokens of the grid can have: the rows of the table that come first."""
-    return math.prod(2 * size - 1 for size in window)
+    return math.prod([2 * size - 1 for size in window])
 
 
 def relative_position_index(window: Sequence[int], num_global: int, positions: Tensor) -> Tensor:
