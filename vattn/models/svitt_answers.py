@@ -28,9 +28,9 @@ class VideoAnswers(nn.Module):
             (``causal=True, fusion_layer=0``), `video_dim` being the channels of the question.
 
     Shape:
-        video ``(B, T, 3, H, W)``, question ids ``(B, L)`` int64 and mask, answers ``(A, M)`` int64 and mask, the question
-        ``of (A,)`` int64 that each one answers, and weights ``(A,)``, to a scalar: the weighted sum of -log p(answer),
-        over B. Masks are 0 for padding, or None.
+        video ``(B, T, 3, H, W)``, question ids ``(B, L)`` int64 and mask, answers ``(A, M)`` int64 and mask, the
+        question ``of (A,)`` int64 that each one answers, and weights ``(A,)``, to a scalar: the weighted sum of
+        -log p(answer), over B. Masks are 0 for padding, or None.
 
     Raises:
         ValueError: a decoder that is not one.
