@@ -83,7 +83,7 @@ class SparseSelfAttention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.position_bias = None if window is None else RelativePositionBias3D(window, num_heads, num_global)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj: nn.Module = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(

@@ -8,7 +8,7 @@ and biases; such cases are compared with what it gives when mended.
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +256,7 @@ def _layouts(golden: Any, model: VideoEncoder) -> list[BlockLayout | None]:
             assert keys not in golden.arrays or torch.equal(golden[keys], blocks), "a mirrored window"
             layout = _layout(blocks, num_tokens, model.sparsity.block_size)
         layouts.append(layout)
-        num_tokens = math.ceil(block.keep * num_tokens)
+        num_tokens = math.ceil(cast(SparseBlock, block).keep * num_tokens)
     return layouts
 
 
@@ -303,7 +303,8 @@ def _record_cross_attention(model: TextEncoder) -> list[Tensor]:
         return attend_and_record
 
     for layer in itertools.islice(model.layers, model.fusion_layer, None):
-        layer.cross.attend = recording(layer.cross.attend)
+        cross = cast(Any, layer).cross
+        cross.attend = recording(cross.attend)
     return maps
 
 
