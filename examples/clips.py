@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAMES = ("bikes", "carphone_pristine", "bigbuckbunny")
+HELD_OUT = 0.25  # of the frames of each clip, its last ones
 
 
 def find(name: str) -> pathlib.Path:
@@ -59,3 +60,27 @@ def batches(
                 video = frames[start : start + span : stride]
                 videos.append(video.flip(0) if flip else video)
         yield to_model(torch.stack(videos)), torch.arange(len(videos))
+
+
+def split(size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """For each clip the frames to train on, and those that are held out, ``(T, 3, size, size)`` in -1 to 1."""
+    videos = [to_model(decode(name, size)) for name in NAMES]
+    ends = [round(len(video) * (1 - HELD_OUT)) for video in videos]
+    parts = list(zip(videos, ends, strict=True))
+    return [video[:end] for video, end in parts], [video[end:] for video, end in parts]
+
+
+def windows(video: Tensor, num_frames: int, every: int) -> Tensor:
+    """The windows of a clip that begin at every `every`-th frame: ``(windows, 3, num_frames, size, size)``."""
+    return video.unfold(0, num_frames, every).movedim(-1, 2)
+
+
+def window_batches(videos: Sequence[Tensor], num_frames: int, count: int) -> Iterator[Tensor]:
+    """Endless batches of `count` random windows of each clip, half of them mirrored."""
+    while True:
+        chosen = []
+        for video in [*videos] * count:
+            start = int(torch.randint(len(video) - num_frames + 1, ()))
+            window = video[start : start + num_frames].transpose(0, 1)
+            chosen.append(window.flip(-1) if torch.rand(()) < 0.5 else window)
+        yield torch.stack(chosen)

@@ -1,4 +1,4 @@
-"""Pictures of a LAPS model: its loss, and what one patch attends to across the leap."""
+"""Pictures: losses, videos side by side, and what one patch of a LAPS model attends to across the leap."""
 
 import itertools
 import math
@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import vattn
@@ -27,6 +28,22 @@ def loss_curves(losses: Mapping[str, Sequence[float]], path: pathlib.Path) -> No
     axes.set(xlabel="step", ylabel="cross-entropy", title="which clip, and which way does it run?")
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def gif(columns: Mapping[str, Tensor], path: pathlib.Path) -> None:
+    """Videos ``(B, 3, T, H, W)`` in -1 to 1, side by side under their titles, the batch from top to bottom."""
+    grid = torch.cat([torch.cat(list(videos), -2) for videos in columns.values()], -1)  # (3, T, B * H, columns * W)
+    pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
+    zoom, header = 4, 14
+    height, width = (zoom * x for x in pixels.shape[1:3])
+    frames = []
+    for frame in pixels:
+        picture = Image.new("RGB", (width, height + header))
+        picture.paste(Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.NEAREST), (0, header))
+        for column, title in enumerate(columns):
+            ImageDraw.Draw(picture).text((column * width // len(columns) + 2, 1), title)
+        frames.append(picture)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
 def attention(model: nn.Module, video: Tensor, path: pathlib.Path) -> None:

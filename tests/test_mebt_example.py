@@ -5,11 +5,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from examples import mebt_video
+from examples import clips, mebt_video, training
 
 
 def test_runs_to_its_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mebt_video.clips, "NAMES", ("carphone_pristine",))
+    monkeypatch.setattr(clips, "NAMES", ("carphone_pristine",))
     monkeypatch.setattr(mebt_video, "EVALUATIONS", 1)
     monkeypatch.setitem(mebt_video.SAMPLING, "num_steps", 2)
     mebt_video.main(["--steps", "2", "--size", "16", "--outputs", str(tmp_path)])
@@ -26,7 +26,7 @@ def test_runs_to_its_end(tmp_path, capsys, monkeypatch):
 def small_training(path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
-    return mebt_video.Training("small", model, 6, 0.1, path)
+    return training.Training("small", model, 6, 0.1, path)
 
 
 def numbers():
@@ -61,7 +61,7 @@ def test_accuracies_of_a_known_video():
 
 def test_windows_stay_inside_their_clip():
     video = torch.arange(40.0).view(40, 1, 1, 1).expand(40, 3, 2, 2)
-    windows = mebt_video.windows(video, every=8)
-    assert windows.shape == (4, 3, mebt_video.WINDOW, 2, 2)
+    windows = clips.windows(video, 16, every=8)
+    assert windows.shape == (4, 3, 16, 2, 2)
     assert windows[:, 0, 0, 0, 0].tolist() == [0, 8, 16, 24]
     assert windows[-1, 0, :, 0, 0].tolist() == [*range(24, 40)]

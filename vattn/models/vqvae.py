@@ -46,6 +46,7 @@ __all__ = [
     "Quantized",
     "SamePadConv3d",
     "SamePadConvTranspose3d",
+    "Tokenizer",
     "level_strides",
 ]
 
