@@ -332,8 +332,8 @@ class VideoEncoder(nn.Module):
 def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> Model:
     """A copy of `model`, ready to go on learning from more frames, and sparser: a step of SViTT's curriculum.
 
-    The biases of each offset in time are those of the nearest one before. From one frame, which is an image model, to
-    more, a dense encoder sees a video that stands still as it saw the image.
+    The biases of each offset in time are those of the nearest one before. An image model, which has one frame, becomes
+    a video model that does not know the order of its frames yet.
 
     Args:
         model: a :class:`VideoEncoder`, or a model that has some.

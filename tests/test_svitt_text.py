@@ -1,0 +1,380 @@
+"""SViTT's language side: text that reads a video, losses, retrieval, answers; its numbers are checked in tests/golden."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.svitt_models import (
+    DENSE,
+    TEXT,
+    VIDEO,
+    random_video,
+    random_words,
+    randomize,
+    seed,
+    small_model,
+    text_encoder,
+    video_encoder,
+)
+from vattn.models import svitt
+from vattn.models.svitt import SViTT, TextEncoder, VideoAnswers, VideoEncoder
+
+
+class TestTextEncoder:
+    """BERT, and how it reads a video."""
+
+    def test_text_layers_are_bert(self) -> None:
+        transformers = pytest.importorskip("transformers")
+        bert = randomize(transformers.BertModel(_bert_config(transformers), add_pooling_layer=False))
+        encoder = TextEncoder.from_official(bert.state_dict(), {"num_attention_heads": 2})
+        ids, mask = random_words(), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+        expected = bert(ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(encoder(ids, mask)[:, :4], expected[:, :4], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(encoder(ids), bert(ids).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+    def test_decoder_is_bert(self, masked: bool) -> None:
+        transformers = pytest.importorskip("transformers")
+        config = _bert_config(transformers, is_decoder=True, add_cross_attention=True)
+        bert = randomize(transformers.BertModel(config, add_pooling_layer=False))
+        decoder = TextEncoder.from_official(bert.state_dict(), {"num_attention_heads": 2}, causal=True)
+        assert decoder.fusion_layer == 0
+        ids, states = random_words(), torch.randn(2, 5, 24)
+        mask = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 1, 0]]) if masked else None
+        expected = bert(ids, encoder_hidden_states=states, encoder_attention_mask=mask).last_hidden_state
+        found = decoder.fuse(decoder.embed(ids), None, states, mask).tokens
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    def test_padding_is_not_read(self) -> None:
+        encoder, video = text_encoder(), torch.randn(2, 9, 16)
+        ids, mask = random_words(), torch.tensor([[1] * 4 + [0] * 2] * 2)
+        other = torch.where(mask.bool(), ids, 7)
+        for read in (encoder(ids, mask), encoder.fuse(encoder(ids, mask), mask, video).tokens):
+            assert read.shape == (2, 6, 24)
+        torch.testing.assert_close(encoder(ids, mask)[:, :4], encoder(other, mask)[:, :4])
+        both = [encoder.fuse(encoder(words, mask), mask, video).tokens[:, :4] for words in (ids, other)]
+        torch.testing.assert_close(*both)
+
+    @pytest.mark.parametrize("keep_by", ["cls_attn", "avg_attn"])
+    def test_pruning(self, keep_by: str) -> None:
+        """The importance is the mean probability of the heads, and what is not kept is not read any more."""
+        encoder = text_encoder(keep_by=keep_by, prune_after=(1, 2), keep=0.4)
+        text, video = encoder(random_words()), torch.randn(2, 1 + 10, 16)
+        layer: Any = encoder.layers[1]
+        fused = encoder.fuse(text, None, video)
+        read = layer.attn.residual(text, layer.attn.attend(*layer.attn.heads(text, text)))
+        query, key, _ = layer.cross.heads(read, video)
+        probabilities = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1).mean(1)
+        importance = (probabilities[:, 0] if keep_by == "cls_attn" else probabilities.mean(1))[:, 1:]
+        kept = importance.topk(4).indices.sort().values + 1
+        assert torch.equal(fused.kept[0], F.pad(kept, (1, 0)))
+        assert fused.kept[1].shape == (2, 3) and bool(torch.isin(fused.kept[1], fused.kept[0]).all())
+
+    @pytest.mark.parametrize("readable", [None, torch.ones(1, 11)], ids=["operators", "fallback"])
+    def test_one_video_for_all_texts(self, readable: Tensor | None) -> None:
+        encoder = text_encoder(prune_after=(1, 2))
+        text, video = encoder(random_words(3)), torch.randn(1, 11, 16)
+        shared = encoder.fuse(text, None, video, readable)
+        repeated = encoder.fuse(text, None, video.repeat(3, 1, 1))
+        torch.testing.assert_close(shared.tokens, repeated.tokens)
+        for kept, expected in zip(shared.kept, repeated.kept, strict=True):
+            assert torch.equal(kept, expected)
+
+    def test_masked_video_tokens_are_not_read(self) -> None:
+        encoder = text_encoder(keep=0.3)
+        text, video = encoder(random_words()), torch.randn(2, 11, 16)
+        readable = torch.ones(2, 11)
+        readable[:, 4:8] = 0
+        changed = video.clone()
+        changed[:, 4:8] = 9.0
+        found = [encoder.fuse(text, None, x, readable) for x in (video, changed)]
+        torch.testing.assert_close(found[0].tokens, found[1].tokens)
+        assert not bool(torch.isin(found[0].kept[0], torch.arange(4, 8)).any())
+
+    def test_dropout_only_in_training(self) -> None:
+        encoder, ids, video = text_encoder(dropout=0.5), random_words(), torch.randn(2, 5, 16)
+        assert torch.equal(
+            encoder.fuse(encoder(ids), None, video).tokens, encoder.fuse(encoder(ids), None, video).tokens
+        )
+        encoder.train()
+        assert not torch.equal(encoder(ids), encoder(ids))
+
+    @pytest.mark.parametrize(
+        "call, message",
+        [
+            (lambda: text_encoder(prune_after=(0,)), "prune_after must be layers from fusion_layer=1 to 2"),
+            (lambda: text_encoder(keep_by="luck"), "keep_by must be one of cls_attn, avg_attn, got keep_by='luck'"),
+            (lambda: text_encoder(num_heads=5), "dim must be a multiple of num_heads=5, got dim=24"),
+            (lambda: text_encoder()(random_words(length=10)), r"ids must have shape \(B, L\), L up to 9"),
+            (lambda: text_encoder().fuse(torch.randn(2, 3, 24), None, torch.randn(3, 5, 16)), "video must have shape"),
+        ],
+    )
+    def test_refuses(self, call: Callable[[], Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class TestLosses:
+    """Against plain formulas."""
+
+    def test_contrastive_is_the_cross_entropy_of_both_directions(self) -> None:
+        similarity, diagonal = torch.randn(5, 5), torch.arange(5)
+        expected = (F.cross_entropy(similarity, diagonal) + F.cross_entropy(similarity.T, diagonal)) / 2
+        torch.testing.assert_close(svitt.contrastive_loss(similarity), expected)
+        torch.testing.assert_close(svitt.contrastive_loss(similarity, diagonal + 7), expected)
+
+    def test_contrastive_shares_targets_of_the_same_id(self) -> None:
+        similarity, ids = torch.randn(4, 4), torch.tensor([3, 1, 3, 2])
+        target = torch.eye(4)
+        target[0, 2] = target[2, 0] = 1
+        target = target / target.sum(1, keepdim=True)
+        expected = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+        torch.testing.assert_close(svitt.contrastive_loss(similarity, ids), expected)
+
+    @pytest.mark.parametrize("hard", [True, False])
+    def test_negatives_are_drawn_by_weight(self, hard: bool) -> None:
+        similarity, ids = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 1.0], [1.0, 1.0, 0.0]]), torch.tensor([0, 1, 0])
+        generator = seed()
+        drawn = [svitt.draw_negatives(similarity, ids, hard=hard, generator=generator) for _ in range(1000)]
+        for index, scores in ((0, similarity.T), (1, similarity)):
+            weights = scores.exp() if hard else torch.ones(3, 3)
+            weights = weights.masked_fill(ids[:, None] == ids, 0.0)
+            counts = F.one_hot(torch.stack([negatives[index] for negatives in drawn]), 3).double().mean(0)
+            torch.testing.assert_close(counts, (weights / weights.sum(1, keepdim=True)).double(), atol=0.05, rtol=0.0)
+
+    def test_a_batch_without_negatives_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="each sample must have one of another id"):
+            svitt.draw_negatives(torch.zeros(2, 2), torch.tensor([4, 4]))
+
+    def test_matching(self) -> None:
+        logits = torch.randn(6, 2)
+        log_p = logits.log_softmax(1)
+        torch.testing.assert_close(svitt.matching_loss(logits), -(log_p[:2, 1].sum() + log_p[2:, 0].sum()) / 6)
+
+    def test_masked_words(self) -> None:
+        ids = torch.randint(2, 50, (200, 50), generator=seed())
+        ids[:, 0], ids[:, 40:] = 1, 0
+        read, labels = svitt.mask_words(ids, vocab_size=50, mask_id=60, never=(0, 1), share=0.3, generator=seed(1))
+        chosen = labels != -100
+        assert torch.equal(labels[chosen], ids[chosen]) and torch.equal(read[~chosen], ids[~chosen])
+        assert not chosen[:, 0].any() and not chosen[:, 40:].any()
+        shares = [chosen[:, 1:40], read[chosen] == 60, (read == ids)[chosen]]
+        found = [round(share.double().mean().item(), 1) for share in shares]
+        assert found == [0.3, 0.8, 0.1]
+        assert bool((read[chosen & (read != 60)] < 50).all())
+
+    def test_masked_word_loss(self) -> None:
+        logits, labels = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([[-100, 4, 0], [-100, -100, 2]])
+        expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        torch.testing.assert_close(svitt.masked_word_loss(logits, labels), expected)
+        nothing = svitt.masked_word_loss(logits, torch.full((2, 3), -100))
+        assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].abs().max() == 0
+
+    def test_similarity_must_be_square(self) -> None:
+        with pytest.raises(ValueError, match=r"similarity must have shape \(N, N\)"):
+            svitt.contrastive_loss(torch.zeros(2, 3))
+
+
+class TestModel:
+    """The three losses of a step, and what learns from them."""
+
+    def test_all_weights_learn(self) -> None:
+        model = small_model(order="zcurve").train()
+        losses = model(random_video(3), random_words(3), generator=seed())
+        losses.total.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().max() > 0, name
+
+    def test_a_seed_reproduces(self) -> None:
+        model = small_model()
+        first, same, other = (model(random_video(3), random_words(3), generator=seed(i)) for i in (0, 0, 1))
+        assert first == same and first != other
+
+    def test_losses_are_those_of_the_parts(self) -> None:
+        model, video, ids = small_model(sparsity=DENSE), random_video(3), random_words(3)
+        losses = model(video, ids, generator=seed())
+        seen, text = model.encode_video(video), model.text(ids)
+        similarity = model.similarity(seen.pooled, text[:, 0])
+        normalized = [F.normalize(x, dim=1) for x in (model.video_proj(seen.pooled), model.text_proj(text[:, 0]))]
+        torch.testing.assert_close(similarity, normalized[0] @ normalized[1].T / model.temperature)
+        torch.testing.assert_close(losses.contrastive, svitt.contrastive_loss(similarity))
+        draws = svitt.Draws(seed())
+        negatives = svitt.draw_negatives(similarity, generator=draws)
+        pairs = [(i, i) for i in range(3)]
+        pairs += [(int(negatives.video[i]), i) for i in range(3)] + [(i, int(negatives.text[i])) for i in range(3)]
+        logits = torch.cat([model.match(seen.tokens[v : v + 1], text[t : t + 1]) for v, t in pairs])
+        torch.testing.assert_close(losses.matching, svitt.matching_loss(logits))
+        expected = model.masked_word_loss(seen.tokens, ids, generator=draws)
+        torch.testing.assert_close(losses.masked_words, expected)
+
+    def test_temperature_stays_in_its_range(self) -> None:
+        model = small_model()
+        for value, expected in ((-1.0, 0.001), (2.0, 0.5)):
+            model.temperature.data.fill_(value)
+            model(random_video(3), random_words(3))
+            assert model.temperature.item() == pytest.approx(expected)
+
+    def test_without_words(self) -> None:
+        model = SViTT(video_encoder(), text_encoder(), predict_words=False)
+        assert model(random_video(), random_words()).masked_words == 0
+        with pytest.raises(ValueError, match="predict_words=True"):
+            model.masked_word_loss(torch.randn(2, 13, 16), random_words())
+
+    def test_learns(self) -> None:
+        torch.manual_seed(0)
+        model = SViTT(VideoEncoder(4, **VIDEO), TextEncoder(**TEXT), embed_dim=8, mask_id=29, never_masked=(0, 1))
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        video, words, generator = random_video(4), random_words(4), seed()
+        losses = []
+        for _ in range(30):
+            losses.append(model(video, words, generator=generator).total)
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[-1] < 0.8 * losses[0]
+
+    def test_pretrained_checkpoint(self) -> None:
+        """A pretrained one has another prefix for its text encoder, and a head for words, whose weights are shared."""
+        transformers = pytest.importorskip("transformers")
+        model = small_model()
+        bert = transformers.BertForMaskedLM(_bert_config(transformers, vocab_size=30))
+        official = {f"text_encoder.{name}": x for name, x in randomize(bert).state_dict().items()}
+        weights = {f"vision_encoder.{_official_beit_name(name)}": x for name, x in model.video.state_dict().items()}
+        for ours, theirs in (
+            ("video_norm", "vision_layernorm"), ("video_proj", "vision_proj"), ("text_proj", "text_proj"),
+            ("match_head", "itm_head"),
+        ):  # fmt: skip
+            weights |= {f"{theirs}.{name}": x for name, x in getattr(model, ours).state_dict().items()}
+        official |= weights | {"temp": model.temperature.detach()}
+        found = SViTT.from_official({"model": official}, {"image_size": (8, 12)}, {"num_attention_heads": 2})
+        torch.testing.assert_close(found.video.state_dict(), model.video.state_dict())
+        assert found.word_head is not None
+        hidden = torch.randn(1, 4, 24)
+        torch.testing.assert_close(found.word_head(hidden, found.text.word.weight), bert.cls(hidden))
+        official["text_encoder.cls.predictions.decoder.weight"] = torch.zeros(30, 24)
+        with pytest.raises(ValueError, match="the weights of the words must be those that predict them"):
+            SViTT.from_official(official, {"image_size": (8, 12)}, {"num_attention_heads": 2})
+
+
+class TestRetrieval:
+    """Rankings: by similarity, then by a closer look."""
+
+    @pytest.fixture
+    def model(self) -> SViTT:
+        return small_model()
+
+    @pytest.fixture
+    def corpus(self, model: SViTT) -> tuple[svitt.VideoTokens, Tensor, Tensor]:
+        mask = torch.ones(6, 6)
+        mask[3:, 4:] = 0
+        return model.encode_video(random_video(5), generator=seed()), model.text(random_words(6), mask), mask
+
+    @pytest.mark.parametrize("rank", [svitt.rank_texts, svitt.rank_videos])
+    def test_without_a_second_look_similarity_ranks(self, rank: Any, model: SViTT, corpus: Any) -> None:
+        videos, texts, mask = corpus
+        similarity = model.similarity(videos.pooled, texts[:, 0])
+        scores = similarity if rank is svitt.rank_texts else similarity.T
+        ranking = rank(model, videos, texts, mask, rerank=0)
+        torch.testing.assert_close(scores.gather(1, ranking), scores.sort(1, descending=True).values)
+
+    @pytest.mark.parametrize("rank", [svitt.rank_texts, svitt.rank_videos])
+    @pytest.mark.parametrize("rerank", [3, 100])
+    def test_the_best_ones_are_looked_at_again(self, rank: Any, rerank: int, model: SViTT, corpus: Any) -> None:
+        videos, texts, mask = corpus
+        before = rank(model, videos, texts, mask, rerank=0)
+        after = rank(model, videos, texts, mask, rerank=rerank)
+        assert torch.equal(before[:, rerank:], after[:, rerank:])
+        assert torch.equal(before[:, :rerank].sort().values, after[:, :rerank].sort().values)
+        for query, answers in enumerate(after[:, :rerank]):
+            pairs = [(query, int(i)) if rank is svitt.rank_texts else (int(i), query) for i in answers]
+            logits = [
+                model.match(videos.tokens[v : v + 1], texts[t : t + 1], mask[t : t + 1])[0, 1].item() for v, t in pairs
+            ]
+            assert logits == sorted(logits, reverse=True)
+
+    def test_recall(self) -> None:
+        ranking, right = torch.tensor([[2, 1, 0], [0, 1, 2], [1, 2, 0]]), torch.eye(3, dtype=torch.bool)
+        assert [svitt.recall(ranking, right, k) for k in (1, 2, 3)] == pytest.approx([0, 2 / 3, 1])
+        right[2, 1] = True  # two are right
+        assert svitt.recall(ranking, right, 1) == pytest.approx(1 / 3)
+
+    def test_training_mode_is_refused(self, model: SViTT, corpus: Any) -> None:
+        with pytest.raises(ValueError, match="rank_texts: model must be in evaluation mode"):
+            svitt.rank_texts(model.train(), *corpus)
+
+
+class TestAnswers:
+    """The decoder that says the answer."""
+
+    @pytest.fixture
+    def model(self) -> VideoAnswers:
+        decoder = text_encoder(depth=2, fusion_layer=0, prune_after=(), video_dim=24, causal=True)
+        return randomize(VideoAnswers(video_encoder(), text_encoder(), decoder))
+
+    ANSWERS = torch.tensor([[1, 5, 2, 0], [1, 5, 7, 2], [1, 9, 2, 0]])
+    MASK = (ANSWERS != 0).long()
+
+    def test_log_probability_is_the_product_of_words(self, model: VideoAnswers) -> None:
+        states = torch.randn(3, 6, 24)
+        found = model.log_probability(states, None, self.ANSWERS, self.MASK)
+        for i, answer in enumerate(self.ANSWERS):
+            log_p = 0.0
+            for end in range(1, int(self.MASK[i].sum())):
+                read = model.answer.fuse(model.answer.embed(answer[None, :end]), None, states[i : i + 1]).tokens
+                logits = model.word_head(read[0, -1], model.answer.word.weight)
+                log_p += logits.log_softmax(0)[answer[end]].item()
+            assert found[i].item() == pytest.approx(log_p, rel=1e-4)
+
+    def test_loss_and_gradients(self, model: VideoAnswers) -> None:
+        of, weights = torch.tensor([0, 0, 1]), torch.tensor([0.5, 0.25, 1.0])
+        video, ids, mask = random_video(), random_words(), torch.tensor([[1] * 6, [1] * 5 + [0]])
+        loss = model(video, ids, mask, self.ANSWERS, self.MASK, of, weights, generator=seed())
+        states = model.states(video, ids, mask, generator=seed())
+        log_p = model.log_probability(states[of], mask[of], self.ANSWERS, self.MASK)
+        torch.testing.assert_close(loss, -(weights * log_p).sum() / 2)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+    @pytest.mark.parametrize("candidates", [2, 128])
+    def test_ranks_by_log_probability(self, candidates: int, model: VideoAnswers) -> None:
+        video, ids = random_video(), random_words()
+        ranking, probabilities = model.rank(
+            video, ids, None, self.ANSWERS, self.MASK, candidates=candidates, generator=seed()
+        )
+        assert ranking.shape == (2, min(candidates, 3)) and bool((probabilities.diff() <= 0).all())
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(2))
+        states = model.states(video, ids, None, generator=seed())
+        for i, answers in enumerate(ranking):
+            repeated = states[i : i + 1].expand(len(answers), -1, -1)
+            log_p = model.log_probability(repeated, None, self.ANSWERS[answers], self.MASK[answers])
+            torch.testing.assert_close(log_p.softmax(0), probabilities[i])
+
+    def test_the_decoder_must_be_one(self) -> None:
+        with pytest.raises(ValueError, match="answer must be causal and read the question in all layers"):
+            VideoAnswers(video_encoder(), text_encoder(), text_encoder())
+
+
+def _bert_config(transformers: Any, **settings: Any) -> Any:
+    return transformers.BertConfig(
+        **({"vocab_size": 30, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 32, "max_position_embeddings": 9, "layer_norm_eps": 1e-12} | settings)
+    )  # fmt: skip
+
+
+def _official_beit_name(name: str) -> str:
+    """The official name of one of a :class:`VideoEncoder`'s weights."""
+    for ours, official in (
+        ("blocks.", "encoder.layer."), ("attn.proj.", "attention.output.dense."), ("attn.", "attention.attention."),
+        ("position_bias.table", "relative_position_bias.relative_position_bias_table"), ("scale", "lambda_"),
+        ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."), ("pool_norm.", "pooler.layernorm."),
+        ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."), ("cls_token", "embeddings.cls_token"),
+        ("patch_embed.", "embeddings.patch_embeddings.projection."),
+    ):  # fmt: skip
+        name = name.replace(ours, official)
+    return name
