@@ -1,4 +1,4 @@
-"""SViTT's language side: text that reads a video, losses, retrieval, answers; its numbers are checked in tests/golden."""
+"""SViTT's language side: text that reads a video, losses, retrieval, answers; its numbers are in tests/golden."""
 
 from collections.abc import Callable
 from typing import Any
