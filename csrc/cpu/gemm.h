@@ -71,9 +71,10 @@ __attribute__((noinline)) void multiply_columns(bool accumulate, int64_t m, int6
   multiply_rest<ROWS - 1, COLUMNS>(m, accumulate, r, a, b, ldb, c, ldc);
 }
 
+constexpr int64_t SHORT_SUM = 128;  // terms that are added up in one register
+
 inline void multiply(bool accumulate, int64_t m, int64_t n, int64_t r, Matrix a, const float* b, int64_t ldb, float* c,
                      int64_t ldc) {
-  constexpr int64_t SHORT_SUM = 128;
   for (; r > SHORT_SUM; r -= SHORT_SUM, a.data += SHORT_SUM * a.column, b += SHORT_SUM * ldb, accumulate = true)
     multiply(accumulate, m, n, SHORT_SUM, a, b, ldb, c, ldc);
   int64_t vectors = n / VL;

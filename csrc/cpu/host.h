@@ -91,16 +91,17 @@ void run_delta(const AttentionKernels<Args>& kernel, const Args& a) {
 }
 
 // A thread takes whole components while what it keeps of one stays in cache and there are enough of them: five products
-// instead of seven. Otherwise queries and keys are cut separately.
+// instead of seven, and delta on the way. Otherwise queries and keys are cut separately.
 template <class Args>
 void run_backward(const AttentionKernels<Args>& kernel, Args& a) {
   const Kernels& k = kernels();
   a.chunk = std::max(k.tile, CACHED_FLOATS / a.D / k.tile * k.tile);
-  run_delta(kernel, a);
   bool keeps_little = a.max_queries <= a.chunk || a.max_keys * a.D <= 4 * CACHED_FLOATS;
   if (keeps_little && a.components >= at::get_num_threads()) {
-    run(kernel.backward, a, a.components, k.backward_workspace(a.D, a.chunk, a.max_queries, a.max_keys));
+    run(kernel.backward, a, a.components,
+        std::max(k.backward_workspace(a.D, a.chunk, a.max_queries, a.max_keys), k.forward_workspace(a.D, 1)));
   } else {
+    run_delta(kernel, a);
     a.chunk = std::min(a.chunk, 4 * k.tile);
     run(kernel.backward_query, a, a.components * parts(a.max_queries, a.chunk),
         k.backward_workspace(a.D, a.chunk, a.chunk, 0));

@@ -86,6 +86,18 @@ struct EdgeSparseAttention : Attention {
   }
 };
 
+// A tensor (B, H, outer, line, inner, D): lines along one axis of a grid, whose other axes lie outside and inside of it.
+struct Grid {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, outer = 0, line = 0, inner = 0;
+};
+
+struct AxialAttention : Attention {
+  int64_t outer, line, inner;
+  int64_t lines;  // of a component
+  Grid query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+};
+
 struct PeriodicShift {
   Dtype dtype;
   int64_t B, H, T, N, D, fold;
@@ -116,6 +128,20 @@ struct MergeAttention {
   float* const* grad_lses;
 };
 
+struct NearestCode {
+  static constexpr int64_t MAX_AXES = Rows::MAX_AXES;
+  Dtype dtype;  // of x and the codebook
+  int64_t vectors, C, K;
+  const void *x, *codebook;
+  int64_t axes, sizes[MAX_AXES], steps[MAX_AXES];  // of x but for its channels; `vectors` is the product
+  int64_t channel, code_step, code_channel;        // strides
+  const float* center;                             // (C)
+  float *codes, *half_squares;                     // (K, C) and (K), for `center_codes` to fill
+  float longest, tolerance;  // the length of the longest code, and what a unit of length adds to the tolerance
+  int64_t panels;            // of vectors to an item
+  int64_t* index;            // (vectors)
+};
+
 // Kernels run items [begin, end) of their work, attention kernels in a workspace of floats of their own.
 template <class Args>
 struct AttentionKernels {
@@ -130,12 +156,17 @@ struct AttentionKernels {
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
-  int64_t tile;  // queries in a panel, keys in a tile
+  int64_t tile;       // queries in a panel, keys in a tile
+  int64_t short_sum;  // terms of a product that are added up in one register
   int64_t (*forward_workspace)(int64_t head_dim, int64_t panels);
   int64_t (*backward_workspace)(int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys);
   AttentionKernels<LeapAttention> leap_attention;
   AttentionKernels<LatentAttention> latent_attention;
   AttentionKernels<EdgeSparseAttention> edge_sparse_attention;  // backward only whole: items are (slice, b, h)
+  AttentionKernels<AxialAttention> axial_attention;
+  int64_t (*nearest_workspace)(int64_t channels, int64_t panels);
+  void (*center_codes)(const NearestCode&, int64_t begin, int64_t end);                    // items: codes
+  void (*nearest_code)(const NearestCode&, int64_t begin, int64_t end, float* workspace);  // items: panels
   void (*periodic_shift)(const PeriodicShift&, int64_t begin, int64_t end);
   void (*merge_forward)(const MergeAttention&, int64_t begin, int64_t end);
   void (*merge_backward)(const MergeAttention&, int64_t begin, int64_t end);

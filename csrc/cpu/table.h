@@ -1,7 +1,9 @@
 // The kernels of one instruction set, as a table. Included once by each isa_*.cpp, below its target pragma.
+#include "axial_attention.h"
 #include "edge_sparse_attention.h"
 #include "latent_attention.h"
 #include "leap_attention.h"
+#include "nearest_code.h"
 #include "rows.h"
 
 namespace vattn {
@@ -21,6 +23,7 @@ const Kernels& table() {
   static const Kernels kernels = {
       VATTN_NAME,
       TILE,
+      SHORT_SUM,
       [](int64_t head_dim, int64_t panels) { return ForwardWorkspace(head_dim, panels, nullptr).size; },
       [](int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys) {
         return BackwardWorkspace(head_dim, chunk, queries, keys, nullptr).size;
@@ -30,6 +33,10 @@ const Kernels& table() {
       {VATTN_BY_DTYPE(EdgeSparseAttention, forward_items<EdgeBlock<T>>),
        VATTN_BY_DTYPE(EdgeSparseAttention, delta_items<EdgeBlock<T>>),
        VATTN_BY_DTYPE(EdgeSparseAttention, edge_backward_items<T>), nullptr, nullptr},
+      attention_kernels<AxialLines, AxialAttention>(),
+      [](int64_t channels, int64_t panels) { return NearestWorkspace(channels, panels, nullptr).size; },
+      VATTN_ROWS(center_codes, NearestCode),
+      VATTN_BY_DTYPE(NearestCode, nearest_code<T>),
       VATTN_ROWS(periodic_shift, PeriodicShift),
       VATTN_ROWS(merge_forward, MergeAttention),
       VATTN_ROWS(merge_backward, MergeAttention),

@@ -1,0 +1,121 @@
+// Axial attention's itinerary: a line of the grid, or as many short ones as make a panel worth its while.
+//
+//     row of a component    0 .. line          .. 2 line        ..           lines are numbered through outer and inner
+//     token                 of line n          of line n + 1    ..           tokens of other lines are not read
+#pragma once
+
+#include "itinerary.h"
+
+namespace vattn {
+namespace VATTN_ISA {
+
+template <class T>
+struct AxialLines : Itinerary<AxialAttention> {
+  static constexpr bool ADJUSTS = true;
+  int64_t first_line, queries, keys;
+
+  // `index` counts lines with the heads innermost: neighbours read the same pages.
+  AxialLines(const AxialAttention& a, int64_t index) : AxialLines(a, index % a.H, index / a.H, groups(a)) {}
+  AxialLines(const AxialAttention& a, int64_t h, int64_t rest, int64_t groups)
+      : Itinerary(a, rest / groups, h), first_line(rest % groups * a.lines) {
+    queries = keys = least(a.lines, a.outer * a.inner - first_line) * a.line;
+  }
+  static int64_t groups(const AxialAttention& a) { return (a.outer * a.inner + a.lines - 1) / a.lines; }
+
+  // Calls f(outer, token of the line, inner, row of the tile) for `count` rows from `first` on.
+  template <class F>
+  VATTN_INLINE void each(int64_t first, int64_t count, F f) const {
+    int64_t line = first_line + first / a.line, token = first % a.line, o = line / a.inner, i = line % a.inner;
+    for (int64_t row = 0; row < count; ++row) {
+      f(o, token, i, row);
+      if (++token < a.line) continue;
+      token = 0;
+      if (++i == a.inner) i = 0, ++o;
+    }
+  }
+
+  T* at(const Grid& x, int64_t o, int64_t token, int64_t i) const {
+    return (T*)x.data + b * x.batch + h * x.head + o * x.outer + token * x.line + i * x.inner;
+  }
+  int64_t number(int64_t o, int64_t token, int64_t i) const { return (o * a.line + token) * a.inner + i; }
+
+  void query_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
+    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { tokens[row] = (uint32_t)number(o, t, i); });
+  }
+  void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const { query_tokens(first, count, tokens); }
+
+  void load_rows(const Grid& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) {
+      const T* from = at(x, o, t, i);
+      store(rows + row * ld + ld - VL, Vec{});
+      prefetch(from + AHEAD * x.line, head_dim);
+      copy(rows + row * ld, from, head_dim, times);
+    });
+  }
+  void store_rows(const Grid& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) {
+      copy(at(x, o, t, i), rows + row * ld, head_dim, times);
+    });
+  }
+
+  void load_query(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.query, first, count, rows, ld, times);
+  }
+  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.key, first, count, rows, ld, times);
+  }
+  void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.value, first, count, rows, ld, times);
+  }
+  void load_out(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.out, first, count, rows, ld, times);
+  }
+  void load_grad_out(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.grad_out, first, count, rows, ld, times);
+  }
+  void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows(a.out, first, count, rows, ld, times);
+  }
+  void store_grad_query(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows(a.grad_query, first, count, rows, ld, times);
+  }
+  void store_grad_key(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows(a.grad_key, first, count, rows, ld, times);
+  }
+  void store_grad_value(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows(a.grad_value, first, count, rows, ld, times);
+  }
+
+  // Row sums lie in (B, H, outer, line, inner): in the order of the tokens' numbers.
+  float* sums(float* of) const { return of + (b * a.H + h) * a.outer * a.line * a.inner; }
+  void load_sums(const float* of, int64_t first, int64_t count, float* x) const {
+    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { x[row] = of[number(o, t, i)]; });
+  }
+  void load_lse(int64_t first, int64_t count, float* x) const { load_sums(sums(a.lse), first, count, x); }
+  void load_delta(int64_t first, int64_t count, float* x) const { load_sums(sums(a.delta), first, count, x); }
+  void store_lse(int64_t first, int64_t count, const float* x) const {
+    float* to = sums(a.lse);
+    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { to[number(o, t, i)] = x[row]; });
+  }
+  void add_delta(int64_t first, int64_t count, const float* x) const {
+    float* to = sums(a.delta);
+    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { to[number(o, t, i)] += x[row]; });
+  }
+
+  // Lines that share a panel do not see each other.
+  void adjust_scores(int64_t first, int64_t count, int64_t k0, int64_t keys, float* scores) const {
+    if (a.lines == 1) return;
+    for (int64_t k = 0; k < keys; ++k) {
+      int64_t begin = (k0 + k) / a.line * a.line - first, end = begin + a.line;
+      for (int64_t j = 0; j < count; ++j)
+        if (j < begin || j >= end) scores[k * TILE + j] = -INFINITE;
+    }
+  }
+  void adjust_weights(int64_t first, int64_t count, int64_t k0, int64_t keys, float* weights) const {
+    adjust_scores(k0, keys, first, count, weights);
+  }
+  void adjust_grads(int64_t, int64_t, int64_t, int64_t, const float*) const {}
+};
+
+}  // namespace VATTN_ISA
+}  // namespace vattn
