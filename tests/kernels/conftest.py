@@ -11,7 +11,14 @@ CPP = {
     name: SimpleNamespace(
         forward=getattr(torch.ops.vattn, name), backward=getattr(torch.ops.vattn, f"{name}_backward", None)
     )
-    for name in ("leap_attention", "latent_attention", "periodic_shift", "merge_attention")
+    for name in (
+        "axial_attention",
+        "latent_attention",
+        "leap_attention",
+        "merge_attention",
+        "nearest_code",
+        "periodic_shift",
+    )
 }
 
 
