@@ -48,9 +48,10 @@ class Sparsity:
         pad_keys: see :class:`vattn.nn.SparseSelfAttention`.
 
     Example:
-        >>> Sparsity(num_random=None, keep=1.0)                           # dense
-        Sparsity(block_size=56, num_local=1, num_random=None, keep=1.0, prune_after=(3, 6, 9), keep_by='cls_attn', \
-pad_keys='mask')
+        >>> Sparsity().layout(784).density < 0.3                           # 4 blocks of 14, and the global token
+        True
+        >>> Sparsity(num_random=None, keep=1.0).layout(784) is None        # dense
+        True
     """
 
     block_size: int = 56
@@ -102,7 +103,7 @@ class VideoTokens(NamedTuple):
 
 
 class SparseBlock(nn.Module):
-    """A layer of the encoder: sparse attention, MLP, and where `sparsity.keep` says so (see :meth:`sparsify`) pruning.
+    """A layer of the encoder: sparse attention, MLP, and, where :meth:`sparsify` asks for it, pruning.
 
     Shape:
         x ``(B, 1 + N, dim)``, its layout and its positions ``(N,)`` or ``(B, N)`` int64, or None for each (see
@@ -298,10 +299,9 @@ class VideoEncoder(nn.Module):
                 f"VideoEncoder: video must have shape (B, {', '.join(map(str, wanted))}), "
                 f"got video.shape={tuple(video.shape)}"
             )
-        patches = self.patch_embed(video.flatten(0, 1)).flatten(2).transpose(1, 2)
-        return torch.cat(
-            [self.cls_token.expand(len(video), -1, -1), patches.reshape(len(video), -1, patches.shape[2])], 1
-        )
+        patches = self.patch_embed(video.flatten(0, 1)).flatten(2).transpose(1, 2)  # (B * T, h * w, dim)
+        patches = patches.unflatten(0, video.shape[:2]).flatten(1, 2)
+        return torch.cat([self.cls_token.expand(len(video), -1, -1), patches], 1)
 
     def _draw(self, x: Tensor, draws: Draws) -> BlockLayout | None:
         layout = self.sparsity.layout(x.shape[1] - 1, draws.generator)
