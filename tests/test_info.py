@@ -24,7 +24,7 @@ def test_a_missing_extension_is_explained(monkeypatch, capsys):
     monkeypatch.setattr(_library, "extension_error", "no C++ compiler: 'g++' is not on the PATH")
     info.main()
     printed = capsys.readouterr().out
-    assert "leap_attention    cpu   reference: no C++ compiler: 'g++' is not on the PATH" in printed
+    assert "leap_attention         cpu   reference: no C++ compiler: 'g++' is not on the PATH" in printed
 
 
 def test_a_kernel_names_its_instruction_set(monkeypatch):
@@ -39,6 +39,12 @@ def test_a_kernel_names_its_instruction_set(monkeypatch):
     found = info.collect()
     assert found["extension"]["path"] == "/somewhere/_C.so"
     assert found["operators"]["periodic_shift"]["cpu"] == "kernel: C++, avx2"
+
+
+def test_an_extension_without_the_operator_is_explained(monkeypatch):
+    monkeypatch.setattr(_library, "_C", object())
+    monkeypatch.setattr(_library, "_without_cpu_kernel", {"periodic_shift"})
+    assert info._runs("periodic_shift", "cpu").startswith("reference: vattn._C was built before this operator")
 
 
 def test_missing_triton_is_explained(monkeypatch):

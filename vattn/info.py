@@ -64,7 +64,7 @@ def main() -> None:
     print("operators       (float64 runs the reference on every device)")
     for name, devices in found["operators"].items():
         for device, what in devices.items():
-            print(f"  {name:<18}{device:<6}{what}")
+            print(f"  {name:<23}{device:<6}{what}")
 
 
 def _extension() -> dict[str, Any]:
@@ -90,6 +90,8 @@ def _runs(name: str, device: str) -> str:
         return f"kernel: Triton {_version('triton')}"
     if _library._C is None:
         return f"reference: {_library.extension_error}"
+    if name in _library._without_cpu_kernel:
+        return "reference: vattn._C was built before this operator; install again"
     return f"kernel: C++, {_library._C.cpu_capability()}"
 
 
