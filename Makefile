@@ -2,6 +2,8 @@
 #
 #   make demo       the main job on a real clip: outputs/
 #   make video      a tokenizer and a MeBT learn from real clips: outputs/mebt_*.gif
+#   make tokens     a VQ-VAE learns from real clips, VideoGPT and MeBT from its codes: outputs/tokens_*.gif
+#   make retrieval  a SViTT learns to find clips by their captions: outputs/svitt_*.png
 #   make test       all tests and doctests
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
 #   make lint       ruff and mypy
@@ -25,13 +27,19 @@ endif
 BUILT := vattn/_build.json
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video test test-gpu lint bench docs clean
+.PHONY: demo video tokens test test-gpu lint bench docs clean
 
 demo: $(BUILT)
 	$(RUN) -m examples.demo
 
 video: $(BUILT)
 	$(RUN) -m examples.mebt_video
+
+tokens: $(BUILT)
+	$(RUN) -m examples.video_tokens
+
+retrieval: $(BUILT)
+	$(RUN) -m examples.svitt_retrieval
 
 test: $(BUILT)
 	$(RUN) -m pytest

@@ -101,6 +101,7 @@ class TestWhoReadsWhom:
     def test_sparse_layers_read_what_the_layout_has(self) -> None:
         stack = AttentionStack(GRID, 12, 2, 1, **SPARSE).double()
         x = torch.randn(1, 32, 12, dtype=torch.float64, requires_grad=True)
+        assert stack.layout is not None
         reads = stack.layout.to_mask().tril()
         out = stack(x)[0].sum(-1)
         for i in range(32):

@@ -236,7 +236,7 @@ class TestTokenizers:
     @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
     def test_errors(self, small_tokenizer: Any) -> None:
         name = type(small_tokenizer()).__name__
-        cases = [
+        cases: list[tuple[dict[str, Any], str]] = [
             (
                 {"downsample": (2, 3, 4)},
                 r"level_strides: downsample must be three powers of 2, got downsample=\(2, 3, 4\)",

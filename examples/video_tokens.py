@@ -1,0 +1,175 @@
+"""Video out of video: a small VQ-VAE makes codes of real clips, and two priors over them make new ones.
+
+    video (16 frames)  ->  codes (4, size / 4, size / 4)  ->  VideoGPT: each code from those before it   ->  video
+                                                          ->  MeBT: all masked codes, a few times over   ->  video
+
+All three train one after the other, from checkpoints where there are any. The last quarter of each clip is held out: on
+its windows of 16 frames, the example prints how close the VQ-VAE comes to the pixels, beside videos that are shrunk to
+as many numbers as there are codes, and enlarged again; how many bits the codes are worth; and what a video costs each
+prior. GIFs show reconstructions and samples.
+
+    python -m examples.video_tokens
+    python -m examples.video_tokens --resume      from the last checkpoint of a run with the same options
+"""
+
+import argparse
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples import clips, pictures
+from examples.mebt_video import DOWNSAMPLE, MODES, SAMPLING, WINDOW
+from examples.quality import peak_signal_to_noise, shrink_and_enlarge, structural_similarity
+from examples.training import Training, code_batches, encode, write_losses
+from vattn.models import mebt, videogpt
+from vattn.models.vqvae import VQVAE
+
+NUM_CODES = 256
+CHANNELS = 3
+
+
+def baselines(videos: Tensor, codes: int) -> dict[str, Tensor]:
+    """Videos shrunk, and enlarged again: to a colour for each code, and to as many numbers as there are codes.
+
+    For the latter, time may shrink by any factor: it is the one that comes closest to the truth.
+    """
+    grid = [size // factor for size, factor in zip(videos.shape[2:], DOWNSAMPLE, strict=True)]
+    fewer = [(frames, math.isqrt(codes // (CHANNELS * frames))) for frames in range(1, WINDOW + 1)]
+    tried = [shrink_and_enlarge(videos, (frames, side, side)) for frames, side in fewer if side > 0]
+    best = max(tried, key=lambda video: peak_signal_to_noise(videos, video))
+    return {
+        f"bilinear, {codes * CHANNELS} numbers": shrink_and_enlarge(videos, grid),
+        f"bilinear, {codes} numbers": best,
+    }
+
+
+def bits(model: videogpt.VideoGPT, codes: Tensor, seen: Tensor) -> tuple[float, float]:
+    """What a held-out code costs: under the model, and under how often each code was `seen`, plus once."""
+    frequencies = seen.flatten().bincount(minlength=NUM_CODES) + 1.0
+    alone = F.cross_entropy(frequencies.log().expand(codes.numel(), -1), codes.flatten())
+    with torch.no_grad():
+        return model.training_loss(codes).item() / math.log(2), alone.item() / math.log(2)
+
+
+def time_sampling(sample: Callable[[], Tensor], head: nn.Module) -> tuple[Tensor, float, int]:
+    """Codes of new videos, the seconds that each of them took, and how often `head` was asked."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook, start = head.register_forward_hook(count), time.perf_counter()
+    codes = sample()
+    seconds = (time.perf_counter() - start) / len(codes)
+    hook.remove()
+    return codes, seconds, calls
+
+
+def report_tokenizer(tokenizer: VQVAE, videos: Tensor, codes: Tensor) -> Tensor:
+    """Print what becomes of held-out `videos`, whose codes are `codes`; the reconstructions."""
+    with torch.no_grad():
+        reconstruction = torch.cat([2 * tokenizer.decode(part) for part in codes.split(8)])
+    print(f"{'':<24}{'PSNR':>10}{'SSIM':>8}")
+    shown = {f"VQ-VAE, {codes[0].numel()} codes": reconstruction, **baselines(videos, codes[0].numel())}
+    decibels = [peak_signal_to_noise(videos, video) for video in shown.values()]
+    for (name, video), decibel in zip(shown.items(), decibels, strict=True):
+        print(f"{name:<24}{decibel:>7.2f} dB{structural_similarity(videos, video):>8.3f}")
+    if decibels[0] <= max(decibels[1:]):
+        print("the VQ-VAE has not learned enough to beat both baselines")
+    frequencies = codes.flatten().bincount(minlength=NUM_CODES) / codes.numel()
+    entropy = -(frequencies * (frequencies + 1e-10).log2()).sum().item()
+    per_pixel = codes[0].numel() / videos[0, 0].numel()
+    print(
+        f"codebook: perplexity {2**entropy:.0f} of {NUM_CODES}; {per_pixel * math.log2(NUM_CODES):.3f} bits per pixel, "
+        f"{per_pixel * entropy:.3f} if frequent codes are shorter"
+    )
+    return reconstruction
+
+
+def report_priors(
+    gpt: videogpt.VideoGPT, bidirectional: mebt.MeBT, seen: Tensor, held_out: Tensor, count: int, seed: int
+) -> dict[str, Tensor]:
+    """Print what each prior has learned, and what `count` samples cost it; their codes."""
+    learned, alone = bits(gpt, held_out, seen)
+    print(f"VideoGPT: {learned:.2f} bits per held-out code; its frequency alone: {alone:.2f}")
+    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    chance = {name: SAMPLING[name] for name in ("temperature", "top_p", "progress")}
+    samplers: dict[str, tuple[Callable[[], Tensor], nn.Module]] = {
+        "VideoGPT": (lambda: videogpt.generate(gpt, count, generator=generators[0], **chance), gpt.fc_out),
+        "MeBT": (
+            lambda: mebt.generate(bidirectional, (count, *gpt.grid), generator=generators[1], **SAMPLING),
+            bidirectional.transformer.head,
+        ),
+    }
+    samples, lines = {}, []
+    for name, (sample, head) in samplers.items():
+        samples[name], seconds, calls = time_sampling(sample, head)
+        lines.append(f"{name:<24}{calls:>14}{seconds:>19.2f}")
+    print(f"{'sampling ' + str(count) + ' videos':<24}{'network calls':>14}{'seconds per video':>19}", *lines, sep="\n")
+    return samples
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=600, help="of training, for each of the three models")
+    parser.add_argument("--size", type=int, default=32, help="of a frame in pixels, a multiple of 4")
+    parser.add_argument("--attention", choices=("full", "sparse"), default="full", help="of VideoGPT")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the outputs")
+    parser.add_argument("--outputs", type=pathlib.Path, default=pathlib.Path("outputs"))
+    options = parser.parse_args(arguments)
+    options.outputs.mkdir(parents=True, exist_ok=True)
+
+    train, held_out = clips.split(options.size)
+    torch.manual_seed(options.seed)
+    tokenizer = VQVAE(NUM_CODES, code_dim=64, hidden=64, num_blocks=1, downsample=DOWNSAMPLE)
+    trainings = [Training("VQ-VAE", tokenizer, options.steps, 3e-3, options.outputs / "tokens_vqvae.pt")]
+    resumed = options.resume and trainings[0].resume() and trainings[0].step >= options.steps
+    trainings[0].run(clips.window_batches(train, WINDOW, count=1), lambda video: tokenizer.training_loss(video / 2))
+
+    codes = encode(tokenizer, torch.cat([clips.windows(video, WINDOW, every=2) for video in train]) / 2, "codes")
+    torch.manual_seed(options.seed)
+    grid = (codes.shape[1], codes.shape[2], codes.shape[3])
+    gpt = videogpt.VideoGPT(
+        tokenizer.codebook.embeddings, grid, dim=96, num_heads=4, num_layers=4, attention=options.attention, dropout=0.1
+    )
+    bidirectional = mebt.MeBT(NUM_CODES, grid, dim=128, num_heads=4, modes=MODES, num_latents=128)
+    priors: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
+        (gpt, gpt.training_loss),
+        (bidirectional, bidirectional.training_loss),
+    ]
+    for prior, loss_of in priors:
+        name = type(prior).__name__
+        trainings.append(Training(name, prior, options.steps, 3e-3, options.outputs / f"tokens_{name.lower()}.pt"))
+        if resumed:  # otherwise its codes would be those of another tokenizer
+            trainings[-1].resume()
+        trainings[-1].run(code_batches(codes, 8), loss_of)
+
+    tests = [clips.windows(video, WINDOW, every=4) for video in held_out]
+    videos = torch.cat(tests)
+    held_out_codes = encode(tokenizer, videos / 2, "codes held out")
+    print(f"\nheld out: the last {clips.HELD_OUT:.0%} of each clip, {len(videos)} windows of {WINDOW} frames")
+    reconstruction = report_tokenizer(tokenizer, videos, held_out_codes)
+    samples = report_priors(gpt, bidirectional, codes, held_out_codes, len(tests), options.seed)
+
+    firsts = torch.tensor([0, *map(len, tests[:-1])]).cumsum(0)  # a window of each clip
+    with torch.no_grad():
+        generated = {name: 2 * tokenizer.decode(sample) for name, sample in samples.items()}
+    shown = {"truth": videos, "VQ-VAE": reconstruction, **baselines(videos, codes[0].numel())}
+    written = [options.outputs / f"tokens_{name}.gif" for name in ("reconstruction", "samples")]
+    pictures.gif({name: video[firsts] for name, video in shown.items()}, written[0])
+    pictures.gif({"truth": videos[firsts], **generated}, written[1])
+    labels = ("squared error + commitment", "cross-entropy of codes", "cross-entropy of masked codes")
+    written.append(options.outputs / "tokens_loss.png")
+    write_losses(trainings, labels, written[-1])
+    print(f"wrote {', '.join(map(str, written))}")
+
+
+if __name__ == "__main__":
+    main()
