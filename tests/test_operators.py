@@ -67,7 +67,7 @@ def calls(dtype: torch.dtype) -> dict[str, Call]:
     bias = bias_without_table((1, 2, 3), num_heads=2)
 
     def edges(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Any:
-        bias.table = table
+        bias.table = table  # type: ignore[assignment]
         return vattn.edge_sparse_attention(query, key, value, layout, position_bias=bias, return_lse=True)
 
     axial = functools.partial(vattn.axial_attention, dim=0, return_lse=True)

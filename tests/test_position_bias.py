@@ -12,7 +12,7 @@ from vattn import RelativePositionBias3D
 GRID = (3, 2, 4)
 
 
-def numbered(window=GRID, heads=2, num_global=1) -> RelativePositionBias3D:
+def numbered(window: tuple[int, int, int] = GRID, heads: int = 2, num_global: int = 1) -> RelativePositionBias3D:
     """A bias whose table holds the number of each row, and its negative."""
     bias = RelativePositionBias3D(window, heads, num_global)
     rows = torch.arange(bias.table.shape[0], dtype=torch.float32)
@@ -99,7 +99,11 @@ def test_inflate_makes_another_module():
 @pytest.mark.parametrize(
     ("call", "error", "must"),
     [
-        (lambda: RelativePositionBias3D(3, 2), TypeError, ": window must be (T, H, W), got window=3"),
+        (
+            lambda: RelativePositionBias3D(3, 2),  # type: ignore[arg-type]
+            TypeError,
+            ": window must be (T, H, W), got window=3",
+        ),
         (lambda: RelativePositionBias3D((3, 2), 2), ValueError, ": window must be (T, H, W), got window=(3, 2)"),
         (lambda: RelativePositionBias3D((3, 0, 2), 2), ValueError, ": window's H must be at least 1, got window's H=0"),
         (lambda: RelativePositionBias3D(GRID, 0), ValueError, ": num_heads must be at least 1, got num_heads=0"),

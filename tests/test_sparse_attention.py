@@ -30,12 +30,6 @@ def qkv(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [leaf(*shape, dtype=dtype) for _ in range(3)]
 
 
-def bias_of(table: Tensor, window: tuple[int, int, int], num_global: int = 1) -> RelativePositionBias3D:
-    bias = bias_without_table(window, table.shape[1], num_global)
-    bias.table = table
-    return bias
-
-
 def random_bias(window: tuple[int, int, int], num_heads: int, num_global: int = 1) -> RelativePositionBias3D:
     bias = RelativePositionBias3D(window, num_heads, num_global)
     torch.nn.init.normal_(bias.table)
@@ -58,7 +52,7 @@ def keys_of(layout: BlockLayout, head: int, query: int, positions: list[int] | N
         return list(range(G + layout.num_tokens))
     offsets = layout.row_offsets[head % layout.num_heads].tolist()
     row = (query - G) // layout.block_size
-    keys = []
+    keys: list[int] = []
     for block in layout.columns[offsets[row] : offsets[row + 1]].tolist():
         keys += range(G + block * layout.block_size, G + min((block + 1) * layout.block_size, layout.num_tokens))
     return [*range(G), *(key for key in keys if positions is None or positions[key - G] <= positions[query - G])]
@@ -185,11 +179,11 @@ def test_autocast(dtype):
     bias = random_bias((2, 2, 2), 2, num_global=2)
     kept = torch.tensor([[0, 4], [8, 1]])
 
-    def run(*qkv: Tensor) -> tuple[Tensor, ...]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
         out, lse, importance = vattn.edge_sparse_attention(
-            *qkv, SHARED, position_bias=bias, return_lse=True, return_importance=True
+            q, k, v, SHARED, position_bias=bias, return_lse=True, return_importance=True
         )
-        nodes, nodes_lse = vattn.node_sparse_attention(*qkv, kept, return_lse=True)
+        nodes, nodes_lse = vattn.node_sparse_attention(q, k, v, kept, return_lse=True)
         return out, nodes, lse, nodes_lse, importance
 
     with torch.autocast("cpu", dtype):

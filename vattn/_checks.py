@@ -133,8 +133,8 @@ def same_but_tokens(op: str, query: Tensor, name: str, x: Tensor) -> None:
 
 
 def in_range(op: str, name: str, x: Tensor, count: int) -> None:
-    """All of `x` number one of `count` things. Waits for the device; what is being traced holds no values."""
-    if torch.compiler.is_compiling() or x.numel() == 0:
+    """All of `x` number one of `count` things. Waits for the device; what is traced, or meta, holds no values."""
+    if torch.compiler.is_compiling() or x.is_meta or x.numel() == 0:
         return
     least, most = (int(value) for value in x.aminmax())
     if least < 0 or most >= count:
