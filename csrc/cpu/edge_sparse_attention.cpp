@@ -85,9 +85,16 @@ struct Call {
                       "edge_sparse_attention: the bias table must have shape (",
                       p.differences + 2 * a.G + a.G * a.G, ", ", a.H, "), got ", bias.sizes());
     p.table_head = bias.size(0) + 2 * PAD;
-    table = at::zeros({a.H, p.table_head}, at::kFloat);
-    entries(table).copy_(bias.t()).mul_(LOG2E);
-    if (reversed) reverse(table);
+    table = at::empty({a.H, p.table_head}, at::kFloat);
+    at::Tensor from_table = bias.to(at::kFloat).contiguous();
+    const float* entry = from_table.data_ptr<float>();
+    float* row = table.data_ptr<float>() + PAD;
+    at::parallel_for(0, bias.size(0), 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t at = reversed && i < p.differences ? p.differences - 1 - i : i;
+        for (int64_t h = 0; h < a.H; ++h) row[h * p.table_head + at] = LOG2E * entry[i * a.H + h];
+      }
+    });
     p.table = table.data_ptr<float>() + PAD;
     codes = at::empty(place.sizes(), at::kInt);
     p.codes = codes.data_ptr<int32_t>(), p.codes_batch = place.dim() == 2 ? N : 0;

@@ -14,18 +14,27 @@ namespace VATTN_ISA {
 
 template <class T>
 struct EdgeBlock : TokenItinerary<T, EdgeSparseAttention> {
-  static constexpr bool ADJUSTS = true;
+  static constexpr bool ADJUSTS = true, IN_PLACE = is_float<T>;
   using Base = TokenItinerary<T, EdgeSparseAttention>;
   using Base::a, Base::b, Base::h;
   const int32_t *list = nullptr, *list_end = nullptr;  // the blocks that are read; null if all keys are
   int64_t keys, slice = 0;
-  mutable const int32_t* entry;  // the block of the list that was read last, and the keys before it
-  mutable int64_t before = 0;
+  struct Cursor {  // a block of the list, and the keys before it
+    const int32_t* entry = nullptr;
+    int64_t before = 0;
+  };
+  mutable Cursor read, fetched;
+  mutable BiasTile<true> queries_across;  // forward
+  mutable BiasTile<false> keys_across;    // backward
+  mutable uint32_t query_rows[TILE], key_rows[TILE];
+  mutable int64_t query_tile = -1;
 
-  EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit) : Base(a, b, h, a.G), keys(a.Lq) {
+  EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit)
+      : Base(a, b, h, a.G), keys(a.Lq), queries_across(a.bias, b, h), keys_across(a.bias, b, h) {
     if (unit == 0) return;
     const int32_t* offsets = a.row_offsets + (a.layouts > 1 ? h * (a.blocks + 1) : 0) + unit - 1;
-    list = entry = a.columns + offsets[0], list_end = a.columns + offsets[1];
+    list = a.columns + offsets[0], list_end = a.columns + offsets[1];
+    read.entry = fetched.entry = list;
     this->query_begin = a.G + (unit - 1) * a.block_size;
     this->queries = a.length(unit - 1);
     keys = a.G + (list_end - list) * a.block_size;
@@ -38,18 +47,22 @@ struct EdgeBlock : TokenItinerary<T, EdgeSparseAttention> {
   // Calls f(first row, count, keys before) for the pieces of `count` keys from `first` on.
   template <class F>
   VATTN_INLINE void pieces(int64_t first, int64_t count, F f) const {
+    pieces(read, first, count, f);
+  }
+  template <class F>
+  VATTN_INLINE void pieces(Cursor& cursor, int64_t first, int64_t count, F f) const {
     if (!list) return f(first, count, 0);
     int64_t done = 0;
     if (first < a.G) f(first, done = least(count, a.G - first), 0);
-    if (first + done - a.G < before) entry = list, before = 0;
+    if (first + done - a.G < cursor.before) cursor = {list, 0};
     while (done < count) {
-      int64_t inside = first + done - a.G - before, length = a.length(*entry);
+      int64_t inside = first + done - a.G - cursor.before, length = a.length(*cursor.entry);
       if (inside >= length) {
-        before += length, ++entry;
+        cursor.before += length, ++cursor.entry;
         continue;
       }
       int64_t piece = least(count - done, length - inside);
-      f(a.G + *entry * a.block_size + inside, piece, done);
+      f(a.G + *cursor.entry * a.block_size + inside, piece, done);
       done += piece;
     }
   }
@@ -76,38 +89,66 @@ struct EdgeBlock : TokenItinerary<T, EdgeSparseAttention> {
     this->template store_rows<float>(grad, first, count, rows, ld, times);
   }
 
+  // A few keys at a time, while their values and the next tile's keys are fetched: all at once, they would be waited for.
+  template <class F>
+  VATTN_INLINE void keys_in_place(int64_t first, int64_t count, F f) const {
+    constexpr int64_t STEP = 12;  // a multiple of the rows of every register tile
+    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      for (int64_t i = 0; i < n; i += STEP) {
+        int64_t step = least(STEP, n - i), next = first + TILE + done + i;
+        fetch(a.value, row + i, step);
+        if (next < keys)
+          pieces(fetched, next, least(step, keys - next), [&](int64_t r, int64_t m, int64_t) { fetch(a.key, r, m); });
+        f(this->template at<const T>(a.key, row + i), a.key.token, step, done + i);
+      }
+    });
+  }
+  template <class F>
+  VATTN_INLINE void values_in_place(int64_t first, int64_t count, F f) const {
+    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      f(this->template at<const T>(a.value, row), a.value.token, n, done);
+    });
+  }
+
   // What is more than a product: a tile has a row of TILE for each token down its side, here keys.
   void adjust_scores(int64_t first, int64_t count, int64_t k0, int64_t keys, float* scores) const {
-    if (a.bias.table || a.positions) adjust<true>(first, count, k0, keys, scores);
+    if (a.bias.table || a.positions) {
+      key_tokens(k0, keys, key_rows);
+      if (first != query_tile) {  // the same for all tiles of keys, but where panels alternate
+        this->query_tokens(first, count, query_rows);
+        if (a.bias.table) queries_across.set(query_rows, count);
+        query_tile = first;
+      }
+      adjust<true>(queries_across, query_rows, count, key_rows, keys, scores);
+    }
     if (!list && first == 0 && a.importance)
       for (int64_t k = k0 < a.G ? a.G - k0 : 0; k < keys; ++k)
         a.importance[(b * a.H + h) * (a.Lq - a.G) + k0 + k - a.G] = scores[k * TILE];
   }
   void adjust_weights(int64_t first, int64_t count, int64_t k0, int64_t keys, float* weights) const {
-    if (a.bias.table || a.positions) adjust<false>(first, count, k0, keys, weights);
+    if (!a.bias.table && !a.positions) return;
+    key_tokens(k0, keys, key_rows);
+    this->query_tokens(first, count, query_rows);
+    if (a.bias.table) keys_across.set(key_rows, keys);
+    adjust<false>(keys_across, key_rows, keys, query_rows, count, weights);
   }
-  void adjust_grads(int64_t first, int64_t count, int64_t k0, int64_t keys, const float* grads) const {
+  // Follows adjust_weights of the same tile.
+  void adjust_grads(int64_t first, int64_t count, int64_t, int64_t, const float* grads) const {
     if (!a.bias.table) return;
-    uint32_t across[TILE];
-    key_tokens(k0, keys, across);
-    BiasTile<false> bias(a.bias, b, h, across, keys);
     float* to = a.grad_bias + ((slice * a.B + b) * a.H + h) * a.bias.table_head;
-    for (int64_t q = 0; q < count; ++q) bias.accumulate(to, grads + q * TILE, this->query_begin + first + q);
+    for (int64_t q = 0; q < count; ++q) keys_across.accumulate(to, grads + q * TILE, this->query_begin + first + q);
   }
 
  private:
+  void fetch(const Video& x, int64_t row, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) prefetch(this->template at<const T>(x, row + i), this->head_dim);
+  }
+
   template <bool QUERIES_ACROSS>
-  void adjust(int64_t first, int64_t count, int64_t k0, int64_t keys, float* tile) const {
-    uint32_t queries[TILE], key_rows[TILE];
-    this->query_tokens(first, count, queries);
-    key_tokens(k0, keys, key_rows);
-    const uint32_t *across = queries, *side = key_rows;
-    int64_t columns = count, rows = keys;
-    if (!QUERIES_ACROSS) across = key_rows, side = queries, columns = keys, rows = count;
-    if (a.bias.table) {
-      BiasTile<QUERIES_ACROSS> bias(a.bias, b, h, across, columns);
+  void adjust(const BiasTile<QUERIES_ACROSS>& bias, const uint32_t* across, int64_t columns, const uint32_t* side,
+              int64_t rows, float* tile) const {
+    if (a.bias.table)
       for (int64_t i = 0; i < rows; ++i) bias.add(tile + i * TILE, side[i]);
-    }
     if (a.positions) forbid<QUERIES_ACROSS>(across, columns, side, rows, tile);
   }
 

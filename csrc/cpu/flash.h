@@ -14,6 +14,9 @@
 //         adjust_scores (first query, count, first key, count, scores)      forward: a row of TILE for each key
 //         adjust_weights (likewise)                                         backward: a row of TILE for each query
 //         adjust_grads (likewise)                                           gradients of those, to take a share of
+//     IN_PLACE     whether the forward reads keys and values where they lie, rather than copies of them: where few queries
+//                  share a load of them. If so, keys_in_place / values_in_place (first, count, f) call
+//                  f(rows, their distance, count, rows before) for each piece
 //
 // Forward, a panel holds TILE queries, transposed, so that a vector is VL queries: the softmax needs no sum across a
 // vector, and keys and values are read as they lie, a number at a time. Backward, a panel holds TILE keys, and
@@ -111,13 +114,21 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
 
   for (int64_t k0 = 0; k0 < it.keys; k0 += TILE) {
     int64_t keys = least(TILE, it.keys - k0);
-    it.load_key(k0, keys, w.rows, ld, 1);
-    it.load_value(k0, keys, w.values, ld, 1);
+    if constexpr (!Itinerary::IN_PLACE) {
+      it.load_key(k0, keys, w.rows, ld, 1);
+      it.load_value(k0, keys, w.values, ld, 1);
+    }
     if (dropout) it.key_tokens(k0, keys, w.tokens);
     for (int64_t p = 0; p < panels; ++p) {
       int64_t columns = round_up(least(TILE, count - p * TILE), VL);
       float* out = w.out + p * panel;
-      multiply(false, keys, columns, D, {w.rows, ld, 1}, w.query + p * panel, TILE, w.scores, TILE);
+      auto scores_of = [&](const float* rows, int64_t distance, int64_t n, int64_t before) {
+        multiply(false, n, columns, D, {rows, distance, 1}, w.query + p * panel, TILE, w.scores + before * TILE, TILE);
+      };
+      if constexpr (Itinerary::IN_PLACE)
+        it.keys_in_place(k0, keys, scores_of);
+      else
+        scores_of(w.rows, ld, keys, 0);
       if constexpr (Itinerary::ADJUSTS)
         it.adjust_scores(first + p * TILE, least(TILE, count - p * TILE), k0, keys, w.scores);
       for (int64_t j = 0; j < columns; j += VL) {
@@ -132,7 +143,13 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
           }
         }
       }
-      multiply(k0 > 0, D, columns, keys, {w.values, 1, ld}, w.scores, TILE, out, TILE);
+      auto out_of = [&](const float* rows, int64_t distance, int64_t n, int64_t before) {
+        multiply(k0 + before > 0, D, columns, n, {rows, 1, distance}, w.scores + before * TILE, TILE, out, TILE);
+      };
+      if constexpr (Itinerary::IN_PLACE)
+        it.values_in_place(k0, keys, out_of);
+      else
+        out_of(w.values, ld, keys, 0);
     }
   }
 

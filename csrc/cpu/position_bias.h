@@ -25,7 +25,8 @@ class BiasTile {
   const PositionBias& p;
   const float* table;
   const int32_t* codes;
-  int64_t globals = 0, vectors, first_piece[TILE / VL + 1];
+  const uint32_t* across = nullptr;
+  int64_t count = 0, globals, vectors, first_piece[TILE / VL + 1];
   Piece piece[TILE];
 
   // The entry of a pair of which at least one is global.
@@ -38,9 +39,12 @@ class BiasTile {
   }
 
  public:
-  // For the tokens `across` of batch b and head h.
-  BiasTile(const PositionBias& p, int64_t b, int64_t h, const uint32_t* across, int64_t count)
-      : p(p), table(p.table + h * p.table_head), codes(p.codes + b * p.codes_batch), vectors((count + VL - 1) / VL) {
+  BiasTile(const PositionBias& p, int64_t b, int64_t h)
+      : p(p), table(p.table + h * p.table_head), codes(p.codes + b * p.codes_batch) {}
+
+  // Makes the tokens across `count` others, which must outlive their use.
+  void set(const uint32_t* tokens, int64_t new_count) {
+    across = tokens, count = new_count, vectors = (count + VL - 1) / VL, globals = 0;
     while (globals < count && across[globals] < p.G) ++globals;
     int64_t pieces = 0, next = 0;
     for (int64_t j = 0; j < vectors * VL; ++j) {
@@ -52,14 +56,13 @@ class BiasTile {
       next = code + 1;
     }
     first_piece[vectors] = pieces;
-    across_ = across, count_ = count;
   }
 
   // Adds to a row of scores the biases of the token `side`.
   void add(float* row, int64_t side) const {
     if (side < p.G) {
       float bias = table[global_entry(p.G, side)];  // the same for all tokens that are not global
-      for (int64_t j = globals; j < count_; ++j) row[j] += bias;
+      for (int64_t j = globals; j < count; ++j) row[j] += bias;
     } else {
       const float* from = table + p.middle - codes[side - p.G];
       for (int64_t v = 0; v < vectors; ++v) {
@@ -69,14 +72,14 @@ class BiasTile {
         store(row + v * VL, load(row + v * VL) + bias);
       }
     }
-    for (int64_t j = 0; j < globals; ++j) row[j] += table[global_entry(across_[j], side)];
+    for (int64_t j = 0; j < globals; ++j) row[j] += table[global_entry(across[j], side)];
   }
 
   // Adds to `grads`, as the table lies, the gradients of a row of scores.
   void accumulate(float* grads, const float* row, int64_t side) const {
     if (side < p.G) {
       float sum = 0;
-      for (int64_t j = globals; j < count_; ++j) sum += row[j];
+      for (int64_t j = globals; j < count; ++j) sum += row[j];
       grads[global_entry(p.G, side)] += sum;
     } else {
       float* to = grads + p.middle - codes[side - p.G];
@@ -88,12 +91,8 @@ class BiasTile {
         }
       }
     }
-    for (int64_t j = 0; j < globals; ++j) grads[global_entry(across_[j], side)] += row[j];
+    for (int64_t j = 0; j < globals; ++j) grads[global_entry(across[j], side)] += row[j];
   }
-
- private:
-  const uint32_t* across_;
-  int64_t count_;
 };
 
 }  // namespace VATTN_ISA

@@ -29,6 +29,11 @@ constexpr float INFINITE = __builtin_inff();
 VATTN_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 VATTN_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+template <class T>
+constexpr bool is_float = false;
+template <>
+constexpr bool is_float<float> = true;
+
 VATTN_INLINE Vec splat(float x) { return x - Vec{}; }
 VATTN_INLINE Vec select(VecInt mask, Vec a, Vec b) { return (Vec)((mask & (VecInt)a) | (~mask & (VecInt)b)); }
 VATTN_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
