@@ -1,0 +1,103 @@
+"""Clips of the real videos, with captions made from what is in them: which video, which part, which way, how fast.
+
+A caption is the same for many clips, which begin at different moments. The last frames of each part are held out::
+
+    part of a video    0 ...................... 35 | 36 .............. 59
+                       clips to train on             clips held out
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples import clips
+
+SUBJECTS = {
+    "bikes": "a street full of bikes",
+    "carphone_pristine": "a man talking in a car",
+    "bigbuckbunny": "a big rabbit in the grass",
+}
+PARTS = ("early", "late")
+DIRECTIONS = ("forwards", "backwards")
+SPANS = {"slowly": 8, "fast": 16}
+"""Frames between the first and the last frame of a clip, both included."""
+
+HELD_OUT = 0.4  # of the frames of each part
+PAD, FIRST, MASK = 0, 1, 2  # words that no caption has
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """What a clip shows."""
+
+    video: str
+    part: str
+    direction: str
+    speed: str
+
+    def __str__(self) -> str:
+        return f"{SUBJECTS[self.video]} {self.part} in the video running {self.direction} and {self.speed}"
+
+
+def captions() -> list[Caption]:
+    """Every combination."""
+    names = [name for name in SUBJECTS if name in clips.NAMES]
+    return [Caption(*parts) for parts in itertools.product(names, PARTS, DIRECTIONS, SPANS)]
+
+
+class Words:
+    """Numbers of words, and the other way around."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.known = sorted({word for text in texts for word in text.split()})
+        self.numbers = {word: i for i, word in enumerate(self.known, MASK + 1)}
+
+    def __len__(self) -> int:
+        return MASK + 1 + len(self.known)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """``(B, L)`` int64, padded to the longest one."""
+        rows = [torch.tensor([FIRST, *(self.numbers[word] for word in text.split())]) for text in texts]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+class Clips:
+    """The videos, square, `size` pixels wide, and clips of them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        margin = size // 8  # for random crops
+        self.videos = {name: clips.to_model(clips.decode(name, size + margin)) for name in clips.NAMES}
+
+    def range_of(self, caption: Caption, held_out: bool) -> tuple[int, int]:
+        """The frames that clips of this caption may have: the first one, and the one behind the last."""
+        length = len(self.videos[caption.video]) // len(PARTS)
+        start = PARTS.index(caption.part) * length
+        border = start + round(length * (1 - HELD_OUT))
+        return (border, start + length) if held_out else (start, border)
+
+    def clip(self, caption: Caption, num_frames: int, first: int) -> Tensor:
+        """``(T, 3, S, S)``, a little larger than `size`: the clip that begins at frame `first`, if it runs forwards."""
+        span = SPANS[caption.speed]
+        frames = first + torch.linspace(0, span - 1, num_frames).round().long()
+        return self.videos[caption.video][frames.flip(0) if caption.direction == "backwards" else frames]
+
+    def random(self, caption: Caption, num_frames: int) -> Tensor:
+        """A clip to train on, ``(T, 3, size, size)``: any moment, any crop, mirrored or not."""
+        first, end = self.range_of(caption, held_out=False)
+        clip = self.clip(caption, num_frames, int(torch.randint(first, end - SPANS[caption.speed] + 1, ())))
+        top, left = (int(x) for x in torch.randint(clip.shape[-1] - self.size + 1, (2,)))
+        clip = clip[..., top : top + self.size, left : left + self.size]
+        return clip.flip(-1) if torch.rand(()) < 0.5 else clip
+
+    def held_out(self, caption: Caption, num_frames: int, count: int) -> Tensor:
+        """Clips that were held out, ``(count, T, 3, size, size)``: at moments far from each other, their centres."""
+        first, end = self.range_of(caption, held_out=True)
+        moments = torch.linspace(first, end - SPANS[caption.speed], count).round().int().tolist()
+        found = torch.stack([self.clip(caption, num_frames, moment) for moment in moments])
+        border = (found.shape[-1] - self.size) // 2
+        return F.pad(found, [-border, border + self.size - found.shape[-1]] * 2)

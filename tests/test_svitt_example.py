@@ -1,0 +1,75 @@
+"""The example of SViTT on video: it runs to its end, its captions say what clips show, and held-out frames stay so."""
+
+import itertools
+
+import pytest
+import torch
+
+from examples import captions, svitt_retrieval
+from examples.captions import Caption, Clips, Words
+
+
+@pytest.fixture
+def one_video(monkeypatch):
+    monkeypatch.setattr(captions.clips, "NAMES", ("carphone_pristine",))
+
+
+@pytest.fixture
+def numbered(one_video):
+    """Clips of a video whose frame t has the value t everywhere."""
+    data = Clips(16)
+    data.videos = {name: torch.arange(120.0).view(-1, 1, 1, 1).expand(-1, 3, 18, 18) for name in data.videos}
+    return data
+
+
+def test_runs_to_its_end(one_video, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(svitt_retrieval, "BATCH", 4)
+    monkeypatch.setattr(svitt_retrieval, "HELD_OUT_CLIPS", 2)
+    for name in ("edge-sparse", "node-sparse"):
+        monkeypatch.delitem(svitt_retrieval.SETTINGS, name)
+    monkeypatch.setattr(svitt_retrieval, "STAGES", ((2, 0.7), (4, 0.5)))
+    svitt_retrieval.main(["--steps", "2", "--size", "16", "--outputs", str(tmp_path)])
+    for name in ("layout", "kept", "loss"):
+        assert (tmp_path / f"svitt_{name}.png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    for name in ("chance", *svitt_retrieval.SETTINGS, "2 frames", "4 frames"):
+        assert printed.count(f"\n{name} ") == (2 if name == "chance" else 1)
+    stage = torch.load(tmp_path / "svitt_4_frames.pt", weights_only=True)
+    assert stage["step"] == 1
+
+
+def test_captions_are_all_different():
+    texts = [str(caption) for caption in captions.captions()]
+    assert len(set(texts)) == len(texts) == 24
+    words = Words(texts)
+    ids = words.encode(texts)
+    assert ids.max() == len(words) - 1 and bool((ids[:, 0] == captions.FIRST).all())
+    assert not (ids == captions.MASK).any()
+    shortest = min(range(24), key=lambda i: len(texts[i].split()))
+    row = ids[shortest][ids[shortest] != captions.PAD]
+    assert [words.known[i - captions.MASK - 1] for i in row[1:]] == texts[shortest].split()
+
+
+def test_clips_are_what_their_captions_say(numbered):
+    def frames(part, direction, speed):
+        caption = Caption("carphone_pristine", part, direction, speed)
+        return [int(frame.flatten()[0]) for frame in numbered.clip(caption, 8, numbered.range_of(caption, False)[0])]
+
+    assert frames("early", "forwards", "slowly") == [*range(8)]
+    assert frames("early", "backwards", "slowly") == [*reversed(range(8))]
+    fast = frames("late", "forwards", "fast")
+    assert (fast[0], fast[-1]) == (60, 75)
+
+
+def test_held_out_frames_are_not_trained_on(numbered):
+    trained, tested = set(), set()
+    torch.manual_seed(0)
+    for parts in itertools.product(["carphone_pristine"], captions.PARTS, captions.DIRECTIONS, captions.SPANS):
+        caption = Caption(*parts)
+        for _ in range(200):
+            trained |= set(numbered.random(caption, 16).flatten().tolist())
+        held_out = numbered.held_out(caption, 16, 3)
+        assert held_out.shape == (3, 16, 3, 16, 16)
+        tested |= set(held_out.flatten().tolist())
+    assert not trained & tested
+    assert trained | tested == set(range(120))
