@@ -27,7 +27,7 @@ endif
 BUILT := vattn/_build.json
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video tokens test test-gpu lint bench docs clean
+.PHONY: demo video tokens retrieval test test-gpu lint bench docs clean
 
 demo: $(BUILT)
 	$(RUN) -m examples.demo
