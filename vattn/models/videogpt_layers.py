@@ -3,13 +3,13 @@
     x = right_shift(x) + positions
     x = x + W_fc causal_attention(norm(x)),  x = x + cross_attention(norm(x), frames),  x = x + MLP(norm(x))    a block
 
-Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021). A token is found from those before it,
-all of them or, in sparse layers, its near ones and the blocks before it in line with its own (Child et al., "Generating
-Long Sequences with Sparse Transformers", 2019)::
+Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021). A token reads itself and all before it;
+in sparse layers, only those of some blocks (Child et al., "Generating Long Sequences with Sparse Transformers", 2019).
+With blocks of a line each::
 
-    grid (T, height, width)    block = some tokens of a line or lines, here one line
-    frame 0   . . s .          s  read along height and time, the same place in width if lines have several blocks
-    frame 1   . s l q          l  read as one of the last blocks,  q  the block that reads, and reads itself up to here
+    line       0  1  2  3
+    frame 0    .  .  s  .        s  blocks in line with q, along every axis of the grid of blocks but the last
+    frame 1    .  l  q  .        l  the last `num_local_blocks` before q, which also reads itself
 
 Token by token, each layer keeps keys and values, so that one more token costs one row of each layer.
 """
@@ -122,7 +122,7 @@ class GridEmbedding(nn.Module):
     def forward(self, position: int | None = None) -> Tensor:
         tables = [self.emb[f"d_{i}"] for i in range(len(self.grid))]
         if position is not None:
-            indices = _unravel(position, self.grid)
+            indices = torch.unravel_index(torch.tensor(position), self.grid)
             return torch.cat([table[index] for table, index in zip(tables, indices, strict=True)])
         last = len(self.grid) - 1
         wide = [table.view(-1, *[1] * (last - i), table.shape[1]) for i, table in enumerate(tables)]
@@ -156,8 +156,8 @@ class CausalAttention(MultiHeadAttention):
         attn_drop: probability of dropping an attention weight, in training.
 
     Shape:
-        ``(B, N, C)`` to the same. With a cache, tokens come one by one, ``(B, 1, C)``, and `visible` ``(tokens,)``
-        int64 has what this one reads, None for all so far.
+        ``(B, N, C)`` to the same. `step` takes tokens one by one, ``(B, 1, C)``; `visible` ``(tokens,)`` int64 are
+        those that this one reads, None for all so far.
     """
 
     def __init__(self, dim: int, num_heads: int, *, num_layers: int = 1, attn_drop: float = 0.0) -> None:
@@ -360,11 +360,3 @@ class AttentionStack(nn.Module):
 def _rows(layout: BlockLayout) -> list[Tensor]:
     """The blocks that each block reads."""
     return list(layout.columns.long().tensor_split(layout.row_offsets[0, 1:-1].long()))
-
-
-def _unravel(position: int, grid: Sequence[int]) -> list[int]:
-    indices = []
-    for size in reversed(grid):
-        position, index = divmod(position, size)
-        indices.append(index)
-    return indices[::-1]
