@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -105,24 +106,32 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def store(lines: list[Line], folder: pathlib.Path) -> pathlib.Path:
     """Append `lines`, all of one operator, to ``<folder>/<operator>.jsonl``."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{lines[0].operator}.jsonl"
-    with path.open("a") as file:
-        file.writelines(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
+    append(path, map(dataclasses.asdict, lines))
     return path
 
 
 def load(operator: str, folder: pathlib.Path) -> list[Line]:
     """All stored lines of `operator`, oldest first."""
-    path = folder / f"{operator}.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"benchmarks: nothing is stored at {path}; run `python -m benchmarks {operator}` first")
     lines = []
-    for text in path.read_text().splitlines():
-        fields = json.loads(text)
+    for fields in read(folder / f"{operator}.jsonl", f"python -m benchmarks {operator}"):
         measured = fields.pop("measured")
         lines.append(Line(**fields, measured=None if measured is None else Measured(**measured)))
     return lines
+
+
+def append(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append a JSON line for each row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read(path: pathlib.Path, command: str) -> list[dict[str, Any]]:
+    """All rows that `command` has appended, oldest first."""
+    if not path.is_file():
+        raise FileNotFoundError(f"benchmarks: nothing is stored at {path}; run `{command}` first")
+    return [json.loads(text) for text in path.read_text().splitlines()]
 
 
 def _git(*arguments: str) -> str:
