@@ -84,3 +84,22 @@ def window_batches(videos: Sequence[Tensor], num_frames: int, count: int) -> Ite
             window = video[start : start + num_frames].transpose(0, 1)
             chosen.append(window.flip(-1) if torch.rand(()) < 0.5 else window)
         yield torch.stack(chosen)
+
+
+def varied_batches(videos: Sequence[Tensor], num_frames: int, size: int) -> Iterator[Tensor]:
+    """Endless batches of a random window of each clip: any part of `size` pixels, half mirrored, half run backwards."""
+    while True:
+        chosen = []
+        for video in videos:
+            top, left = (int(torch.randint(pixels - size + 1, ())) for pixels in video.shape[-2:])
+            start = int(torch.randint(len(video) - num_frames + 1, ()))
+            window = video[start : start + num_frames, :, top : top + size, left : left + size].transpose(0, 1)
+            flips = [dim for dim in (1, 3) if torch.rand(()) < 0.5]
+            chosen.append(window.flip(flips))
+        yield torch.stack(chosen)
+
+
+def centre(video: Tensor, size: int) -> Tensor:
+    """The middle of each frame, `size` pixels high and wide."""
+    top, left = ((pixels - size) // 2 for pixels in video.shape[-2:])
+    return video[..., top : top + size, left : left + size]
