@@ -1,9 +1,9 @@
 """Clips of the real videos, with captions made from what is in them: which video, which part, which way, how fast.
 
-A caption is the same for many clips, which begin at different moments. The last frames of each part are held out::
+A caption is the same for many clips, which begin at different moments. The middle of each part is held out::
 
-    part of a video    0 ...................... 35 | 36 .............. 59
-                       clips to train on             clips held out
+    part of a video    0 ............. 17 | 18 ............... 41 | 42 ............. 59
+                       clips to train on    clips held out          clips to train on
 """
 
 import dataclasses
@@ -73,12 +73,12 @@ class Clips:
         margin = size // 8  # for random crops
         self.videos = {name: clips.to_model(clips.decode(name, size + margin)) for name in clips.NAMES}
 
-    def range_of(self, caption: Caption, held_out: bool) -> tuple[int, int]:
-        """The frames that clips of this caption may have: the first one, and the one behind the last."""
+    def ranges(self, caption: Caption) -> list[tuple[int, int]]:
+        """Where the frames of its part of the video are: before those that are held out, those, and behind them."""
         length = len(self.videos[caption.video]) // len(PARTS)
-        start = PARTS.index(caption.part) * length
-        border = start + round(length * (1 - HELD_OUT))
-        return (border, start + length) if held_out else (start, border)
+        start, border = PARTS.index(caption.part) * length, round(length * (1 - HELD_OUT) / 2)
+        middle, behind = start + border, start + length - border
+        return [(start, middle), (middle, behind), (behind, start + length)]
 
     def clip(self, caption: Caption, num_frames: int, first: int) -> Tensor:
         """``(T, 3, S, S)``, a little larger than `size`: the clip that begins at frame `first`, if it runs forwards."""
@@ -88,7 +88,8 @@ class Clips:
 
     def random(self, caption: Caption, num_frames: int) -> Tensor:
         """A clip to train on, ``(T, 3, size, size)``: any moment, any crop, mirrored or not."""
-        first, end = self.range_of(caption, held_out=False)
+        before, _, behind = self.ranges(caption)
+        first, end = before if torch.rand(()) < 0.5 else behind
         clip = self.clip(caption, num_frames, int(torch.randint(first, end - SPANS[caption.speed] + 1, ())))
         top, left = (int(x) for x in torch.randint(clip.shape[-1] - self.size + 1, (2,)))
         clip = clip[..., top : top + self.size, left : left + self.size]
@@ -96,7 +97,7 @@ class Clips:
 
     def held_out(self, caption: Caption, num_frames: int, count: int) -> Tensor:
         """Clips that were held out, ``(count, T, 3, size, size)``: at moments far from each other, their centres."""
-        first, end = self.range_of(caption, held_out=True)
+        _, (first, end), _ = self.ranges(caption)
         moments = torch.linspace(first, end - SPANS[caption.speed], count).round().int().tolist()
         found = torch.stack([self.clip(caption, num_frames, moment) for moment in moments])
         border = (found.shape[-1] - self.size) // 2

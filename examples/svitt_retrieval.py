@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.measure import peak_memory
 from examples.captions import FIRST, MASK, PAD, Caption, Clips, Words, captions
 from examples.training import Training, write_losses
+from vattn import RelativePositionBias3D
 from vattn.models.svitt import (
     Sparsity,
     SViTT,
@@ -95,6 +96,9 @@ def new_model(size: int, num_words: int, num_frames: int, sparsity: Sparsity) ->
         num_frames, image_size=size, patch_size=PATCH, dim=DIM, depth=DEPTH, num_heads=4, mlp_dim=4 * DIM,
         layer_scale=None, sparsity=sparsity,
     )  # fmt: skip
+    for module in video.modules():
+        if isinstance(module, RelativePositionBias3D):  # from 0, the order of frames would be learned late
+            torch.nn.init.normal_(module.table)
     text = TextEncoder(
         num_words, DIM, 4, 4, 4 * DIM, max_length=32, fusion_layer=2, video_dim=DIM, prune_after=(2,),
         keep=0.5 if sparsity.keep < 1 else 1.0, dropout=0.0,

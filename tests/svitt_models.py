@@ -1,5 +1,6 @@
 """Small models of SViTT, and their inputs, for tests."""
 
+import re
 from typing import Any
 
 import torch
@@ -51,3 +52,50 @@ def random_video(batch: int = 2, num_frames: int = 4) -> Tensor:
 
 def random_words(batch: int = 2, length: int = 6) -> Tensor:
     return torch.randint(2, 29, (batch, length), generator=seed(2))
+
+
+OFFICIAL_NAMES = (
+    (r"^(blocks|layers)\.", "encoder.layer."),
+    (r"^cls_token", "embeddings.cls_token"),
+    (r"^patch_embed\.", "embeddings.patch_embeddings.projection."),
+    (r"^pool_norm\.", "pooler.layernorm."),
+    (r"norm1\.", "layernorm_before."),
+    (r"norm2\.", "layernorm_after."),
+    (r"\.scale", ".lambda_"),
+    (r"^word\.", "embeddings.word_embeddings."),
+    (r"^position\.", "embeddings.position_embeddings."),
+    (r"^kind\.", "embeddings.token_type_embeddings."),
+    (r"^norm\.", "embeddings.LayerNorm."),
+    (r"\.(attn|cross)\.norm\.", r".\1.output.LayerNorm."),
+    (r"\.(attn|cross)\.proj\.", r".\1.output.dense."),
+    (r"(\.\d+)\.norm\.", r"\1.output.LayerNorm."),
+    (r"mlp\.fc1\.", "intermediate.dense."),
+    (r"mlp\.fc2\.", "output.dense."),
+    (r"position_bias\.table", "relative_position_bias.relative_position_bias_table"),
+    (r"\.cross\.", ".crossattention."),
+    (r"\.attn\.", ".attention."),
+)
+
+
+def official_checkpoint(model: Any, **prefixes: str) -> dict[str, Tensor]:
+    """The weights of parts of `model` under official names, each behind its prefix."""
+    weights = {}
+    for part, prefix in prefixes.items():
+        inner = "self" if "text" in prefix else "attention"  # of BERT and of BEiT
+        for name, weight in getattr(model, part).state_dict().items():
+            if part != "video_norm":
+                for ours, official in OFFICIAL_NAMES:
+                    name = re.sub(ours, official, name)
+                name = re.sub(r"attention\.(query|key|value|relative)", rf"attention.{inner}.\1", name)
+            weights[prefix + name] = weight
+    return weights
+
+
+def official_head(head: Any, text: TextEncoder, prefix: str) -> dict[str, Tensor]:
+    """The weights of a head for words, which repeat those of the words and its bias."""
+    names = {"dense.": "transform.dense.", "norm.": "transform.LayerNorm.", "bias": "bias"}
+    weights = {"decoder.weight": text.word.weight.detach(), "decoder.bias": head.bias.detach()}
+    for name, weight in head.state_dict().items():
+        ours = next(ours for ours in names if name.startswith(ours))
+        weights[name.replace(ours, names[ours], 1)] = weight
+    return {f"{prefix}cls.predictions.{name}": weight for name, weight in weights.items()}

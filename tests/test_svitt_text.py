@@ -12,6 +12,8 @@ from tests.svitt_models import (
     DENSE,
     TEXT,
     VIDEO,
+    official_checkpoint,
+    official_head,
     random_video,
     random_words,
     randomize,
@@ -20,7 +22,7 @@ from tests.svitt_models import (
     text_encoder,
     video_encoder,
 )
-from vattn.models import svitt
+from vattn.models import _svitt_weights, svitt
 from vattn.models.svitt import SViTT, TextEncoder, VideoAnswers, VideoEncoder
 
 
@@ -48,6 +50,15 @@ class TestTextEncoder:
         expected = bert(ids, encoder_hidden_states=states, encoder_attention_mask=mask).last_hidden_state
         found = decoder.fuse(decoder.embed(ids), None, states, mask).tokens
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    def test_head_is_bert(self) -> None:
+        transformers = pytest.importorskip("transformers")
+        bert = randomize(transformers.BertForMaskedLM(_bert_config(transformers)))
+        words = bert.bert.embeddings.word_embeddings.weight.detach()
+        head, hidden = svitt.TokenHead(24, 30), torch.randn(2, 5, 24)
+        official = {name.removeprefix("predictions."): weight for name, weight in bert.cls.state_dict().items()}
+        head.load_state_dict(_svitt_weights.head_weights("test", official, words))
+        torch.testing.assert_close(head(hidden, words), bert.cls(hidden), atol=1e-5, rtol=1e-5)
 
     def test_padding_is_not_read(self) -> None:
         encoder, video = text_encoder(), torch.randn(2, 9, 16)
@@ -238,24 +249,36 @@ class TestModel:
             optimizer.step()
         assert losses[-1] < 0.8 * losses[0]
 
-    def test_pretrained_checkpoint(self) -> None:
-        """A pretrained one has another prefix for its text encoder, and a head for words, whose weights are shared."""
-        transformers = pytest.importorskip("transformers")
+    @pytest.mark.parametrize("prefix", ["text_encoder.bert.", "text_encoder."], ids=["pretrained", "retrieval"])
+    def test_official_checkpoint(self, prefix: str) -> None:
+        """A pretrained one has a head for words, whose weights are also those of the words, and another prefix."""
+        model, predicts = small_model(), "bert" in prefix
+        official = official_checkpoint(model, video="vision_encoder.", video_norm="vision_layernorm.", text=prefix)
+        for ours, theirs in (("video_proj", "vision_proj"), ("text_proj", "text_proj"), ("match_head", "itm_head")):
+            official |= {f"{theirs}.{name}": x for name, x in getattr(model, ours).state_dict().items()}
+        official["temp"] = model.temperature.detach()
+        if predicts:
+            official |= official_head(model.word_head, model.text, "text_encoder.")
+        video_config = {"image_size": (8, 12), "token_keep_rate": 0.5, "token_drop_loc": [0], "attn_block_size": 3}
+        video_config |= {"sparse_local_attn": 1, "sparse_random_attn": 1}
+        text_config = {"num_attention_heads": 2, "token_keep_rate": 0.5, "token_drop_loc": [0, 1]}
+        found = SViTT.from_official({"model": official}, video_config, text_config)
+        assert (found.word_head is None) == (not predicts) and found.text.prune_after == {1}
+        expected = {name: x for name, x in model.state_dict().items() if predicts or not name.startswith("word_head.")}
+        torch.testing.assert_close(dict(found.state_dict()), expected, rtol=0, atol=0)
+        kept = [one.encode_video(random_video(), generator=seed()).kept[0] for one in (model, found)]
+        assert torch.equal(*kept)
+
+    def test_other_weights_of_words_are_refused(self) -> None:
         model = small_model()
-        bert = transformers.BertForMaskedLM(_bert_config(transformers, vocab_size=30))
-        official = {f"text_encoder.{name}": x for name, x in randomize(bert).state_dict().items()}
-        weights = {f"vision_encoder.{_official_beit_name(name)}": x for name, x in model.video.state_dict().items()}
-        for ours, theirs in (
-            ("video_norm", "vision_layernorm"), ("video_proj", "vision_proj"), ("text_proj", "text_proj"),
-            ("match_head", "itm_head"),
-        ):  # fmt: skip
-            weights |= {f"{theirs}.{name}": x for name, x in getattr(model, ours).state_dict().items()}
-        official |= weights | {"temp": model.temperature.detach()}
-        found = SViTT.from_official({"model": official}, {"image_size": (8, 12)}, {"num_attention_heads": 2})
-        torch.testing.assert_close(found.video.state_dict(), model.video.state_dict())
-        assert found.word_head is not None
-        hidden = torch.randn(1, 4, 24)
-        torch.testing.assert_close(found.word_head(hidden, found.text.word.weight), bert.cls(hidden))
+        official = official_checkpoint(
+            model, video="vision_encoder.", video_norm="vision_layernorm.", text="text_encoder."
+        )
+        official |= {
+            "vision_proj.weight": torch.zeros(8, 16),
+            "itm_head.weight": torch.zeros(2, 24),
+            "temp": torch.ones(()),
+        }
         official["text_encoder.cls.predictions.decoder.weight"] = torch.zeros(30, 24)
         with pytest.raises(ValueError, match="the weights of the words must be those that predict them"):
             SViTT.from_official(official, {"image_size": (8, 12)}, {"num_attention_heads": 2})
@@ -355,6 +378,17 @@ class TestAnswers:
             log_p = model.log_probability(repeated, None, self.ANSWERS[answers], self.MASK[answers])
             torch.testing.assert_close(log_p.softmax(0), probabilities[i])
 
+    def test_official_checkpoint(self, model: VideoAnswers) -> None:
+        official = official_checkpoint(
+            model, video="vision_encoder.", video_norm="vision_layernorm.", question="text_encoder.",
+            answer="text_decoder.bert.",
+        )  # fmt: skip
+        official |= official_head(model.word_head, model.answer, "text_decoder.")
+        text_config = {"num_attention_heads": 2, "token_keep_rate": 0.5, "token_drop_loc": [1]}
+        found = VideoAnswers.from_official(official, {"image_size": (8, 12)}, text_config)
+        torch.testing.assert_close(dict(found.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+        assert found.answer.causal and found.question.keep == 1.0  # the official code does not prune here
+
     def test_the_decoder_must_be_one(self) -> None:
         with pytest.raises(ValueError, match="answer must be causal and read the question in all layers"):
             VideoAnswers(video_encoder(), text_encoder(), text_encoder())
@@ -365,16 +399,3 @@ def _bert_config(transformers: Any, **settings: Any) -> Any:
         **({"vocab_size": 30, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
             "intermediate_size": 32, "max_position_embeddings": 9, "layer_norm_eps": 1e-12} | settings)
     )  # fmt: skip
-
-
-def _official_beit_name(name: str) -> str:
-    """The official name of one of a :class:`VideoEncoder`'s weights."""
-    for ours, official in (
-        ("blocks.", "encoder.layer."), ("attn.proj.", "attention.output.dense."), ("attn.", "attention.attention."),
-        ("position_bias.table", "relative_position_bias.relative_position_bias_table"), ("scale", "lambda_"),
-        ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."), ("pool_norm.", "pooler.layernorm."),
-        ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."), ("cls_token", "embeddings.cls_token"),
-        ("patch_embed.", "embeddings.patch_embeddings.projection."),
-    ):  # fmt: skip
-        name = name.replace(ours, official)
-    return name

@@ -49,6 +49,16 @@ def rank_texts(
 
     Source:
         Li et al., "Align before Fuse", on image-text retrieval.
+
+    Example:
+        >>> from vattn.models.svitt import SViTT, Sparsity, TextEncoder, VideoEncoder
+        >>> size = {"dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
+        >>> video = VideoEncoder(2, image_size=16, patch_size=8, sparsity=Sparsity(keep=1.0), **size)
+        >>> text = TextEncoder(100, **size, fusion_layer=1, video_dim=32, prune_after=())
+        >>> model = SViTT(video, text).eval()
+        >>> videos, texts = model.encode_video(torch.randn(3, 2, 3, 16, 16)), model.text(torch.randint(100, (4, 6)))
+        >>> rank_texts(model, videos, texts).shape, rank_videos(model, videos, texts, rerank=2).shape
+        (torch.Size([3, 4]), torch.Size([4, 3]))
     """
     ranking = _start("rank_texts", model, model.similarity(videos.pooled, texts[:, 0]))
     for i in progress_bar(range(len(ranking) if rerank else 0), "rank texts", progress):

@@ -320,7 +320,7 @@ class VideoEncoder(nn.Module):
         for i, block in enumerate(self.blocks):
             cast(SparseBlock, block).sparsify(sparsity, sparsity.keep if i in sparsity.prune_after else 1.0)
 
-    def expand(self, num_frames: int, sparsity: Sparsity | None = None) -> None:
+    def _expand(self, num_frames: int, sparsity: Sparsity | None = None) -> None:
         """What :func:`expand` does, to this encoder itself."""
         for block in self.blocks:
             attention = cast(SparseBlock, block).attn
@@ -358,7 +358,7 @@ def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> M
     if not encoders:
         raise ValueError(f"expand: model must have a VideoEncoder, got model={type(model).__name__}")
     for encoder in encoders:
-        encoder.expand(num_frames, sparsity)
+        encoder._expand(num_frames, sparsity)
     return model
 
 
