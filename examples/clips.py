@@ -75,17 +75,6 @@ def windows(video: Tensor, num_frames: int, every: int) -> Tensor:
     return video.unfold(0, num_frames, every).movedim(-1, 2)
 
 
-def window_batches(videos: Sequence[Tensor], num_frames: int, count: int) -> Iterator[Tensor]:
-    """Endless batches of `count` random windows of each clip, half of them mirrored."""
-    while True:
-        chosen = []
-        for video in [*videos] * count:
-            start = int(torch.randint(len(video) - num_frames + 1, ()))
-            window = video[start : start + num_frames].transpose(0, 1)
-            chosen.append(window.flip(-1) if torch.rand(()) < 0.5 else window)
-        yield torch.stack(chosen)
-
-
 def varied_batches(videos: Sequence[Tensor], num_frames: int, size: int) -> Iterator[Tensor]:
     """Endless batches of a random window of each clip: any part of `size` pixels, half mirrored, half run backwards."""
     while True:

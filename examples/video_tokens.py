@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import clips, pictures
-from examples.mebt_video import DOWNSAMPLE, MODES, SAMPLING, WINDOW
+from examples.mebt_video import DOWNSAMPLE, NUM_WINDOWS, SAMPLING, WINDOW, small_mebt
 from examples.quality import peak_signal_to_noise, shrink_and_enlarge, structural_similarity
 from examples.training import Training, code_batches, encode, write_losses
 from vattn.models import mebt, videogpt
@@ -126,32 +126,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.outputs.mkdir(parents=True, exist_ok=True)
 
-    train, held_out = clips.split(options.size)
+    train, held_out = clips.split(options.size + options.size // 8)
     torch.manual_seed(options.seed)
     tokenizer = VQVAE(NUM_CODES, code_dim=64, hidden=64, num_blocks=1, downsample=DOWNSAMPLE)
     trainings = [Training("VQ-VAE", tokenizer, options.steps, 3e-3, options.outputs / "tokens_vqvae.pt")]
     resumed = options.resume and trainings[0].resume() and trainings[0].step >= options.steps
-    trainings[0].run(clips.window_batches(train, WINDOW, count=1), lambda video: tokenizer.training_loss(video / 2))
+    batches = clips.varied_batches(train, WINDOW, options.size)
+    trainings[0].run(batches, lambda video: tokenizer.training_loss(video / 2))
 
-    codes = encode(tokenizer, torch.cat([clips.windows(video, WINDOW, every=2) for video in train]) / 2, "codes")
+    codes = encode(tokenizer, torch.cat([next(batches) for _ in range(NUM_WINDOWS // len(train))]) / 2, "codes")
     torch.manual_seed(options.seed)
     grid = (codes.shape[1], codes.shape[2], codes.shape[3])
     gpt = videogpt.VideoGPT(
         tokenizer.codebook.embeddings, grid, dim=96, num_heads=4, num_layers=4, attention=options.attention, dropout=0.1
     )
-    bidirectional = mebt.MeBT(NUM_CODES, grid, dim=128, num_heads=4, modes=MODES, num_latents=128)
+    bidirectional = small_mebt(NUM_CODES, grid)
     priors: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
         (gpt, gpt.training_loss),
         (bidirectional, bidirectional.training_loss),
     ]
     for prior, loss_of in priors:
         name = type(prior).__name__
-        trainings.append(Training(name, prior, options.steps, 3e-3, options.outputs / f"tokens_{name.lower()}.pt"))
+        trainings.append(Training(name, prior, options.steps, 2e-3, options.outputs / f"tokens_{name.lower()}.pt"))
         if resumed:  # otherwise its codes would be those of another tokenizer
             trainings[-1].resume()
         trainings[-1].run(code_batches(codes, 8), loss_of)
 
-    tests = [clips.windows(video, WINDOW, every=4) for video in held_out]
+    tests = [clips.windows(clips.centre(video, options.size), WINDOW, every=4) for video in held_out]
     videos = torch.cat(tests)
     held_out_codes = encode(tokenizer, videos / 2, "codes held out")
     print(f"\nheld out: the last {clips.HELD_OUT:.0%} of each clip, {len(videos)} windows of {WINDOW} frames")

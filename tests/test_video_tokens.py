@@ -14,6 +14,7 @@ from vattn.models.videogpt import VideoGPT
 
 def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(clips, "NAMES", ("carphone_pristine",))
+    monkeypatch.setattr(video_tokens, "NUM_WINDOWS", 16)
     monkeypatch.setitem(mebt_video.SAMPLING, "num_steps", 2)
     arguments = ["--steps", "2", "--size", "16", "--outputs", str(tmp_path)]
     video_tokens.main(arguments)
