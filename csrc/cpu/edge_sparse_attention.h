@@ -6,16 +6,15 @@
 // Unit 0 of a head is its global queries, which read all keys as they lie; unit 1 + i is block i.
 #pragma once
 
-#include "itinerary.h"
-#include "position_bias.h"
+#include "positions.h"
 
 namespace vattn {
 namespace VATTN_ISA {
 
 template <class T>
-struct EdgeBlock : TokenItinerary<T, EdgeSparseAttention> {
-  static constexpr bool ADJUSTS = true, IN_PLACE = is_float<T>;
-  using Base = TokenItinerary<T, EdgeSparseAttention>;
+struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
+  static constexpr bool IN_PLACE = is_float<T>;
+  using Base = PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>>;
   using Base::a, Base::b, Base::h;
   const int32_t *list = nullptr, *list_end = nullptr;  // the blocks that are read; null if all keys are
   int64_t keys, slice = 0;
@@ -24,13 +23,9 @@ struct EdgeBlock : TokenItinerary<T, EdgeSparseAttention> {
     int64_t before = 0;
   };
   mutable Cursor read, fetched;
-  mutable BiasTile<true> queries_across;  // forward
-  mutable BiasTile<false> keys_across;    // backward
-  mutable uint32_t query_rows[TILE], key_rows[TILE];
-  mutable int64_t query_tile = -1;
 
   EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit)
-      : Base(a, b, h, a.G), keys(a.Lq), queries_across(a.bias, b, h), keys_across(a.bias, b, h) {
+      : Base(a, b, h, a.G), keys(a.Lq) {
     if (unit == 0) return;
     const int32_t* offsets = a.row_offsets + (a.layouts > 1 ? h * (a.blocks + 1) : 0) + unit - 1;
     list = a.columns + offsets[0], list_end = a.columns + offsets[1];
@@ -110,62 +105,22 @@ struct EdgeBlock : TokenItinerary<T, EdgeSparseAttention> {
     });
   }
 
-  // What is more than a product: a tile has a row of TILE for each token down its side, here keys.
+  // Scores of the first global query are kept on the way.
   void adjust_scores(int64_t first, int64_t count, int64_t k0, int64_t keys, float* scores) const {
-    if (a.bias.table || a.positions) {
-      key_tokens(k0, keys, key_rows);
-      if (first != query_tile) {  // the same for all tiles of keys, but where panels alternate
-        this->query_tokens(first, count, query_rows);
-        if (a.bias.table) queries_across.set(query_rows, count);
-        query_tile = first;
-      }
-      adjust<true>(queries_across, query_rows, count, key_rows, keys, scores);
-    }
+    Base::adjust_scores(first, count, k0, keys, scores);
     if (!list && first == 0 && a.importance)
       for (int64_t k = k0 < a.G ? a.G - k0 : 0; k < keys; ++k)
         a.importance[(b * a.H + h) * (a.Lq - a.G) + k0 + k - a.G] = scores[k * TILE];
   }
-  void adjust_weights(int64_t first, int64_t count, int64_t k0, int64_t keys, float* weights) const {
-    if (!a.bias.table && !a.positions) return;
-    key_tokens(k0, keys, key_rows);
-    this->query_tokens(first, count, query_rows);
-    if (a.bias.table) keys_across.set(key_rows, keys);
-    adjust<false>(keys_across, key_rows, keys, query_rows, count, weights);
-  }
-  // Follows adjust_weights of the same tile.
-  void adjust_grads(int64_t first, int64_t count, int64_t, int64_t, const float* grads) const {
-    if (!a.bias.table) return;
-    float* to = a.grad_bias + ((slice * a.B + b) * a.H + h) * a.bias.table_head;
-    for (int64_t q = 0; q < count; ++q) keys_across.accumulate(to, grads + q * TILE, this->query_begin + first + q);
+  void adjust_grads(int64_t, int64_t count, int64_t, int64_t, const float* grads) const {
+    if (!a.positions.reversed) return;
+    float* to = a.grad_bias + ((slice * a.B + b) * a.H + h) * a.positions.table_head;
+    this->accumulate_bias(to, count, grads);
   }
 
  private:
   void fetch(const Video& x, int64_t row, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) prefetch(this->template at<const T>(x, row + i), this->head_dim);
-  }
-
-  template <bool QUERIES_ACROSS>
-  void adjust(const BiasTile<QUERIES_ACROSS>& bias, const uint32_t* across, int64_t columns, const uint32_t* side,
-              int64_t rows, float* tile) const {
-    if (a.bias.table)
-      for (int64_t i = 0; i < rows; ++i) bias.add(tile + i * TILE, side[i]);
-    if (a.positions) forbid<QUERIES_ACROSS>(across, columns, side, rows, tile);
-  }
-
-  // Causal: no query reads a later key, unless one of them is global.
-  template <bool QUERIES_ACROSS>
-  void forbid(const uint32_t* across, int64_t columns, const uint32_t* side, int64_t rows, float* tile) const {
-    const int32_t* positions = a.positions + b * a.positions_batch;
-    int32_t place[TILE];
-    for (int64_t j = 0; j < columns; ++j) place[j] = across[j] < a.G ? -1 : positions[across[j] - a.G];
-    for (int64_t i = 0; i < rows; ++i) {
-      if (side[i] < a.G) continue;
-      int32_t here = positions[side[i] - a.G];
-      for (int64_t j = 0; j < columns; ++j) {
-        bool later = place[j] >= 0 && (QUERIES_ACROSS ? here > place[j] : place[j] > here);
-        if (later) tile[i * TILE + j] = -INFINITE;
-      }
-    }
   }
 };
 

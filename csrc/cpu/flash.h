@@ -14,6 +14,7 @@
 //         adjust_scores (first query, count, first key, count, scores)      forward: a row of TILE for each key
 //         adjust_weights (likewise)                                         backward: a row of TILE for each query
 //         adjust_grads (likewise)                                           gradients of those, to take a share of
+//     HAS_VALUES   whether there are values and an output; without, only lse is computed
 //     IN_PLACE     whether the forward reads keys and values where they lie, rather than copies of them: where few queries
 //                  share a load of them. If so, keys_in_place / values_in_place (first, count, f) call
 //                  f(rows, their distance, count, rows before) for each piece
@@ -116,7 +117,7 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
     int64_t keys = least(TILE, it.keys - k0);
     if constexpr (!Itinerary::IN_PLACE) {
       it.load_key(k0, keys, w.rows, ld, 1);
-      it.load_value(k0, keys, w.values, ld, 1);
+      if constexpr (Itinerary::HAS_VALUES) it.load_value(k0, keys, w.values, ld, 1);
     }
     if (dropout) it.key_tokens(k0, keys, w.tokens);
     for (int64_t p = 0; p < panels; ++p) {
@@ -133,6 +134,7 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
         it.adjust_scores(first + p * TILE, least(TILE, count - p * TILE), k0, keys, w.scores);
       for (int64_t j = 0; j < columns; j += VL) {
         Vec decay = soften(w.scores + j, keys, w.maximum + p * TILE + j, w.sum + p * TILE + j);
+        if (!Itinerary::HAS_VALUES) continue;
         if (k0 > 0)
           for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, decay * load(out + d * TILE + j));
         if (dropout) {
@@ -146,7 +148,9 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
       auto out_of = [&](const float* rows, int64_t distance, int64_t n, int64_t before) {
         multiply(k0 + before > 0, D, columns, n, {rows, 1, distance}, w.scores + before * TILE, TILE, out, TILE);
       };
-      if constexpr (Itinerary::IN_PLACE)
+      if constexpr (!Itinerary::HAS_VALUES)
+        continue;
+      else if constexpr (Itinerary::IN_PLACE)
         it.values_in_place(k0, keys, out_of);
       else
         out_of(w.values, ld, keys, 0);
@@ -156,13 +160,15 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   for (int64_t p = 0; p < panels; ++p) {
     int64_t n = least(TILE, count - p * TILE), columns = round_up(n, VL), row = first + p * TILE;
     float* out = w.out + p * panel;
-    for (int64_t j = 0; j < columns; j += VL) {
-      Vec sum = load(w.sum + p * TILE + j);
-      Vec inverse = select(sum > 0, 1.f / sum, Vec{});
-      for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, inverse * load(out + d * TILE + j));
+    if constexpr (Itinerary::HAS_VALUES) {
+      for (int64_t j = 0; j < columns; j += VL) {
+        Vec sum = load(w.sum + p * TILE + j);
+        Vec inverse = select(sum > 0, 1.f / sum, Vec{});
+        for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, inverse * load(out + d * TILE + j));
+      }
+      transpose(w.rows, ld, out, TILE, ld, columns);
+      it.store_out(row, n, w.rows, ld, 1);
     }
-    transpose(w.rows, ld, out, TILE, ld, columns);
-    it.store_out(row, n, w.rows, ld, 1);
     for (int64_t j = 0; j < n; ++j) {
       float sum = w.sum[p * TILE + j];
       w.rows[j] = sum > 0 ? w.maximum[p * TILE + j] * LN2 + __builtin_logf(sum) : -INFINITE;
@@ -235,6 +241,27 @@ VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse
     }
     store(weights + j, dropped);
     store(grads + j, p * (dp - delta));
+  }
+}
+
+// Adds to the sums of a tile of keys the weights that all queries give them.
+template <class Itinerary>
+void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWorkspace& w, float* sums) {
+  const int64_t ld = w.ld, columns = round_up(keys, VL);
+  it.load_key(k0, keys, w.keys, ld, 1);
+  zero(w.keys + keys * ld, (columns - keys) * ld);
+  transpose(w.key_panel, TILE, w.keys, ld, columns, ld);
+  for (int64_t first = 0; first < it.queries; first += TILE) {
+    int64_t count = least(TILE, it.queries - first);
+    it.load_query(first, count, w.query, ld, it.scale * LOG2E);
+    it.load_lse(first, count, w.lse);
+    multiply(false, count, columns, it.head_dim, {w.query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
+    if constexpr (Itinerary::ADJUSTS) it.adjust_weights(first, count, k0, keys, w.weights);
+    for (int64_t q = 0; q < count; ++q) {
+      if (w.lse[q] == -INFINITE) continue;
+      for (int64_t j = 0; j < columns; j += VL)
+        store(sums + j, load(sums + j) + exp2(load(w.weights + q * TILE + j) - w.lse[q] * LOG2E));
+    }
   }
 }
 

@@ -58,22 +58,23 @@ struct LatentAttention : Attention {
   int64_t splits, split_out, split_lse;
 };
 
-// A learned bias of relative positions, for numbers of G + N tokens: see position_bias.h.
-struct PositionBias {
-  const float* table = nullptr;  // of head 0, in units of log2; null if there is no bias
-  int64_t table_head = 0;        // from head to head
-  int64_t G = 0, differences = 0, middle = 0;  // entries of differences of codes, and the one of equal codes
-  const int32_t* codes = nullptr;              // of the N tokens; `codes_batch` from sample to sample
+// What the positions of G + N tokens do to their scores: a learned bias of differences, see position_bias.h, and causality.
+struct Positions {
+  int64_t G = 0;
+  const float *table = nullptr, *reversed = nullptr;  // of head 0, in units of log2; null if there is no bias
+  int64_t table_head = 0;                             // from head to head
+  int64_t differences = 0, middle = 0;                // entries of differences of codes, and the one of equal codes
+  const int32_t* codes = nullptr;                     // of the N tokens; `codes_batch` from sample to sample
   int64_t codes_batch = 0;
+  const int32_t* causal = nullptr;  // the positions of the N tokens if no token reads a later one, else null
+  int64_t causal_batch = 0;
 };
 
 struct EdgeSparseAttention : Attention {
   int64_t Lq, G, block_size, blocks, layouts;  // Lq = G + N; layouts: 1, or one for each head
   const int32_t *row_offsets, *columns;
   Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  PositionBias bias;
-  const int32_t* positions;  // of the N tokens where attention is causal, else null
-  int64_t positions_batch;
+  Positions positions;
   float* importance;  // the scores (B, H, N) of the first global query, in units of log2, or null
   // Backward over `slices` shares of the queries: gradients of keys then are float, and they and grad_bias have a
   // leading axis of that size. grad_bias has a table for each batch and head.
@@ -96,6 +97,21 @@ struct AxialAttention : Attention {
   int64_t outer, line, inner;
   int64_t lines;  // of a component
   Grid query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+};
+
+struct NodeSparseAttention : Attention {
+  int64_t Lq;
+  Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+  const int64_t* kept;  // (B, max_keys): which keys are read
+  bool compact;         // the gradients are those of kept keys, in float, and not of all
+};
+
+struct TokenImportance : Attention {
+  int64_t Lq;
+  Video query, key, out;  // no out
+  Positions positions;
+  const int64_t* key_lengths;  // (B,), or null
+  float* importance;           // (B, max_keys)
 };
 
 struct PeriodicShift {
@@ -163,6 +179,8 @@ struct Kernels {
   AttentionKernels<LeapAttention> leap_attention;
   AttentionKernels<LatentAttention> latent_attention;
   AttentionKernels<EdgeSparseAttention> edge_sparse_attention;  // backward only whole: items are (slice, b, h)
+  AttentionKernels<NodeSparseAttention> node_sparse_attention;
+  AttentionKernels<TokenImportance> token_importance;  // forward gives lse; backward_key, of (b, tile), importance
   AttentionKernels<AxialAttention> axial_attention;
   int64_t (*nearest_workspace)(int64_t channels, int64_t panels);
   void (*center_codes)(const NearestCode&, int64_t begin, int64_t end);                    // items: codes

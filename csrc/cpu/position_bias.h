@@ -22,7 +22,7 @@ class BiasTile {
     VecInt mask;  // the lanes of a vector that are one run
     int64_t code;  // of its first lane, were the run so long
   };
-  const PositionBias& p;
+  const Positions& p;
   const float* table;
   const int32_t* codes;
   const uint32_t* across = nullptr;
@@ -39,8 +39,8 @@ class BiasTile {
   }
 
  public:
-  BiasTile(const PositionBias& p, int64_t b, int64_t h)
-      : p(p), table(p.table + h * p.table_head), codes(p.codes + b * p.codes_batch) {}
+  BiasTile(const Positions& p, int64_t b, int64_t h)
+      : p(p), table((QUERIES_ACROSS ? p.table : p.reversed) + h * p.table_head), codes(p.codes + b * p.codes_batch) {}
 
   // Makes the tokens across `count` others, which must outlive their use.
   void set(const uint32_t* tokens, int64_t new_count) {

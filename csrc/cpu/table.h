@@ -3,8 +3,10 @@
 #include "edge_sparse_attention.h"
 #include "latent_attention.h"
 #include "leap_attention.h"
+#include "node_sparse_attention.h"
 #include "nearest_code.h"
 #include "rows.h"
+#include "token_importance.h"
 
 namespace vattn {
 namespace VATTN_ISA {
@@ -33,6 +35,9 @@ const Kernels& table() {
       {VATTN_BY_DTYPE(EdgeSparseAttention, forward_items<EdgeBlock<T>>),
        VATTN_BY_DTYPE(EdgeSparseAttention, delta_items<EdgeBlock<T>>),
        VATTN_BY_DTYPE(EdgeSparseAttention, edge_backward_items<T>), nullptr, nullptr},
+      attention_kernels<KeptKeys, NodeSparseAttention>(),
+      {VATTN_BY_DTYPE(TokenImportance, forward_items<WeighedKeys<T>>), nullptr, nullptr, nullptr,
+       VATTN_BY_DTYPE(TokenImportance, importance_items<T>)},
       attention_kernels<AxialLines, AxialAttention>(),
       [](int64_t channels, int64_t panels) { return NearestWorkspace(channels, panels, nullptr).size; },
       VATTN_ROWS(center_codes, NearestCode),

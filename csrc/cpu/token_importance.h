@@ -1,0 +1,45 @@
+// How much attention tokens get: the softmax probabilities of a key, summed over queries and heads.
+//
+// Two passes over the scores, neither of which keeps them: the first gives lse, the second sums exp(s - lse).
+#pragma once
+
+#include "positions.h"
+
+namespace vattn {
+namespace VATTN_ISA {
+
+template <class T>
+struct WeighedKeys : PositionedItinerary<T, TokenImportance, WeighedKeys<T>> {
+  static constexpr bool HAS_VALUES = false;
+  using Base = PositionedItinerary<T, TokenImportance, WeighedKeys<T>>;
+  using Base::a;
+  int64_t keys;
+
+  WeighedKeys(const TokenImportance& a, int64_t index)
+      : Base(a, index / a.H, index % a.H, a.Lq), keys(a.key_lengths ? a.key_lengths[index / a.H] : a.max_keys) {}
+
+  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    this->load_rows(a.key, first, count, rows, ld, times);
+  }
+  void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
+    for (int64_t i = 0; i < count; ++i) tokens[i] = (uint32_t)(first + i);
+  }
+};
+
+// Items count (b, tile of keys). Heads are summed in one order, whatever the threads; what no sample reads stays 0.
+template <class T>
+void importance_items(const TokenImportance& a, int64_t begin, int64_t end, float* workspace) {
+  const BackwardWorkspace w(a.D, TILE, TILE, 0, workspace);
+  const int64_t tiles = (a.max_keys + TILE - 1) / TILE;
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t b = item / tiles, first = item % tiles * TILE;
+    int64_t keys = least(TILE, (a.key_lengths ? a.key_lengths[b] : a.max_keys) - first);
+    float sums[TILE] = {};
+    for (int64_t h = 0; h < a.H && keys > 0; ++h)
+      add_weights(WeighedKeys<T>(a, b * a.H + h), first, keys, w, sums);
+    for (int64_t i = 0; i < keys; ++i) a.importance[b * a.max_keys + first + i] = sums[i] / (float)(a.H * a.Lq);
+  }
+}
+
+}  // namespace VATTN_ISA
+}  // namespace vattn
