@@ -13,6 +13,7 @@ learns again, with few frames first and more and sparser later. Pictures show wh
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import statistics
 import time
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.measure import peak_memory
 from examples.captions import FIRST, MASK, PAD, Caption, Clips, Words, captions
@@ -40,8 +41,9 @@ from vattn.models.svitt import (
 
 PATCH, DIM, DEPTH = 8, 64, 4
 NUM_FRAMES = 8
-BATCH = 12
+BATCH, LEARNING_RATE = 12, 2e-3
 HELD_OUT_CLIPS = 4  # for each caption
+RECALLED = (1, 3)  # the first one is right, or one of the first three
 PRUNE_AFTER = (0, 2)
 DENSE = Sparsity(block_size=18, num_random=None, keep=1.0, prune_after=PRUNE_AFTER)
 SETTINGS = {
@@ -96,14 +98,17 @@ def new_model(size: int, num_words: int, num_frames: int, sparsity: Sparsity) ->
         num_frames, image_size=size, patch_size=PATCH, dim=DIM, depth=DEPTH, num_heads=4, mlp_dim=4 * DIM,
         layer_scale=None, sparsity=sparsity,
     )  # fmt: skip
-    for module in video.modules():
-        if isinstance(module, RelativePositionBias3D):  # from 0, the order of frames would be learned late
-            torch.nn.init.normal_(module.table)
     text = TextEncoder(
         num_words, DIM, 4, 4, 4 * DIM, max_length=32, fusion_layer=2, video_dim=DIM, prune_after=(2,),
         keep=0.5 if sparsity.keep < 1 else 1.0, dropout=0.0,
     )  # fmt: skip
-    return SViTT(video, text, embed_dim=64, mask_id=MASK, never_masked=(PAD, FIRST), mask_share=0.3)
+    model = SViTT(video, text, embed_dim=64, mask_id=MASK, never_masked=(PAD, FIRST), mask_share=0.3)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # what suits 768 channels is too little for these
+            nn.init.xavier_uniform_(module.weight)
+        elif isinstance(module, RelativePositionBias3D):  # from 0, the order of frames would be learned late
+            nn.init.normal_(module.table)
+    return model
 
 
 def step_loss(run: Run, data: Data, chosen: Tensor) -> Tensor:
@@ -134,18 +139,22 @@ def encode(model: SViTT, videos: Tensor, generator: torch.Generator) -> VideoTok
 
 
 @torch.no_grad()
-def recalls(run: Run, data: Data, seed: int) -> dict[str, float]:
-    """How often a right answer is the first one, or among the first three, for clips that were held out."""
+def evaluate(run: Run, data: Data, seed: int) -> tuple[list[float], dict[str, float]]:
+    """For clips that were held out: how often a right caption is found for a clip, and a right clip for a caption.
+
+    Also, how often the first caption is right about each thing that it tells.
+    """
     videos = encode(run.model, data.held_out(run.num_frames), torch.Generator().manual_seed(seed))
     texts = run.model.text(data.ids, data.mask)
     right = torch.eye(len(texts), dtype=torch.bool).repeat_interleave(HELD_OUT_CLIPS, 0)
     to_texts = rank_texts(run.model, videos, texts, data.mask, rerank=8)
     to_videos = rank_videos(run.model, videos, texts, data.mask, rerank=8 * HELD_OUT_CLIPS)
-    return {
-        f"{name} R@{k}": recall(ranking, answers, k)
-        for name, ranking, answers in (("video-to-text", to_texts, right), ("text-to-video", to_videos, right.T))
-        for k in (1, 3)
-    }
+    shares = [recall(to_texts, right, k) for k in RECALLED] + [recall(to_videos, right.T, k) for k in RECALLED]
+    told = [dataclasses.astuple(data.captions[i]) for i in to_texts[:, 0]]
+    true = [dataclasses.astuple(caption) for caption in data.captions for _ in range(HELD_OUT_CLIPS)]
+    hits = torch.tensor([[a == b for a, b in zip(*pair, strict=True)] for pair in zip(told, true, strict=True)])
+    names = [field.name for field in dataclasses.fields(Caption)]
+    return shares, dict(zip(names, hits.double().mean(0).tolist(), strict=True))
 
 
 def memory_of_step(run: Run, data: Data) -> float:
@@ -182,19 +191,26 @@ def draw_kept(run: Run, data: Data, path: pathlib.Path, seed: int) -> None:
     figure.savefig(path, dpi=120)
 
 
-def print_row(name: str, run: Run, found: dict[str, float], memory: float) -> None:
-    step = statistics.median(run.seconds) if run.seconds else float("nan")
-    numbers = "".join(f"{share:>19.0%}" for share in found.values())
-    print(f"{name:<24}{numbers}{step * 1e3:>11.0f} ms{memory:>9.0f} MiB", flush=True)
+def chance(k: int, right: int, answers: int) -> float:
+    """How often one of the `right` answers is among `k` that were guessed."""
+    return 1 - math.comb(answers - right, k) / math.comb(answers, k)
 
 
-def print_header(data: Data) -> None:
-    names = [f"{name} R@{k}" for name in ("video-to-text", "text-to-video") for k in (1, 3)]
+def print_table(data: Data, runs: Sequence[Run], seed: int) -> None:
+    """A row for each model, and one for chance."""
+    count = len(data.captions)
+    rows = {"chance": [chance(k, n, n * count) for n in (1, HELD_OUT_CLIPS) for k in RECALLED]}
+    costs, told = {"chance": ""}, {}
+    for run in runs:
+        name, step = run.training.name, statistics.median(run.seconds) if run.seconds else math.nan
+        rows[name], told[name] = evaluate(run, data, seed)
+        costs[name] = f"{step * 1e3:>11.0f} ms{memory_of_step(run, data):>9.0f} MiB"
+    names = [f"{name} R@{k}" for name in ("video-to-text", "text-to-video") for k in RECALLED]
     print(f"\n{'':<24}{''.join(f'{name:>19}' for name in names)}{'step':>14}{'memory':>13}")
-    one = 1 / len(data.captions)
-    misses = [1 - one, (1 - one) ** 3]  # to good approximation
-    chances = [one, 3 * one, one, 1 - misses[1]]
-    print(f"{'chance':<24}{''.join(f'{chance:>19.0%}' for chance in chances)}")
+    for name, shares in rows.items():
+        print(f"{name:<24}{''.join(f'{share:>19.0%}' for share in shares)}{costs[name]}")
+    for name, hits in told.items():
+        print(f"{name:<24}first caption right about {', '.join(f'{what} {share:.0%}' for what, share in hits.items())}")
 
 
 def train_settings(data: Data, options: argparse.Namespace) -> list[Run]:
@@ -204,7 +220,7 @@ def train_settings(data: Data, options: argparse.Namespace) -> list[Run]:
         torch.manual_seed(options.seed)
         model = new_model(options.size, len(data.words), NUM_FRAMES, sparsity)
         path = options.outputs / f"svitt_{name.replace(' ', '_')}.pt"
-        run = Run(Training(name, model, options.steps, 1e-3, path), model)
+        run = Run(Training(name, model, options.steps, LEARNING_RATE, path), model)
         if options.resume:
             run.training.resume()
         train(run, data)
@@ -223,7 +239,7 @@ def train_stages(data: Data, options: argparse.Namespace) -> list[Run]:
         else:
             model = new_model(options.size, len(data.words), num_frames, sparsity)
         path = options.outputs / f"svitt_{num_frames}_frames.pt"
-        run = Run(Training(f"{num_frames} frames", model, options.steps // 2, 1e-3, path), model)
+        run = Run(Training(f"{num_frames} frames", model, options.steps // 2, LEARNING_RATE, path), model)
         if options.resume:
             run.training.resume()
         train(run, data)
@@ -243,13 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = Data(options.size)
 
     runs = train_settings(data, options)
-    print_header(data)
-    for run in runs:
-        print_row(run.training.name, run, recalls(run, data, options.seed), memory_of_step(run, data))
+    print_table(data, runs, options.seed)
     stages = train_stages(data, options)
-    print_header(data)
-    for run in stages:
-        print_row(run.training.name, run, recalls(run, data, options.seed), memory_of_step(run, data))
+    print_table(data, stages, options.seed)
 
     model = runs[-1].model
     layout = model.video.sparsity.layout(NUM_FRAMES * (options.size // PATCH) ** 2, torch.Generator().manual_seed(0))

@@ -28,8 +28,7 @@ from vattn.ops.node_sparse_attention import node_sparse_attention
 from vattn.ops.select_tokens import select_tokens
 from vattn.ops.token_importance import token_importance
 
-KEEP_BY = {"cls_attn": "the first text token", "avg_attn": "all text tokens"}
-"""Whose attention tells which video tokens stay, under the official names."""
+KEEP_BY = ("cls_attn", "avg_attn")
 
 
 class Fused(NamedTuple):
