@@ -49,17 +49,28 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
     if (!list) return f(first, count, 0);
     int64_t done = 0;
     if (first < a.G) f(first, done = least(count, a.G - first), 0);
-    if (first + done - a.G < cursor.before) cursor = {list, 0};
     while (done < count) {
-      int64_t inside = first + done - a.G - cursor.before, length = a.length(*cursor.entry);
-      if (inside >= length) {
-        cursor.before += length, ++cursor.entry;
-        continue;
-      }
-      int64_t piece = least(count - done, length - inside);
+      int64_t inside = seek(cursor, first + done);
+      int64_t piece = least(count - done, a.length(*cursor.entry) - inside);
       f(a.G + *cursor.entry * a.block_size + inside, piece, done);
       done += piece;
     }
+  }
+  // Moves to the block that holds a key that is not global; returns the key's place in it.
+  int64_t seek(Cursor& cursor, int64_t key) const {
+    int64_t place = key - a.G;
+    if (place < cursor.before) cursor = {list, 0};
+    while (place - cursor.before >= a.length(*cursor.entry)) cursor.before += a.length(*cursor.entry++);
+    return place - cursor.before;
+  }
+  // Ends with a block where one ends in the second half: products of a few keys of a block cost as those of more.
+  int64_t tile_of_keys(int64_t first) const {
+    int64_t all = least(TILE, keys - first), whole = first < a.G ? least(all, a.G - first) : 0;
+    if (!list || whole == all) return all;
+    int64_t inside = seek(read, first + whole);
+    for (const int32_t* e = read.entry; e < list_end && whole + a.length(*e) - inside <= all; ++e, inside = 0)
+      whole += a.length(*e) - inside;
+    return whole > TILE / 2 ? whole : all;
   }
 
   void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
@@ -90,7 +101,7 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
     constexpr int64_t STEP = 12;  // a multiple of the rows of every register tile
     pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
       for (int64_t i = 0; i < n; i += STEP) {
-        int64_t step = least(STEP, n - i), next = first + TILE + done + i;
+        int64_t step = least(STEP, n - i), next = first + count + done + i;
         fetch(a.value, row + i, step);
         if (next < keys)
           pieces(fetched, next, least(step, keys - next), [&](int64_t r, int64_t m, int64_t) { fetch(a.key, r, m); });

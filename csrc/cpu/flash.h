@@ -17,7 +17,8 @@
 //     HAS_VALUES   whether there are values and an output; without, only lse is computed
 //     IN_PLACE     whether the forward reads keys and values where they lie, rather than copies of them: where few queries
 //                  share a load of them. If so, keys_in_place / values_in_place (first, count, f) call
-//                  f(rows, their distance, count, rows before) for each piece
+//                  f(rows, their distance, count, rows before) for each piece, and tile_of_keys (first) tells how many
+//                  it takes at once
 //
 // Forward, a panel holds TILE queries, transposed, so that a vector is VL queries: the softmax needs no sum across a
 // vector, and keys and values are read as they lie, a number at a time. Backward, a panel holds TILE keys, and
@@ -99,12 +100,17 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   const ForwardWorkspace w(D, panels, workspace);
   const int64_t ld = w.ld, panel = ld * TILE;
   const Dropout* dropout = it.dropout;
+  const bool few = count <= FEW;  // queries: they stay rows, and the lanes of scores beyond them are not used
+  if (few) zero(w.scores, TILE * TILE);
 
   for (int64_t p = 0; p < panels; ++p) {
     int64_t n = least(TILE, count - p * TILE), columns = round_up(n, VL), row = first + p * TILE;
     it.load_query(row, n, w.rows, ld, it.scale * LOG2E);
     zero(w.rows + n * ld, (columns - n) * ld);
-    transpose(w.query + p * panel, TILE, w.rows, ld, columns, ld);
+    if (few)
+      copy(w.query, w.rows, n * ld);
+    else
+      transpose(w.query + p * panel, TILE, w.rows, ld, columns, ld);
     for (int64_t j = 0; j < columns; ++j) w.maximum[p * TILE + j] = -INFINITE, w.sum[p * TILE + j] = 0;
     if (dropout) {
       it.query_tokens(row, n, w.tokens);
@@ -113,8 +119,11 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   }
   if (it.keys == 0) zero(w.out, panels * panel);
 
-  for (int64_t k0 = 0; k0 < it.keys; k0 += TILE) {
-    int64_t keys = least(TILE, it.keys - k0);
+  for (int64_t k0 = 0, keys; k0 < it.keys; k0 += keys) {
+    if constexpr (Itinerary::IN_PLACE)
+      keys = it.tile_of_keys(k0);
+    else
+      keys = least(TILE, it.keys - k0);
     if constexpr (!Itinerary::IN_PLACE) {
       it.load_key(k0, keys, w.rows, ld, 1);
       if constexpr (Itinerary::HAS_VALUES) it.load_value(k0, keys, w.values, ld, 1);
@@ -124,7 +133,9 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
       int64_t columns = round_up(least(TILE, count - p * TILE), VL);
       float* out = w.out + p * panel;
       auto scores_of = [&](const float* rows, int64_t distance, int64_t n, int64_t before) {
-        multiply(false, n, columns, D, {rows, distance, 1}, w.query + p * panel, TILE, w.scores + before * TILE, TILE);
+        float* scores = w.scores + before * TILE;
+        if (few) return multiply_few_rows(n, count, D, rows, distance, w.query, ld, scores, TILE);
+        multiply(false, n, columns, D, {rows, distance, 1}, w.query + p * panel, TILE, scores, TILE);
       };
       if constexpr (Itinerary::IN_PLACE)
         it.keys_in_place(k0, keys, scores_of);
@@ -146,7 +157,10 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
         }
       }
       auto out_of = [&](const float* rows, int64_t distance, int64_t n, int64_t before) {
-        multiply(k0 + before > 0, D, columns, n, {rows, 1, distance}, w.scores + before * TILE, TILE, out, TILE);
+        const float* weights = w.scores + before * TILE;
+        bool more = k0 + before > 0;
+        if (few) return multiply_few_columns(more, D, count, n, weights, TILE, rows, distance, out, TILE);
+        multiply(more, D, columns, n, {rows, 1, distance}, weights, TILE, out, TILE);
       };
       if constexpr (!Itinerary::HAS_VALUES)
         continue;
