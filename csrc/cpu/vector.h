@@ -94,7 +94,7 @@ VATTN_INLINE void copy(To* dst, const From* src, int64_t n, float times = 1.f) {
 
 template <class T>
 VATTN_INLINE void prefetch(const T* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
 
 template <class To>
