@@ -223,6 +223,15 @@ class TestModel:
         expected = model.masked_word_loss(seen.tokens, ids, generator=draws)
         torch.testing.assert_close(losses.masked_words, expected)
 
+    def test_autocast(self) -> None:
+        model, video, ids = small_model(), random_video(3), random_words(3)
+        exact = model(video, ids, generator=seed())
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(video, ids, generator=seed())
+        rounded.total.backward()
+        torch.testing.assert_close(rounded.total.float(), exact.total, atol=0.05, rtol=0.05)
+        assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in model.parameters())
+
     def test_temperature_stays_in_its_range(self) -> None:
         model = small_model()
         for value, expected in ((-1.0, 0.001), (2.0, 0.5)):

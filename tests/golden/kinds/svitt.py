@@ -68,7 +68,7 @@ def svitt_relpos3d(golden: Any) -> None:
 
 def svitt_inflate(golden: Any) -> None:
     meta = golden.meta
-    inflated = RelativePositionBias3D.from_2d(golden["src_table"], (meta["T"], meta["H"], meta["H"]))
+    inflated = RelativePositionBias3D.from_2d(golden["src_table"], (meta["T"], meta["H"], meta.get("W", meta["H"])))
     golden.equal("dst_table", inflated.table)
     golden.equal("dst_table_T2", inflated.inflate(meta["T2"]).table)
 
@@ -118,12 +118,12 @@ def svitt_layer(golden: Any) -> None:
         block = SparseBlock(meta["hidden"], meta["heads"], mlp_dim, window=tuple(meta["window"]))
         block = block.to(golden.dtype)
         block.load_state_dict(weights)
-        block.sparsify(Sparsity(keep_by=case.get("strategy", "cls_attn"), pad_keys="zero"), case["keep"])
+        draws = _Replay(golden[f"{prefix}keep_rand"]) if f"{prefix}keep_rand" in golden.arrays else None
+        block.sparsify(Sparsity(keep_by="random" if draws else "cls_attn", pad_keys="zero"), case["keep"])
         layout = None
         if case["rand"] is not None:
             layout = _layout(golden[f"{prefix}block_idx"], length, case["bs"])
         positions = golden[f"{prefix}token_idx"] if f"{prefix}token_idx" in golden.arrays else None
-        draws = _Replay(golden[f"{prefix}keep_rand"]) if f"{prefix}keep_rand" in golden.arrays else None
         x = golden["x_full"][:, : length + 1].requires_grad_()
         out, kept = block(x, layout, positions, draws)
         golden.operator(f"{prefix}out", out)
