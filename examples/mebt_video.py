@@ -4,8 +4,9 @@
 
 Both train one after the other, from checkpoints where there are any. The last quarter of each clip is held out: on its
 windows of 16 frames, the example prints how close the tokenizer comes to the pixels, and how often MeBT is right about
-masked codes, beside two baselines that have learned nothing. GIFs show reconstruction, generation, continuation and
-inpainting next to the truth.
+masked codes, beside answers that take no learning: the most frequent code, the last one known at the same place, and, as
+if nothing were masked, the one before. It fails if MeBT does not beat the first two. GIFs show reconstruction, generation,
+continuation and inpainting next to the truth.
 
     python -m examples.mebt_video
     python -m examples.mebt_video --resume      from the last checkpoint of a run with the same options
@@ -42,19 +43,20 @@ SAMPLING: dict[str, Any] = {"num_steps": 12, "temperature": 0.9, "top_p": 0.95, 
 
 @torch.no_grad()
 def small_mebt(num_codes: int, grid: tuple[int, int, int]) -> MeBT:
-    """A MeBT that begins by looking for codes near the masked one, with a latent for each row and column.
+    """A MeBT that begins by looking for codes near the masked one; it has half as many latents as there are codes.
 
-    Positions are waves of time, row and column, and latents begin at positions of their own. Queries begin with the
+    Positions are waves of time, row and column, and a latent begins between two frames of codes. Queries begin with the
     weights of the keys, so that what is near is read, and what is read comes out as it was: the projection begins as
-    the inverse of the values, the head as the embedding of the codes. From small random weights, it takes a MeBT
-    thousands of steps to find out which latent knows what about which position.
+    the inverse of the values, the head as the embedding of the codes. From small random weights it takes a MeBT far
+    longer to find out which latent knows what about which position.
 
     Source:
         Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (ICML 2023).
     """
-    frames, height, width = grid
     dim = 128
-    model = MeBT(num_codes, grid, dim=dim, num_heads=4, modes=MODES, num_latents=height * width)
+    times, rows, columns = (torch.arange(size) + 0.5 for size in grid)
+    codes, latents = torch.cartesian_prod(times, rows, columns), torch.cartesian_prod(times[::2] + 0.5, rows, columns)
+    model = MeBT(num_codes, grid, dim, num_heads=4, modes=MODES, num_latents=len(latents))
     for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     for attention in (module for module in model.modules() if isinstance(module, LatentAttention)):
@@ -62,12 +64,11 @@ def small_mebt(num_codes: int, grid: tuple[int, int, int]) -> MeBT:
         attention.query.weight.copy_(attention.key.weight)
         nn.init.orthogonal_(attention.value.weight)
         attention.proj.weight.copy_(attention.value.weight.T)
-    nn.init.normal_(model.tok_emb.weight)
-    nn.init.normal_(model.mask_emb)
+    model.pos_emb.copy_(waves(codes, dim))
+    model.sos_emb.copy_(waves(latents, dim))
+    for embedding in (model.tok_emb.weight, model.mask_emb):
+        nn.init.normal_(embedding, std=0.7)  # where a code is counts for more than which it is
     model.transformer.head.weight.copy_(model.tok_emb.weight * dim**-0.5)
-    times, rows, columns = (torch.arange(size) + 0.5 for size in grid)
-    model.pos_emb.copy_(waves(torch.cartesian_prod(times, rows, columns), dim))
-    model.sos_emb.copy_(waves(torch.cartesian_prod(torch.tensor([frames / 2]), rows, columns), dim))
     return model
 
 
@@ -134,20 +135,19 @@ def accuracies(
 
 
 def report(model: MeBT, codes: Tensor, held_out: Tensor, seed: int) -> bool:
-    """Print how often masked codes are found; whether MeBT finds more than those that know no more than it does."""
+    """Print how often masked codes are found; whether MeBT finds more than those that know no more than it does.
+
+    The last row decides: it has the ratios of the training, in which all are as likely.
+    """
     frequent = int(codes.flatten().mode().values)
-    # As many are masked as in training, on average: any share is as likely as any other.
     uniform = [(i + 0.5) / EVALUATIONS for i in range(EVALUATIONS)]
-    rows = {f"{ratio:.0%}": [ratio] * EVALUATIONS for ratio in RATIOS} | {"0-100%": uniform}
-    beaten = True
     print(f"{'masked':<8}", *(f"{name:>20}" for name in ANSWERS), f"{'MeBT, where trained':>20}")
-    for title, ratios in rows.items():
+    for title, ratios in [*((f"{ratio:.0%}", [ratio] * EVALUATIONS) for ratio in RATIOS), ("0-100%", uniform)]:
         generator = torch.Generator().manual_seed(seed)
         share = accuracies(model, held_out, frequent, ratios, generator)
         trained = accuracies(model, codes[: len(held_out)], frequent, ratios, generator)
         print(f"{title:<8}", *(f"{share[name]:>20.1%}" for name in ANSWERS), f"{trained['MeBT']:>20.1%}")
-        beaten &= share["MeBT"] > max(share[name] for name in ANSWERS[1:3])
-    return beaten
+    return share["MeBT"] > max(share[name] for name in ANSWERS[1:3])
 
 
 def write_videos(tokenizer: VQGAN, model: MeBT, videos: Tensor, outputs: pathlib.Path, seed: int) -> list[pathlib.Path]:

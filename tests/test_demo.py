@@ -1,0 +1,46 @@
+"""The demo compares like with like, and notices what is off."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import vattn
+from examples import clips, demo
+
+
+@pytest.mark.parametrize("leap", [1, 2, 4])
+def test_the_plain_formula_is_leap_attention(leap):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 2, 8, 5, 8, dtype=torch.float64, generator=generator) for _ in range(3)]
+    settings = {"group_size": 2, "fold_div": 4, "scale": 0.3}
+    expected = vattn.leap_attention(*inputs, leap, **settings)
+    torch.testing.assert_close(demo.plain_leap_attention(*inputs, leap, **settings), expected)
+
+
+def test_a_gradient_that_is_off_is_noticed():
+    model = nn.Linear(4, 2)
+    runs = [demo.Run(name, copy.deepcopy(model), vattn.leap_attention) for name in ("ours", "plain")]
+    for run in runs:
+        run.gradients(torch.ones(3, 4), torch.tensor([0, 1, 1]))
+    assert demo.gradient_difference(*runs) == 0
+    runs[1].model.bias.grad *= 1.5
+    assert demo.gradient_difference(*runs) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("last", "learned"), [(0.5, True), (0.9, False), (float("nan"), False)])
+def test_a_loss_that_does_not_fall_is_noticed(last, learned):
+    run = demo.Run("ours", nn.Linear(1, 1), vattn.leap_attention, losses=[1.0] * 5 + [last] * 5)
+    assert run.learned() is learned
+
+
+def test_batches_play_both_ways(monkeypatch):
+    frames = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 2, 2)
+    monkeypatch.setattr(clips, "decode", functools.cache(lambda name, size: frames))
+    video, label = next(clips.batches(["a", "b"], 2, 3, 2, torch.Generator().manual_seed(0)))
+    assert video.shape == (4, 3, 3, 2, 2)
+    assert label.tolist() == [0, 1, 2, 3]
+    step = video[:, 1:, 0, 0, 0] - video[:, :-1, 0, 0, 0]
+    assert torch.equal(step.sign(), torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 2))
