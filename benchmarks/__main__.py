@@ -55,7 +55,7 @@ def _measure(options: argparse.Namespace) -> int:
         session = Session(operator, DTYPES[name], torch.device(options.device), options.providers, options.rounds)
         for case in operator.cases[options.cases or ("gpu" if on_gpu else "default")]:
             for measured in session.measure(case, passes):
-                print(report.table(measured), end="\n\n", flush=True)
+                print("\n".join([report.table(measured), *operator.remarks(measured)]), end="\n\n", flush=True)
                 if not options.no_store:
                     records.store(measured, options.results)
                 lines += measured

@@ -6,7 +6,7 @@ provider's dtype, plus one rounding. The output and every gradient are compared,
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -25,17 +25,22 @@ class Verdict:
     budget: float
     complaint: str | None
 
+    @property
+    def share(self) -> float:
+        """The error per budget, which is 0 for what must be 0: the gradient of a leaf that nothing reads."""
+        return self.error / self.budget if self.budget > 0 else math.inf if self.error > 0 else 0.0
+
 
 class Gate:
-    """The right output and gradients of one case, and how far off each may be."""
+    """The right output and gradients of one case, by `definition`, and how far off each may be."""
 
-    def __init__(self, case: Case, leaves: Sequence[Tensor], grad_out: Tensor) -> None:
+    def __init__(
+        self, case: Case, leaves: Sequence[Tensor], grad_out: Tensor, definition: Callable[..., Tensor]
+    ) -> None:
         self.case = case
         self.grad_out = grad_out
-        samples = [_sample(case, leaves, grad_out, i, torch.float64) for i in range(grad_out.shape[0])]
-        self.expected = [torch.cat(parts) for parts in zip(*samples, strict=True)]
-        plain_samples = [_sample(case, leaves, grad_out, i, grad_out.dtype) for i in range(grad_out.shape[0])]
-        plain = [torch.cat(parts) for parts in zip(*plain_samples, strict=True)]
+        self.expected = _output_and_gradients(case, leaves, grad_out, definition, torch.float64)
+        plain = _output_and_gradients(case, leaves, grad_out, definition, grad_out.dtype)
         rounding = torch.finfo(grad_out.dtype).eps
         self.budgets = [
             2 * _error(x, expected) + rounding * expected.abs().max().item()
@@ -54,17 +59,28 @@ class Gate:
             complaint = f"{name} is off by {error:.2e}, allowed {budget:.2e}"
             verdicts.append(Verdict(error, budget, None if error <= budget else complaint))
         # NaN is not at most anything, and comes first.
-        return max(verdicts, key=lambda verdict: (math.isnan(verdict.error), verdict.error / verdict.budget))
+        return max(verdicts, key=lambda verdict: (math.isnan(verdict.error), verdict.share))
 
 
-def _sample(
-    case: Case, leaves: Sequence[Tensor], grad_out: Tensor, index: int, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Output and gradients of the reference for one sample: its scores are large, the batch's would be larger."""
-    one = slice(index, index + 1)
-    sample = [x[one].to(dtype).requires_grad_() for x in leaves]
-    out = case.reference(*sample)
-    return out.detach(), *torch.autograd.grad(out, sample, grad_out[one].to(dtype))
+def _output_and_gradients(
+    case: Case, leaves: Sequence[Tensor], grad_out: Tensor, definition: Callable[..., Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Of the definition, sample by sample: the scores of one are large, the batch's would be larger."""
+    of_samples = len(leaves) - case.num_parameters
+    samples = []
+    for index in range(grad_out.shape[0]):
+        one = slice(index, index + 1)
+        sample = [x[one] if i < of_samples else x for i, x in enumerate(leaves)]
+        sample = [x.to(dtype).detach().requires_grad_() for x in sample]
+        out = definition(case, *sample)
+        grads = torch.autograd.grad(out, sample, grad_out[one].to(dtype), materialize_grads=True)
+        samples.append((out.detach(), *grads))
+    joined = [torch.cat if i <= of_samples else _sum for i in range(len(leaves) + 1)]  # the output comes first
+    return [join(parts) for join, parts in zip(joined, zip(*samples, strict=True), strict=True)]
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)
 
 
 def _error(x: Tensor, expected: Tensor) -> float:

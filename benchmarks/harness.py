@@ -48,7 +48,8 @@ class Entrant:
         out = self.provider.after(self.case, self.run(*self.provider.before(self.case, *leaves)))
         if pass_name == "forward":
             return gate.judge(out)
-        return gate.judge(out.detach(), torch.autograd.grad(out, leaves, self.grad_out))
+        grads = torch.autograd.grad(out, leaves, self.grad_out, materialize_grads=True)
+        return gate.judge(out.detach(), grads)
 
 
 class Session:
@@ -84,23 +85,29 @@ class Session:
             torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
             for shape in [*case.leaf_shapes, case.output_shape]
         )
-        gate = Gate(case, leaves, grad_out)
+        definitions = {provider.definition for provider in self.providers}
+        gates = {definition: Gate(case, leaves, grad_out, definition) for definition in definitions}
         entrants: dict[str, Entrant] = {}
         reasons: dict[str, str] = {}
         for provider in self.providers:
             with _explained(provider.name, reasons):
                 entrants[provider.name] = Entrant(provider, case, leaves, grad_out)
         for pass_name in passes:
-            yield self._measure_pass(case, pass_name, entrants, gate, dict(reasons))
+            yield self._measure_pass(case, pass_name, entrants, gates, dict(reasons))
 
     def _measure_pass(
-        self, case: Case, pass_name: Pass, entrants: dict[str, Entrant], gate: Gate, reasons: dict[str, str]
+        self,
+        case: Case,
+        pass_name: Pass,
+        entrants: dict[str, Entrant],
+        gates: dict[Callable[..., Tensor], Gate],
+        reasons: dict[str, str],
     ) -> list[Line]:
         verdicts: dict[str, Verdict] = {}
         green: dict[str, Callable[[], object]] = {}
         for name, entrant in entrants.items():
             with _explained(name, reasons):
-                verdicts[name] = verdict = entrant.judge(gate, pass_name)
+                verdicts[name] = verdict = entrant.judge(gates[entrant.provider.definition], pass_name)
                 if verdict.complaint is None:
                     green[name] = functools.partial(entrant.execute, pass_name)
                 else:
@@ -116,7 +123,7 @@ class Session:
         best_peer = min(peers, key=peers.__getitem__, default=None)
         shared = {
             **self.common,
-            "kernel": not runs_reference(gate.grad_out),
+            "kernel": not runs_reference(torch.empty(0, dtype=self.dtype, device=self.device), self.common["operator"]),
             "case": case.name,
             "sizes": dataclasses.asdict(case),  # type: ignore[call-overload]
             "pass_name": pass_name,

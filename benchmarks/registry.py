@@ -5,18 +5,25 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks import operators
+from benchmarks.records import Line
 
 Run = Callable[..., Tensor]
 
 
 class Case(abc.ABC):
-    """A workload: a frozen dataclass of sizes. Its leaves and its output have the batch as their first axis."""
+    """A workload: a frozen dataclass of sizes. Its output has the batch as its first axis, and so have its leaves.
+
+    Attributes:
+        num_parameters: how many of the last leaves do not, but are the same for all samples.
+    """
+
+    num_parameters: ClassVar[int] = 0
 
     @property
     def name(self) -> str:
@@ -59,6 +66,14 @@ def _output(case: Any, out: Tensor) -> Tensor:
     return out
 
 
+def _reference(case: Any, *leaves: Tensor) -> Tensor:
+    return case.reference(*leaves)
+
+
+def _nothing(lines: Sequence[Line]) -> list[str]:
+    return []
+
+
 @dataclasses.dataclass(frozen=True)
 class Provider(Generic[CaseT]):
     """One way to compute an operator.
@@ -72,6 +87,8 @@ class Provider(Generic[CaseT]):
         devices: the device types that it is for.
         before, after: a limit's untimed work: from the leaves to what `run` takes, from what it returns to the
             output. The gate goes through both.
+        definition: what the gate compares with, in the dtype of the leaves. A limit may do other work than the case
+            asks for, and then does that right.
     """
 
     name: str
@@ -80,15 +97,21 @@ class Provider(Generic[CaseT]):
     devices: tuple[str, ...] = ("cpu", "cuda")
     before: Callable[..., tuple[Tensor, ...]] = _unchanged
     after: Callable[[CaseT, Tensor], Tensor] = _output
+    definition: Callable[..., Tensor] = _reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Operator(Generic[CaseT]):
-    """An operator's named sets of cases ("default" for a CPU, "gpu", "quick" for tests) and its providers."""
+    """An operator's named sets of cases ("default" for a CPU, "gpu", "quick" for tests) and its providers.
+
+    Attributes:
+        remarks: what else is to be said below the table of these lines, which are of one case and pass.
+    """
 
     name: str
     cases: Mapping[str, Sequence[CaseT]]
     providers: Sequence[Provider[CaseT]]
+    remarks: Callable[[Sequence[Line]], list[str]] = _nothing
 
 
 def operator_names() -> list[str]:

@@ -91,6 +91,41 @@ def test_all_eager_providers_agree(leap, dtype):
         assert 0 < line.error <= line.budget
 
 
+@pytest.mark.parametrize("case", load_operator("edge_sparse_attention").cases["quick"], ids=lambda case: case.name)
+def test_sparse_and_dense_providers_do_their_own_work_right(case):
+    """The gradient of the table is that of all samples, and dense ones are judged by dense definitions."""
+    operator = load_operator("edge_sparse_attention")
+    eager = [p.name for p in operator.providers if p.name != "flex" and "cpu" in p.devices]
+    for lines in Session(operator, torch.float32, CPU, eager, rounds=1).measure(case, PASSES):
+        assert [(line.provider, line.reason) for line in lines] == [(name, None) for name in eager]
+        text = "\n".join(operator.remarks(lines))
+        for name in ("dense", "dense+bias"):
+            assert f"times {case.density:.1%} of {name}\n" in text + "\n"
+        assert ("a new layout takes" in text) == (lines[0].pass_name == "forward")
+
+
+def test_a_limit_that_does_the_wrong_work_is_red():
+    operator = load_operator("edge_sparse_attention")
+    (dense,) = (provider for provider in operator.providers if provider.name == "dense+bias")
+    sparse = dataclasses.replace(dense, name="sparse", build=operator.providers[0].build)
+    operator = dataclasses.replace(operator, providers=[*operator.providers, sparse])
+    (line,) = measure(operator, ["sparse"], passes=["forward"])
+    assert line.reason.startswith("red at the gate: output is off by")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        pytest.param({"block_size": 55}, "block_size must divide T \\* side \\* side=784", id="short block"),
+        pytest.param({"num_random": 14}, "num_random must be below the number of blocks, 14", id="few blocks"),
+    ],
+)
+def test_an_edge_case_is_one_that_every_provider_can_compute(sizes, message):
+    case = load_operator("edge_sparse_attention").cases["default"][0]
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(case, **sizes)
+
+
 def test_one_wrong_element_is_red_and_not_timed(leap):
     lines = measure(with_provider(leap, "wrong", "peer", off_by(leap, 1e-3)), ["vattn", "wrong"])
     vattn, wrong = lines[:2]
