@@ -22,9 +22,6 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import records
+from benchmarks.steps import Cost, cost_apart, cost_of
 from vattn.models.mebt import OFFICIAL_MODES, MeBT, masked_loss, split_positions
 
 NAME = "mebt_cost"
@@ -47,23 +45,6 @@ class Sizes(NamedTuple):
     num_heads: int = 4
     num_latents: int = 256
     vocab_size: int = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Of one training step. Seconds, of which the first step is none; bytes.
-
-    Attributes:
-        before: resident when model and optimiser were built, but no step was done.
-        peak: the most that was ever resident.
-    """
-
-    median: float
-    p20: float
-    p80: float
-    samples: int
-    before: int
-    peak: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,22 +111,14 @@ def measure(name: str, tokens: int, sizes: Sizes, rounds: int, limit: float) -> 
     codes = torch.randint(sizes.vocab_size, (1, tokens))
     context, target = split_positions(torch.randperm(tokens)[None], tokens // 2)
 
-    def step() -> float:
-        start = time.perf_counter()
+    def step() -> None:
         logits = model(codes, context, target)
         loss = masked_loss(logits, codes.gather(1, target), target.shape[1], tokens)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return time.perf_counter() - start
 
-    before = _resident("VmRSS")
-    step()  # memory is touched, the states of the optimiser are made
-    seconds = [step()]
-    while len(seconds) < rounds and sum(seconds) < limit:
-        seconds.append(step())
-    p20, median, p80 = np.quantile(seconds, [0.2, 0.5, 0.8]).tolist()
-    return Cost(median, p20, p80, len(seconds), before, _resident("VmHWM"))
+    return cost_of(step, rounds, limit)
 
 
 def exponent(tokens: Sequence[int], amounts: Sequence[float]) -> float:
@@ -286,10 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure_apart(name: str, tokens: int, sizes: Sizes, rounds: int, limit: float) -> Cost:
     settings: dict[str, Any] = {"models": name, "tokens": tokens, "rounds": rounds, "limit": limit, **sizes._asdict()}
-    arguments = [x for key, value in settings.items() for x in (f"--{key.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "benchmarks.mebt_cost", "--here", *arguments]
-    done = subprocess.run(command, cwd=records.ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return Cost(**json.loads(done.stdout))
+    return cost_apart(f"benchmarks.{NAME}", settings)
 
 
 def _by_model(lines: Sequence[Line]) -> dict[str, list[Line]]:
@@ -304,18 +274,6 @@ def _amounts(points: Sequence[Line]) -> dict[str, list[float]]:
         "seconds": [cost.median for cost in costs],
         "memory of the steps, MiB": [(cost.peak - cost.before) / 2**20 for cost in costs],
     }
-
-
-def _resident(what: str) -> int:
-    """Bytes of this process, by Linux: VmRSS is what is resident now, VmHWM the most that ever was.
-
-    ``getrusage`` would not do: its peak includes that of the process that started this one.
-    """
-    status = pathlib.Path("/proc/self/status").read_text()
-    found = re.search(rf"{what}:\s+(\d+) kB", status)
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {what}")
-    return int(found[1]) * 1024
 
 
 def _path(folder: pathlib.Path) -> pathlib.Path:
