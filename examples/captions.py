@@ -2,8 +2,8 @@
 
 A caption is the same for many clips, which begin at different moments. The middle of each part is held out::
 
-    part of a video    0 ............. 17 | 18 ............... 41 | 42 ............. 59
-                       clips to train on    clips held out          clips to train on
+    part of a video    0 ............. 20 | 21 ........... 38 | 39 ............. 59
+                       clips to train on    clips held out      clips to train on
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ SUBJECTS = {
 }
 PARTS = ("early", "late")
 DIRECTIONS = ("forwards", "backwards")
-SPANS = {"slowly": 8, "fast": 16}
+SPANS = {"slowly": 4, "fast": 16}
 """Frames between the first and the last frame of a clip, both included."""
 
-HELD_OUT = 0.4  # of the frames of each part
+HELD_OUT = 0.3  # of the frames of each part
 PAD, FIRST, MASK = 0, 1, 2  # words that no caption has
 
 

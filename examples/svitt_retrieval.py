@@ -42,7 +42,7 @@ from vattn.models.svitt import (
 PATCH, DIM, DEPTH = 8, 64, 4
 NUM_FRAMES = 8
 BATCH, LEARNING_RATE = 12, 2e-3
-HELD_OUT_CLIPS = 4  # for each caption
+HELD_OUT_CLIPS = 3  # for each caption
 RECALLED = (1, 3)  # the first one is right, or one of the first three
 PRUNE_AFTER = (0, 2)
 DENSE = Sparsity(block_size=18, num_random=None, keep=1.0, prune_after=PRUNE_AFTER)
@@ -249,7 +249,7 @@ def train_stages(data: Data, options: argparse.Namespace) -> list[Run]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300, help="of training, for each setting; half for each stage")
+    parser.add_argument("--steps", type=int, default=600, help="of training, for each setting; half for each stage")
     parser.add_argument("--size", type=int, default=48, help=f"of a frame in pixels, a multiple of {PATCH}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the outputs")
