@@ -180,7 +180,8 @@ struct Kernels {
   AttentionKernels<LatentAttention> latent_attention;
   AttentionKernels<EdgeSparseAttention> edge_sparse_attention;  // backward only whole: items are (slice, b, h)
   AttentionKernels<NodeSparseAttention> node_sparse_attention;
-  AttentionKernels<TokenImportance> token_importance;  // forward gives lse; backward_key, of (b, tile), importance
+  AttentionKernels<TokenImportance>::Kernel token_importance_lse;  // panels of a component
+  AttentionKernels<TokenImportance>::Kernel token_importance;      // tiles of keys of a sample; needs lse
   AttentionKernels<AxialAttention> axial_attention;
   int64_t (*nearest_workspace)(int64_t channels, int64_t panels);
   void (*center_codes)(const NearestCode&, int64_t begin, int64_t end);                    // items: codes

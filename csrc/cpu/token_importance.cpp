@@ -38,8 +38,9 @@ at::Tensor token_importance(const at::Tensor& query_, const at::Tensor& key_,
   a.lse = lse.data_ptr<float>(), a.importance = importance.data_ptr<float>();
   const Kernels& k = kernels();
   a.panels = panels_of_item(a, k.tile);
-  run_forward(k.token_importance, a);
-  run(k.token_importance.backward_key, a, a.B * parts(a.max_keys, k.tile), k.backward_workspace(a.D, k.tile, k.tile, 0));
+  run(k.token_importance_lse, a, a.components * parts(a.max_queries, a.panels * k.tile),
+      k.forward_workspace(a.D, a.panels));
+  run(k.token_importance, a, a.B * parts(a.max_keys, k.tile), k.backward_workspace(a.D, k.tile, k.tile, 0));
   return importance;
 }
 
