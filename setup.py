@@ -82,15 +82,16 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
 def extension() -> Extension:
     """``vattn._C`` with the CPU kernels, and the CUDA C++ ones where torch has CUDA and nvcc is found."""
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    cuda_sources = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
     headers = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
     # As system headers, so that -Wextra speaks of our code and not of torch's.
     system = [flag for path in (cpp_extension.include_paths() if torch else []) for flag in ("-isystem", path)]
     options: dict[str, Any] = {"include_dirs": ["csrc"], "depends": headers, "optional": True}
     if torch is None:
         return Extension("vattn._C", sources, **options)
-    if cuda_sources and torch.version.cuda and cpp_extension.CUDA_HOME:
+    if torch.version.cuda and cpp_extension.CUDA_HOME:
         flags = {"cxx": FLAGS + OPENMP + system, "nvcc": ["-O3", "-std=c++20"]}
+        options["define_macros"] = [("VATTN_CUDA", None)]
         return cpp_extension.CUDAExtension("vattn._C", sources + cuda_sources, extra_compile_args=flags, **options)
     return cpp_extension.CppExtension("vattn._C", sources, extra_compile_args=FLAGS + OPENMP + system, **options)
 

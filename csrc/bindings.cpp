@@ -3,6 +3,9 @@
 #include <torch/extension.h>
 
 #include "cpu/kernels.h"
+#ifdef VATTN_CUDA
+#include "cuda/operators.h"
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of vattn.";
@@ -17,4 +20,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return names;
       },
       "The instruction sets that they could use on this processor, the fastest first.");
+#ifdef VATTN_CUDA
+  m.def("select_tokens", &vattn::cuda::select_tokens, "The CUDA kernel of vattn::select_tokens.");
+#endif
 }

@@ -8,6 +8,7 @@ been compiled, not timed: no GPU was at hand.
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from vattn.kernels.flash import shape
@@ -23,6 +24,7 @@ class Tiles(NamedTuple):
 
 
 # Architecture -> pass -> widest row in bytes -> tiles. A row of head dim 80 in bfloat16 is 64 + 16 columns: 160.
+# Where a program owns rows of one group, such as a block of 56 tokens, more than 64 would stay empty.
 TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
     "sm80": {
         "forward": {
@@ -36,6 +38,18 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
         "backward_key": {
             128: Tiles(64, 64, 8, 2), 192: Tiles(32, 64, 8, 2), 256: Tiles(32, 64, 8, 2),
             384: Tiles(16, 64, 8, 1), 512: Tiles(16, 64, 8, 1), 1024: Tiles(16, 32, 8, 1),
+        },
+        "forward_group": {
+            128: Tiles(64, 64, 4, 2), 192: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 4, 2),
+            384: Tiles(64, 32, 4, 2), 512: Tiles(64, 32, 8, 2), 1024: Tiles(32, 16, 4, 1),
+        },
+        "backward_query_group": {
+            128: Tiles(64, 32, 4, 2), 192: Tiles(64, 32, 8, 2), 256: Tiles(64, 32, 8, 2),
+            384: Tiles(64, 32, 8, 2), 512: Tiles(64, 32, 8, 1), 1024: Tiles(32, 16, 8, 1),
+        },
+        "backward_key_group": {
+            128: Tiles(16, 64, 4, 2), 192: Tiles(16, 64, 4, 2), 256: Tiles(32, 64, 8, 2),
+            384: Tiles(32, 64, 8, 2), 512: Tiles(32, 64, 8, 1), 1024: Tiles(16, 32, 8, 1),
         },
     },
     "sm90": {
@@ -51,6 +65,18 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             128: Tiles(64, 128, 8, 2), 192: Tiles(32, 128, 8, 2), 256: Tiles(32, 128, 8, 2),
             384: Tiles(32, 64, 8, 2), 512: Tiles(32, 64, 8, 2), 1024: Tiles(16, 32, 8, 1),
         },
+        "forward_group": {
+            128: Tiles(64, 64, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
+            384: Tiles(64, 32, 4, 2), 512: Tiles(64, 32, 8, 2), 1024: Tiles(32, 32, 8, 1),
+        },
+        "backward_query_group": {
+            128: Tiles(64, 64, 4, 2), 192: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2),
+            384: Tiles(64, 32, 8, 2), 512: Tiles(64, 32, 8, 1), 1024: Tiles(32, 32, 8, 1),
+        },
+        "backward_key_group": {
+            128: Tiles(32, 64, 4, 2), 192: Tiles(32, 64, 8, 2), 256: Tiles(16, 64, 4, 2),
+            384: Tiles(16, 64, 4, 2), 512: Tiles(16, 64, 4, 2), 1024: Tiles(16, 32, 8, 1),
+        },
     },
     "sm100": {
         "forward": {
@@ -64,6 +90,18 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
         "backward_key": {
             128: Tiles(64, 128, 8, 2), 192: Tiles(32, 128, 8, 2), 256: Tiles(32, 128, 8, 2),
             384: Tiles(32, 64, 8, 1), 512: Tiles(32, 64, 8, 1), 1024: Tiles(16, 32, 8, 1),
+        },
+        "forward_group": {
+            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
+            384: Tiles(64, 32, 4, 2), 512: Tiles(64, 32, 8, 2), 1024: Tiles(32, 32, 8, 1),
+        },
+        "backward_query_group": {
+            128: Tiles(64, 32, 4, 2), 192: Tiles(64, 32, 8, 2), 256: Tiles(64, 32, 8, 2),
+            384: Tiles(64, 32, 8, 2), 512: Tiles(64, 32, 8, 1), 1024: Tiles(32, 32, 8, 1),
+        },
+        "backward_key_group": {
+            128: Tiles(32, 64, 4, 2), 192: Tiles(32, 64, 4, 2), 256: Tiles(16, 64, 4, 2),
+            384: Tiles(16, 64, 4, 2), 512: Tiles(16, 64, 4, 2), 1024: Tiles(16, 32, 8, 1),
         },
     },
     "gfx942": {
@@ -79,12 +117,26 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             128: Tiles(64, 64, 4, 1), 192: Tiles(32, 64, 4, 1), 256: Tiles(32, 64, 4, 1),
             384: Tiles(32, 64, 8, 1), 512: Tiles(16, 64, 8, 1), 1024: Tiles(16, 32, 4, 1),
         },
+        "forward_group": {
+            128: Tiles(64, 32, 4, 1), 192: Tiles(64, 16, 4, 1), 256: Tiles(64, 16, 4, 1),
+            384: Tiles(64, 16, 4, 1), 512: Tiles(64, 16, 4, 1), 1024: Tiles(32, 16, 4, 1),
+        },
+        "backward_query_group": {
+            128: Tiles(64, 16, 4, 1), 192: Tiles(64, 16, 4, 1), 256: Tiles(64, 16, 4, 1),
+            384: Tiles(64, 16, 4, 1), 512: Tiles(64, 16, 4, 1), 1024: Tiles(32, 16, 4, 1),
+        },
+        "backward_key_group": {
+            128: Tiles(16, 64, 4, 1), 192: Tiles(16, 64, 4, 1), 256: Tiles(16, 64, 4, 1),
+            384: Tiles(16, 64, 4, 1), 512: Tiles(16, 64, 4, 1), 1024: Tiles(16, 32, 4, 1),
+        },
     },
 }  # fmt: skip
 
 # The interpreter pays for each tile, not for its size, and tests want several tiles of unequal sides.
 INTERPRETER = Tiles(16, 32, 4, 1)
 INTERPRETER_MULTIPROCESSORS = 4
+
+MATRIX_ROWS = 16  # the fewest that a matrix instruction takes
 
 PROGRAMS_OF_MULTIPROCESSOR = 2  # that it has room for, whatever their kernel
 MAX_SPLITS = 16
@@ -100,15 +152,32 @@ def architecture(device: torch.device) -> str:
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
-def tiles(phase: str, like: Tensor, dropout: bool) -> dict[str, int]:
-    """Tile sizes, warps and stages for `phase` on rows of the last axis of `like`."""
+def tiles(phase: str, like: Tensor, extras: int) -> dict[str, int]:
+    """Tile sizes, warps and stages for `phase` on rows of the last axis of `like`.
+
+    `extras` counts what wants registers beside the rows, as half as wide rows again do: the hash of dropout, a bias.
+    """
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
     width = shape(like.shape[-1], alignment=1).width * like.element_size()
-    if dropout:
-        width += width // 2  # its hash wants registers, as wider rows do
+    width += extras * width // 2
     table = TABLE[architecture(like.device)][phase]
     return next((found for widest, found in table.items() if width <= widest), table[max(table)])._asdict()
+
+
+def group_tiles(phase: str, like: Tensor, extras: int, rows: int) -> dict[str, int]:
+    """:func:`tiles` where a program owns some of a group of `rows` rows, which may be few."""
+    found = tiles(f"{phase}_group", like, extras)
+    if like.device.type != "cpu":
+        side = "BLOCK_K" if phase == "backward_key" else "BLOCK_Q"
+        found[side] = min(found[side], max(MATRIX_ROWS, triton.next_power_of_2(rows)))
+    return found
+
+
+def own_and_other(phase: str, tiles: dict[str, int]) -> tuple[int, int]:
+    """Rows of a tile that a program owns, and of those that it reads."""
+    blocks = tiles["BLOCK_Q"], tiles["BLOCK_K"]
+    return blocks[::-1] if phase == "backward_key" else blocks
 
 
 def splits(programs: int, reads: int, like: Tensor) -> int:

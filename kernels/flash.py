@@ -11,6 +11,8 @@ and its derivative, from lse and delta = <d out, out> - d lse, both one number p
     p = exp(scale * s - lse)      dv = p^T dout      ds = p * (dout v^T - delta)
     dq = scale * ds k             dk = scale * ds^T q
 
+With a bias the scores are scale * s + bias, in both; they need no scale any more, and ds is the bias's gradient.
+
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao, "FlashAttention-2" (2023).
 
 An operator is an itinerary over this core: it decides which rows the next tile holds and where they lie, and
@@ -166,18 +168,20 @@ def scores(a, b, PRECISION: tl.constexpr, SIGN: tl.constexpr = 1):
 @triton.jit
 def accumulate(acc, weights, rows, PRECISION: tl.constexpr):
     """``acc + weights rows``, the weights rounded to the dtype of the rows."""
-    weights = weights.to(rows[0].dtype)
     total = ()
     for i in tl.static_range(len(acc)):
-        total = total + (tl.dot(weights, rows[i], acc[i], input_precision=PRECISION),)
+        total = total + (tl.dot(weights.to(rows[i].dtype), rows[i], acc[i], input_precision=PRECISION),)
     return total
 
 
 @triton.jit
 def forward_start(ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """The state (acc, m, l) of a query tile that has read nothing."""
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    return zero_rows(ROWS, SHAPE), m, tl.zeros((ROWS,), tl.float32)
+    """The state (acc, m, l) of a query tile that has read nothing; acc is () if SHAPE is None, and so are values."""
+    m, l = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if SHAPE is None:
+        return (), m, l
+    else:
+        return zero_rows(ROWS, SHAPE), m, l
 
 
 @triton.jit
@@ -200,15 +204,51 @@ def forward_step(state, s, scale, v, keep, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def forward_keys(state, q, scale, keys, mask, dropout, PRECISION: tl.constexpr, SIGN: tl.constexpr):
+def over_queries(mask):
+    """A `mask` (keys,) as one of (1, keys); one of (queries, keys) as it is."""
+    if len(mask.shape) == 1:
+        return mask[None, :]
+    else:
+        return mask
+
+
+@triton.jit
+def key_scores(q, k, scale, bias, mask, PRECISION: tl.constexpr, SIGN: tl.constexpr = 1):
+    """Scores (queries, keys) of a key tile: -inf where `mask` is off, scaled if there is a `bias` to add."""
+    s = scores(q, k, PRECISION, SIGN)
+    if bias is not None:
+        s = s * scale + bias
+    if mask is not None:
+        s = tl.where(over_queries(mask), s, float("-inf"))
+    return s
+
+
+@triton.jit
+def scale_left(scale, bias):
+    """The factor that scores still want: `scale`, or 1 where a bias was added to them."""
+    if bias is None:
+        return scale
+    else:
+        return 1.0
+
+
+@triton.jit
+def forward_keys(
+    state, q, scale, keys, mask, dropout, PRECISION: tl.constexpr, SIGN: tl.constexpr, bias=None
+):  # fmt: skip
     """The state of a query tile after its next key tile ``(k, v, number)``, `number` (keys,) as dropout counts them.
 
-    `mask` (keys,) is None where all of the tile exists, `dropout` what :func:`dropout_query` says, or None.
+    `mask` (keys,) or (queries, keys) is None where all may be read, `dropout` what :func:`dropout_query` says, or None;
+    `bias` (queries, keys), or None, is added to the scaled scores.
     """
     k, v, number = keys
-    s = scores(q, k, PRECISION, SIGN)  # (queries, keys)
-    if mask is not None:
-        s = tl.where(mask[None, :], s, float("-inf"))
+    s = key_scores(q, k, scale, bias, mask, PRECISION, SIGN)
+    return forward_scores(state, s, scale_left(scale, bias), v, number, dropout, PRECISION)
+
+
+@triton.jit
+def forward_scores(state, s, scale, v, number, dropout, PRECISION: tl.constexpr):
+    """:func:`forward_keys` for scores `s` that are known already."""
     keep = None
     if dropout is not None:
         keep = dropout_keep(*dropout, number[None, :])
@@ -245,15 +285,22 @@ def load_lse(ptrs, mask):
 
 
 @triton.jit
+def probabilities(s, scale, lse, mask):
+    """What the softmax makes of scores, of any sign of `scale`; 0 where `mask` is off (None: nowhere)."""
+    p = tl.exp(s * scale - lse)
+    if mask is not None:
+        p = tl.where(mask, p, 0.0)
+    return p
+
+
+@triton.jit
 def backward_step(s, scale, lse, dp, delta, mask, keep, keep_scale):
     """The weights p (dropped, not yet divided by the share kept) and ds of one pair of tiles.
 
     `s`, `dp` = dout v^T, `mask` (None: all allowed) and `keep` are oriented alike, (queries, keys) or the
     transpose; `lse` and `delta` broadcast to them. `scale` may have any sign.
     """
-    p = tl.exp(s * scale - lse)
-    if mask is not None:
-        p = tl.where(mask, p, 0.0)
+    p = probabilities(s, scale, lse, mask)
     if keep is None:
         ds = p * (dp - delta)
     else:
@@ -263,36 +310,47 @@ def backward_step(s, scale, lse, dp, delta, mask, keep, keep_scale):
 
 
 @triton.jit
-def backward_keys(dq, query, scale, keys, mask, dropout, keep_scale, PRECISION: tl.constexpr):
-    """What the next key tile adds to the gradient of a query tile ``(q, do, lse, delta)``: dq += ds k."""
+def key_gradients(query, scale, keys, mask, dropout, keep_scale, PRECISION: tl.constexpr, bias=None):
+    """ds (queries, keys) of a query tile ``(q, do, lse, delta)`` and a key tile, as :func:`forward_keys` knows it."""
     q, do, lse, delta = query
     k, v, number = keys
-    s, dp = scores(q, k, PRECISION), scores(do, v, PRECISION)  # (queries, keys)
+    s, dp = key_scores(q, k, scale, bias, None, PRECISION), scores(do, v, PRECISION)  # (queries, keys)
     keep = None
     if dropout is not None:
         keep = dropout_keep(*dropout, number[None, :])
     if mask is not None:
-        mask = mask[None, :]
-    _, ds = backward_step(s, scale, lse[:, None], dp, delta[:, None], mask, keep, keep_scale)
-    return accumulate(dq, ds, k, PRECISION)
+        mask = over_queries(mask)
+    _, ds = backward_step(s, scale_left(scale, bias), lse[:, None], dp, delta[:, None], mask, keep, keep_scale)
+    return ds
 
 
 @triton.jit
-def backward_queries(grads, keys, scale, query, mask, dropout, keep_scale, PRECISION: tl.constexpr):
+def backward_keys(dq, query, scale, keys, mask, dropout, keep_scale, PRECISION: tl.constexpr):
+    """What the next key tile adds to the gradient of a query tile ``(q, do, lse, delta)``: dq += ds k."""
+    ds = key_gradients(query, scale, keys, mask, dropout, keep_scale, PRECISION)
+    return accumulate(dq, ds, keys[0], PRECISION)
+
+
+@triton.jit
+def backward_queries(
+    grads, keys, scale, query, mask, dropout, keep_scale, PRECISION: tl.constexpr, bias=None
+):  # fmt: skip
     """What the next query tile adds to the gradients of a key tile: dk += ds^T q, dv += p^T dout.
 
-    `mask` (keys,) tells which keys are read (None: all that exist), `dropout` broadcasts to (keys, queries).
+    `mask` (keys,) or (keys, queries) tells which keys are read (None: all that exist), `dropout` broadcasts to
+    (keys, queries), as does `bias`, unless it is None.
     """
     dk, dv = grads
     k, v, number = keys
     q, do, lse, delta = query
-    s, dp = scores(k, q, PRECISION), scores(v, do, PRECISION)  # (keys, queries)
+    s, dp = key_scores(k, q, scale, bias, None, PRECISION), scores(v, do, PRECISION)  # (keys, queries)
     keep = None
     if dropout is not None:
         keep = dropout_keep(*dropout, number[:, None])
     if mask is not None:
-        mask = mask[:, None]
-    p, ds = backward_step(s, scale, lse[None, :], dp, delta[None, :], mask, keep, keep_scale)
+        if len(mask.shape) == 1:
+            mask = mask[:, None]
+    p, ds = backward_step(s, scale_left(scale, bias), lse[None, :], dp, delta[None, :], mask, keep, keep_scale)
     dv = accumulate(dv, p, do, PRECISION)
     return accumulate(dk, ds, q, PRECISION), dv
 

@@ -13,6 +13,9 @@ what merging gives. The gradient of the queries is the sum of partial sums over 
 keys, which very many queries read, the sum over splits of the queries: without atomics, and alike every time.
 Very many queries over few keys need no split forward: a program reads all keys, which the caches hold.
 
+Keys may also be listed, as those are that node-sparse attention keeps: then they are gathered, and the gradient of one
+that is listed twice is twice that of a copy, since its copies are alike, dropout included.
+
 A segment's length is an argument, and how many there are a constant of the kernel. MeBT: Yoo et al., "Towards
 End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional Transformers" (CVPR 2023).
 """
@@ -79,12 +82,28 @@ def key_head(k_ptr, v_ptr, k_strides, v_strides, bh, H):
 
 
 @triton.jit
-def load_keys(kv, first, mask, lane, before, SHAPE: tl.constexpr):
-    """Keys and values of the tokens from `first` on, (keys, D) each, and their numbers (keys,)."""
+def list_of_sample(list_ptr, counts, sample):
+    """Where the list of a sample begins, of as many keys as its only segment has; None where keys are not listed."""
+    if list_ptr is not None:
+        list_ptr += sample.to(tl.int64) * unpack(counts, 0)
+    return list_ptr
+
+
+@triton.jit
+def load_keys(kv, kept_ptr, first, mask, lane, before, SHAPE: tl.constexpr):
+    """Keys and values of the tokens from `first` on, (keys, D) each, and their numbers (keys,).
+
+    With `kept_ptr`, of the tokens that are listed from there on, which are their own numbers.
+    """
     k_ptr, v_ptr, k_step, v_step = kv
-    k = flash.load_rows(k_ptr + first * k_step, lane * k_step, mask, SHAPE)
-    v = flash.load_rows(v_ptr + first * v_step, lane * v_step, mask, SHAPE)
-    return k, v, before + first + lane
+    if kept_ptr is not None:
+        number = tl.load(kept_ptr + first + lane, mask=mask)
+        offs_k, offs_v = number * k_step, number * v_step
+    else:
+        number = before + first + lane
+        k_ptr, v_ptr = k_ptr + first * k_step, v_ptr + first * v_step
+        offs_k, offs_v = lane * k_step, lane * v_step
+    return flash.load_rows(k_ptr, offs_k, mask, SHAPE), flash.load_rows(v_ptr, offs_v, mask, SHAPE), number
 
 
 @triton.jit
@@ -95,7 +114,7 @@ def offsets(row, strides):
 
 @launch.kernel
 def forward_kernel(
-    q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, lengths_ptr, seed_ptr,
+    q_ptr, k_ptrs, v_ptrs, kept_ptr, out_ptr, lse_ptr, lengths_ptr, seed_ptr,
     q_strides, k_strides, v_strides, out_strides, split_stride, counts, splits,
     H, heads, Lq, scale, threshold, keep_scale,
     SHAPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
@@ -113,17 +132,18 @@ def forward_kernel(
     q = flash.load_rows(head(q_ptr, q_strides, bh, H), offsets(row, q_strides), mask_q, SHAPE)
     state = flash.forward_start(BLOCK_Q, SHAPE)
     lane = tl.arange(0, BLOCK_K)
+    kept_ptr = list_of_sample(kept_ptr, counts, bh // H)
     numbers = keys_of_split(counts, lengths_ptr, bh // H, split, splits, BLOCK_K)
     before = 0
     for i in tl.static_range(len(counts)):
         kv = key_head(k_ptrs[i], v_ptrs[i], k_strides[i], v_strides[i], bh, H)
         first, whole, last = tokens_of_segment(numbers, before, unpack(counts, i), BLOCK_K)
         for token in range(first, whole, BLOCK_K):
-            keys = load_keys(kv, token, None, lane, before, SHAPE)
+            keys = load_keys(kv, kept_ptr, token, None, lane, before, SHAPE)
             state = flash.forward_keys(state, q, scale, keys, None, dropout, PRECISION, SIGN)
         if whole < last:
             mask = whole + lane < last
-            keys = load_keys(kv, whole, mask, lane, before, SHAPE)
+            keys = load_keys(kv, kept_ptr, whole, mask, lane, before, SHAPE)
             state = flash.forward_keys(state, q, scale, keys, mask, dropout, PRECISION, SIGN)
         before += unpack(counts, i)
 
@@ -135,7 +155,7 @@ def forward_kernel(
 
 @launch.kernel
 def backward_query_kernel(
-    do_ptr, dlse_ptr, q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, delta_ptr, dq_ptr, lengths_ptr, seed_ptr,
+    do_ptr, dlse_ptr, q_ptr, k_ptrs, v_ptrs, kept_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, lengths_ptr, seed_ptr,
     do_strides, dlse_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, split_stride, counts, splits,
     H, heads, Lq, scale, threshold, keep_scale,
     SHAPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -167,17 +187,18 @@ def backward_query_kernel(
 
     dq = flash.zero_rows(BLOCK_Q, SHAPE)
     lane = tl.arange(0, BLOCK_K)
+    kept_ptr = list_of_sample(kept_ptr, counts, bh // H)
     numbers = keys_of_split(counts, lengths_ptr, bh // H, split, splits, BLOCK_K)
     before = 0
     for i in tl.static_range(len(counts)):
         kv = key_head(k_ptrs[i], v_ptrs[i], k_strides[i], v_strides[i], bh, H)
         first, whole, last = tokens_of_segment(numbers, before, unpack(counts, i), BLOCK_K)
         for token in range(first, whole, BLOCK_K):
-            keys = load_keys(kv, token, None, lane, before, SHAPE)
+            keys = load_keys(kv, kept_ptr, token, None, lane, before, SHAPE)
             dq = flash.backward_keys(dq, query, scale, keys, None, dropout, keep_scale, PRECISION)
         if whole < last:
             mask = whole + lane < last
-            keys = load_keys(kv, whole, mask, lane, before, SHAPE)
+            keys = load_keys(kv, kept_ptr, whole, mask, lane, before, SHAPE)
             dq = flash.backward_keys(dq, query, scale, keys, mask, dropout, keep_scale, PRECISION)
         before += unpack(counts, i)
 
@@ -187,18 +208,21 @@ def backward_query_kernel(
 
 @launch.kernel
 def backward_key_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, lengths_ptr, seed_ptr,
-    do_strides, q_strides, k_strides, v_strides, grad_strides, split_stride, Lk, before, splits,
+    do_ptr, q_ptr, k_ptr, v_ptr, kept_ptr, copies_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, lengths_ptr, seed_ptr,
+    do_strides, q_strides, k_strides, v_strides, grad_strides, split_stride, counts, before, splits,
     H, heads, Lq, scale, threshold, keep_scale,
-    SHAPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHAPE: tl.constexpr, SCATTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: split x batch and head x key tile of one segment. A program owns BLOCK_K keys: dk and dv of its split.
 
         dv = sum_q p^T dout,   dk = scale * sum_q ds^T q
 
     `before` keys lie in the segments before this one. Queries past the split's end have lse = +inf, hence
-    p = ds = 0; keys that their sample does not read get a gradient of 0.
+    p = ds = 0; keys that their sample does not read get a gradient of 0. Gradients of listed keys count their
+    `copies_ptr`, and lie in the order of the list or, if SCATTER, where the keys lie.
     """
+    Lk = unpack(counts, 0)
     bh, split, first_k = own_rows(Lk, heads, BLOCK_K)
     lane = tl.arange(0, BLOCK_K)
     mask_k = first_k + lane < Lk
@@ -211,7 +235,8 @@ def backward_key_kernel(
         mask_load = mask_read
         last_q = tl.where(first_k < length, last_q, first_q)
     kv = key_head(k_ptr, v_ptr, k_strides, v_strides, bh, H)
-    keys = load_keys(kv, first_k, mask_load, lane, before, SHAPE)
+    kept_ptr, copies_ptr = list_of_sample(kept_ptr, counts, bh // H), list_of_sample(copies_ptr, counts, bh // H)
+    keys = load_keys(kv, kept_ptr, first_k, mask_load, lane, before, SHAPE)
 
     do_ptr, q_ptr = head(do_ptr, do_strides, bh, H), head(q_ptr, q_strides, bh, H)
     grads = flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)
@@ -230,31 +255,35 @@ def backward_key_kernel(
         query = (q, do, lse, delta)
         grads = flash.backward_queries(grads, keys, scale, query, mask_read, dropout, keep_scale, PRECISION)
 
-    dk, dv = grads
+    dk, dv = flash.scale_rows(grads[0], scale), flash.scale_rows(grads[1], keep_scale)
+    if copies_ptr is not None:
+        copies = tl.load(copies_ptr + first_k + lane, mask=mask_k, other=0).to(tl.float32)[:, None]
+        dk, dv = flash.scale_rows(dk, copies), flash.scale_rows(dv, copies)
     offs_split = split.to(tl.int64) * split_stride
-    offs = offsets(first_k + lane, grad_strides)
-    flash.store_rows(head(dk_ptr + offs_split, grad_strides, bh, H), offs, mask_k, flash.scale_rows(dk, scale), SHAPE)
-    flash.store_rows(
-        head(dv_ptr + offs_split, grad_strides, bh, H), offs, mask_k, flash.scale_rows(dv, keep_scale), SHAPE
-    )
+    offs = offsets(keys[2] if SCATTER else first_k + lane, grad_strides)
+    flash.store_rows(head(dk_ptr + offs_split, grad_strides, bh, H), offs, mask_k, dk, SHAPE)
+    flash.store_rows(head(dv_ptr + offs_split, grad_strides, bh, H), offs, mask_k, dv, SHAPE)
 
 
 def forward(
     query: Tensor, keys: list[Tensor], values: list[Tensor], key_lengths: Tensor | None,
-    dropout_p: float, seed: Tensor | None, scale: float,
+    dropout_p: float, seed: Tensor | None, scale: float, kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, H, Lq, D), in memory as (B, Lq, H, D), and the float32 lse (B, H, Lq)."""
+    """out (B, H, Lq, D), in memory as (B, Lq, H, D), and the float32 lse (B, H, Lq).
+
+    With `kept` (B, K) int64, over the keys it lists, of the one tensor that there is.
+    """
     if query.numel() == 0:
         return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
     sign, scale = flash.split_scale(scale)
-    work = _Work(query, keys, values, key_lengths, dropout_p, scale)
+    work = _Work(query, keys, values, kept, key_lengths, dropout_p, scale)
     Lq, Lk = query.shape[2], sum(work.counts)
     splits = work.splits("forward", Lq, Lk)
-    outs = _partial(query, splits)
+    outs = launch.partial(query, splits)
     lses = query.new_empty((splits, *query.shape[:-1]), dtype=torch.float32)
     work.run(
-        forward_kernel, "forward", Lq, splits, (outs,), work.query, work.keys, work.values, outs, lses,
-        work.key_lengths, seed, launch.strides(work.query), work.key_strides, work.value_strides,
+        forward_kernel, "forward", Lq, splits, (outs,), work.query, work.keys, work.values, work.kept, outs,
+        lses, work.key_lengths, seed, launch.strides(work.query), work.key_strides, work.value_strides,
         launch.strides(outs[0]), outs.stride(0), launch.pack(work.counts), SIGN=sign,
     )  # fmt: skip
     return (outs[0], lses[0]) if splits == 1 else merge_attention.merge(list(outs), list(lses), query.dtype)
@@ -263,57 +292,66 @@ def forward(
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, keys: list[Tensor], values: list[Tensor], out: Tensor,
     lse: Tensor, key_lengths: Tensor | None, dropout_p: float, seed: Tensor | None, scale: float,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """The gradients of query, keys and values; memory beyond them is `delta`, as large as lse, and splits."""
-    work = _Work(query, keys, values, key_lengths, dropout_p, scale)
+    work = _Work(query, keys, values, kept, key_lengths, dropout_p, scale)
     grad_out, out, delta = launch.with_rows(grad_out), launch.with_rows(out), torch.empty_like(lse)
     do_strides, q_strides = launch.strides(grad_out), launch.strides(work.query)
     dlse_strides = None if grad_lse is None else launch.strides(grad_lse[..., None])
     Lq, Lk = query.shape[2], sum(work.counts)
 
     splits = work.splits("backward_query", Lq, Lk)
-    dq = _partial(query, splits)
+    dq = launch.partial(query, splits)
     work.run(
         backward_query_kernel, "backward_query", Lq, splits, (grad_out, out, dq), grad_out, grad_lse, work.query,
-        work.keys, work.values, out, lse, delta, dq, work.key_lengths, seed, do_strides, dlse_strides, q_strides,
-        work.key_strides, work.value_strides, launch.strides(out), launch.strides(dq[0]), dq.stride(0),
+        work.keys, work.values, work.kept, out, lse, delta, dq, work.key_lengths, seed, do_strides, dlse_strides,
+        q_strides, work.key_strides, work.value_strides, launch.strides(out), launch.strides(dq[0]), dq.stride(0),
         launch.pack(work.counts),
     )  # fmt: skip
 
     grad_keys, grad_values, before = [], [], 0
     for i, (key, value) in enumerate(zip(work.keys, work.values, strict=True)):
-        splits = work.splits("backward_key", key.shape[2], Lq)
-        dk, dv = _partial(key, splits), _partial(key, splits)
+        splits = work.splits("backward_key", work.counts[i], Lq)
+        dk, dv = (_key_gradients(x, work.kept, splits) for x in (key, value))
         work.run(
-            backward_key_kernel, "backward_key", key.shape[2], splits, (grad_out, dk), grad_out, work.query,
-            key, value, lse, delta, dk, dv, work.key_lengths, seed, do_strides, q_strides, work.key_strides[i],
-            work.value_strides[i], launch.strides(dk[0]), dk.stride(0), key.shape[2], before,
+            backward_key_kernel, "backward_key", work.counts[i], splits, (grad_out, dk), grad_out, work.query,
+            key, value, work.kept, work.copies(), lse, delta, dk, dv, work.key_lengths, seed, do_strides, q_strides,
+            work.key_strides[i], work.value_strides[i], launch.strides(dk[0]), dk.stride(0),
+            launch.pack(work.counts[i : i + 1]), before, SCATTER=work.kept is not None and splits == 1,
         )  # fmt: skip
-        grad_keys.append(_total(dk, key))
-        grad_values.append(_total(dv, key))
-        before += key.shape[2]
-    return _total(dq, query), grad_keys, grad_values
+        grad_keys.append(_total(dk, key, work.kept))
+        grad_values.append(_total(dv, value, work.kept))
+        before += work.counts[i]
+    return launch.total(dq, query), grad_keys, grad_values
 
 
-def _partial(like: Tensor, splits: int) -> Tensor:
-    """Results (splits, B, H, tokens, D), each in memory as :func:`empty_rows`; in float32 where there are several."""
+def _key_gradients(key: Tensor, kept: Tensor | None, splits: int) -> Tensor:
+    """Where to write (partial) gradients of `key`: of all keys, or those of splits of the `kept` ones, as listed."""
+    if kept is None:
+        return launch.partial(key, splits)
     if splits == 1:
-        return empty_rows(like)[None]
-    B, H, L, D = like.shape
-    return like.new_empty((splits, B, L, H, D), dtype=torch.float32).transpose(2, 3)
+        return empty_rows(key).zero_()[None]
+    return launch.partial(key[:, :, :1].expand(-1, -1, kept.shape[1], -1), splits)
 
 
-def _total(parts: Tensor, like: Tensor) -> Tensor:
-    """The sum of partial gradients, always in the same order."""
-    return parts[0] if parts.shape[0] == 1 else empty_rows(like).copy_(parts.sum(0))
+def _total(parts: Tensor, key: Tensor, kept: Tensor | None) -> Tensor:
+    """The gradient of `key`, of what :func:`_key_gradients` made room for."""
+    if kept is None or parts.shape[0] == 1:
+        return launch.total(parts, key)
+    grad = empty_rows(key).zero_()
+    samples = torch.arange(kept.shape[0], device=kept.device)[:, None]
+    # Copies of a key have the same gradient: whichever is written last, it is the same.
+    grad.transpose(1, 2)[samples, kept] = parts.sum(0).transpose(1, 2).to(grad.dtype)
+    return grad
 
 
 class _Work:
     """What the kernels of one call share: tensors as they read them, the settings, and the tile shape."""
 
     def __init__(
-        self, query: Tensor, keys: list[Tensor], values: list[Tensor], key_lengths: Tensor | None, dropout_p: float,
-        scale: float,
+        self, query: Tensor, keys: list[Tensor], values: list[Tensor], kept: Tensor | None, key_lengths: Tensor | None,
+        dropout_p: float, scale: float,
     ) -> None:  # fmt: skip
         B, H, Lq, _ = query.shape
         self.query = launch.with_rows(query)
@@ -322,10 +360,20 @@ class _Work:
             tuple(launch.strides(x) for x in some) for some in (self.keys, self.values)
         )
         self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
-        self.counts = [x.shape[2] for x in keys]
+        self.kept = None if kept is None else kept.contiguous()
+        self.counts = [x.shape[2] for x in keys] if kept is None else [kept.shape[1]]
         self.heads = B * H
         self.arguments = (H, B * H, Lq, scale, *flash.split_dropout(dropout_p))
         self.dropout = dropout_p > 0
+
+    def copies(self) -> Tensor | None:
+        """How often each listed key is listed, (B, K) int32: counted by adding integers, in any order."""
+        if self.kept is None:
+            return None
+        counts = self.kept.new_zeros(self.kept.shape[0], self.keys[0].shape[2], dtype=torch.int32)
+        samples = torch.arange(self.kept.shape[0], device=self.kept.device)[:, None]
+        counts.index_put_((samples, self.kept), counts.new_ones(()), accumulate=True)
+        return counts.gather(1, self.kept)
 
     def splits(self, phase: str, rows: int, reads: int) -> int:
         """Among how many programs to share out the `reads` rows that each tile of `rows` reads."""
@@ -354,6 +402,4 @@ class _Work:
 
     def _blocks(self, phase: str) -> tuple[int, int]:
         """Rows of a tile that a program owns, and of those that it reads."""
-        tiles = self._tiles(phase)
-        blocks = tiles["BLOCK_Q"], tiles["BLOCK_K"]
-        return blocks[::-1] if phase == "backward_key" else blocks
+        return configs.own_and_other(phase, self._tiles(phase))

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vattn._library import empty_rows
+
 VECTOR_BYTES = 16  # the widest load of every GPU here
 # Said aloud because Triton's default changes with its version: ``exp2(s * factor - m)`` wants one rounding.
 OPTIONS = {"enable_fp_fusion": True}
@@ -75,6 +77,19 @@ def alignment(*tensors: Tensor) -> int:
     vector = VECTOR_BYTES // tensors[0].element_size()
     aligned = all(x.data_ptr() % VECTOR_BYTES == 0 and all(step % vector == 0 for step in _strides(x)) for x in tensors)
     return vector if aligned else 1
+
+
+def partial(like: Tensor, splits: int) -> Tensor:
+    """Results (splits, B, H, tokens, D), each in memory as :func:`empty_rows`; in float32 where there are several."""
+    if splits == 1:
+        return empty_rows(like)[None]
+    B, H, L, D = like.shape
+    return like.new_empty((splits, B, L, H, D), dtype=torch.float32).transpose(2, 3)
+
+
+def total(parts: Tensor, like: Tensor) -> Tensor:
+    """The sum of partial results, always in the same order."""
+    return parts[0] if parts.shape[0] == 1 else empty_rows(like).copy_(parts.sum(0))
 
 
 def precision() -> str:

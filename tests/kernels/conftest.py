@@ -13,11 +13,14 @@ CPP = {
     )
     for name in (
         "axial_attention",
+        "edge_sparse_attention",
         "latent_attention",
         "leap_attention",
         "merge_attention",
         "nearest_code",
+        "node_sparse_attention",
         "periodic_shift",
+        "token_importance",
     )
 }
 
@@ -40,6 +43,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if which == "cpp" and name:
         if "cpu" not in _library.KERNEL_DEVICES:
             pytest.skip("the extension is not built")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CPU"):
+            pytest.skip(f"the extension has no {name}")
         monkeypatch.setattr(request.module, name, CPP[name])
     return which
 
