@@ -111,6 +111,7 @@ struct TokenImportance : Attention {
   Video query, key, out;  // no out
   Positions positions;
   const int64_t* key_lengths;  // (B,), or null
+  float *maximum, *sum;        // of the powers of 2 of a query (B, H, Lq): exacter than lse, their rounded logarithm
   float* importance;           // (B, max_keys)
 };
 
@@ -180,8 +181,8 @@ struct Kernels {
   AttentionKernels<LatentAttention> latent_attention;
   AttentionKernels<EdgeSparseAttention> edge_sparse_attention;  // backward only whole: items are (slice, b, h)
   AttentionKernels<NodeSparseAttention> node_sparse_attention;
-  AttentionKernels<TokenImportance>::Kernel token_importance_lse;  // panels of a component
-  AttentionKernels<TokenImportance>::Kernel token_importance;      // tiles of keys of a sample; needs lse
+  AttentionKernels<TokenImportance>::Kernel token_importance_sums;  // panels of a component
+  AttentionKernels<TokenImportance>::Kernel token_importance;       // tiles of keys of a sample
   AttentionKernels<AxialAttention> axial_attention;
   int64_t (*nearest_workspace)(int64_t channels, int64_t panels);
   void (*center_codes)(const NearestCode&, int64_t begin, int64_t end);                    // items: codes

@@ -31,14 +31,14 @@ at::Tensor token_importance(const at::Tensor& query_, const at::Tensor& key_,
                         ": key_lengths must be between 0 and the number of keys (", a.max_keys, "), got key_lengths[", b,
                         "]=", a.key_lengths[b]);
   }
-  at::Tensor importance = at::zeros({a.B, a.max_keys}, at::kFloat), lse = empty_sums(query);
+  at::Tensor importance = at::zeros({a.B, a.max_keys}, at::kFloat), maximum = empty_sums(query), sum = empty_sums(query);
   if (query.numel() == 0 || a.max_keys == 0) return importance;
   a.components = a.B * a.H;
   a.query = video(query), a.key = video(key);
-  a.lse = lse.data_ptr<float>(), a.importance = importance.data_ptr<float>();
+  a.maximum = maximum.data_ptr<float>(), a.sum = sum.data_ptr<float>(), a.importance = importance.data_ptr<float>();
   const Kernels& k = kernels();
   a.panels = panels_of_item(a, k.tile);
-  run(k.token_importance_lse, a, a.components * parts(a.max_queries, a.panels * k.tile),
+  run(k.token_importance_sums, a, a.components * parts(a.max_queries, a.panels * k.tile),
       k.forward_workspace(a.D, a.panels));
   run(k.token_importance, a, a.B * parts(a.max_keys, k.tile), k.backward_workspace(a.D, k.tile, k.tile, 0));
   return importance;

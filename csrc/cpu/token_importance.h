@@ -1,6 +1,7 @@
 // How much attention tokens get: the softmax probabilities of a key, summed over queries and heads.
 //
-// Two passes over the scores, neither of which keeps them: the first gives lse, the second sums exp(s - lse).
+// Two passes over the scores, neither of which keeps them: the first gives each query's maximum m and sum of 2^(s - m),
+// the second adds 2^(s - m) / sum to the keys.
 #pragma once
 
 #include "positions.h"
@@ -20,6 +21,12 @@ struct WeighedKeys : PositionedItinerary<T, TokenImportance, WeighedKeys<T>> {
 
   void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     this->load_rows(a.key, first, count, rows, ld, times);
+  }
+  void store_softmax(int64_t first, int64_t count, const float* maximum, const float* sum) const {
+    copy(this->sums(a.maximum, first), maximum, count), copy(this->sums(a.sum, first), sum, count);
+  }
+  void load_softmax(int64_t first, int64_t count, float* maximum, float* sum) const {
+    copy(maximum, this->sums(a.maximum, first), count), copy(sum, this->sums(a.sum, first), count);
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
     for (int64_t i = 0; i < count; ++i) tokens[i] = (uint32_t)(first + i);
