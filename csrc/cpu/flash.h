@@ -101,7 +101,9 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   const ForwardWorkspace w(D, panels, workspace);
   const int64_t ld = w.ld, panel = ld * TILE;
   const Dropout* dropout = it.dropout;
-  const bool few = count <= FEW;  // queries: they stay rows, and the lanes of scores beyond them are not used
+  // Of queries: they stay rows, and the lanes of scores beyond them are not used. add_weights must find its scores again
+  // to the last bit, so it has none.
+  const bool few = Itinerary::HAS_VALUES && count <= FEW;
   if (few) zero(w.scores, TILE * TILE);
 
   for (int64_t p = 0; p < panels; ++p) {

@@ -79,7 +79,7 @@ class HostPositions {
 
   // The gradient (R, H) of the table, from those of the reversed table of each of (any, H).
   at::Tensor finish_grads(const at::Tensor& grads, int64_t H) const {
-    at::Tensor sum = grads.view({-1, H, args.table_head}).sum(0).narrow(1, PAD, args.table_head - 2 * PAD);
+    at::Tensor sum = grads.view({H > 0 ? grads.size(0) / H : 0, H, args.table_head}).sum(0).narrow(1, PAD, args.table_head - 2 * PAD);
     at::Tensor differences = sum.narrow(1, 0, args.differences);
     differences.copy_(differences.flip(1));
     return sum.t().contiguous();
