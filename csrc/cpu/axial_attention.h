@@ -13,14 +13,25 @@ template <class T>
 struct AxialLines : Itinerary<AxialAttention> {
   static constexpr bool ADJUSTS = true;
   int64_t first_line, queries, keys;
+  struct Place {
+    int64_t b, h, outer, inner;
+  };
+  Place step;  // to a component that this thread comes to soon
 
   // `index` counts lines with the heads innermost: neighbours read the same pages.
-  AxialLines(const AxialAttention& a, int64_t index) : AxialLines(a, index % a.H, index / a.H, groups(a)) {}
-  AxialLines(const AxialAttention& a, int64_t h, int64_t rest, int64_t groups)
-      : Itinerary(a, rest / groups, h), first_line(rest % groups * a.lines) {
+  AxialLines(const AxialAttention& a, int64_t index) : AxialLines(a, index, place(a, index)) {}
+  AxialLines(const AxialAttention& a, int64_t index, Place here)
+      : Itinerary(a, here.b, here.h), first_line(here.outer * a.inner + here.inner) {
     queries = keys = least(a.lines, a.outer * a.inner - first_line) * a.line;
+    constexpr int64_t SOON = 2;
+    Place soon = place(a, least(index + SOON, a.components - 1));
+    step = {soon.b - here.b, soon.h - here.h, soon.outer - here.outer, soon.inner - here.inner};
   }
-  static int64_t groups(const AxialAttention& a) { return (a.outer * a.inner + a.lines - 1) / a.lines; }
+  static Place place(const AxialAttention& a, int64_t index) {
+    int64_t groups = (a.outer * a.inner + a.lines - 1) / a.lines, h = index % a.H, rest = index / a.H;
+    int64_t line = rest % groups * a.lines;
+    return {rest / groups, h, line / a.inner, line % a.inner};
+  }
 
   // Calls f(outer, token of the line, inner, row of the tile) for `count` rows from `first` on.
   template <class F>
@@ -44,17 +55,30 @@ struct AxialLines : Itinerary<AxialAttention> {
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const { query_tokens(first, count, tokens); }
 
+  // Rows of a line may each lie on a page of their own, which no processor foresees: what a component reads and writes
+  // is fetched into the second-level cache some components before.
+  int64_t soon(const Grid& x) const {
+    return step.b * x.batch + step.h * x.head + step.outer * x.outer + step.inner * x.inner;
+  }
+  void fetch(const T* row) const {
+    constexpr int64_t CACHE_LINE = 64 / sizeof(T);
+    for (int64_t d = 0; d < head_dim; d += CACHE_LINE) __builtin_prefetch(row + d, 0, 2);
+  }
   void load_rows(const Grid& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    const int64_t ahead = soon(x);
     each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) {
       const T* from = at(x, o, t, i);
+      fetch(from + ahead);
       store(rows + row * ld + ld - VL, Vec{});
-      prefetch(from + AHEAD * x.line, head_dim);
       copy(rows + row * ld, from, head_dim, times);
     });
   }
   void store_rows(const Grid& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    const int64_t ahead = soon(x);
     each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) {
-      copy(at(x, o, t, i), rows + row * ld, head_dim, times);
+      T* to = at(x, o, t, i);
+      fetch(to + ahead);
+      copy(to, rows + row * ld, head_dim, times);
     });
   }
 

@@ -151,7 +151,7 @@ void edge_backward_items(const EdgeSparseAttention& a, int64_t begin, int64_t en
         w.hold(it, q0, held);
         for (int64_t k0 = 0; k0 < it.keys; k0 += TILE) {
           int64_t keys = least(TILE, it.keys - k0);
-          backward_tile<true, true>(it, k0, keys, q0, held, w, [&](auto piece) { it.pieces(k0, keys, piece); });
+          backward_tile<true, true>(it, k0, keys, q0, held, w, false, [&](auto piece) { it.pieces(k0, keys, piece); });
         }
         it.store_grad_query(q0, held, w.grad_query, ld, it.scale);
       }

@@ -14,8 +14,7 @@
 //         adjust_scores (first query, count, first key, count, scores)      forward: a row of TILE for each key
 //         adjust_weights (likewise)                                         backward: a row of TILE for each query
 //         adjust_grads (likewise)                                           gradients of those, to take a share of
-//     HAS_VALUES   whether there are values and an output; without, the forward ends with, and add_weights begins with,
-//         store_softmax / load_softmax (first, count, maximum, sum)     of the powers of 2
+//     HAS_VALUES   whether there are values and an output; without, only lse is computed
 //     IN_PLACE     whether the forward reads keys and values where they lie, rather than copies of them: where few queries
 //                  share a load of them. If so, keys_in_place / values_in_place (first, count, f) call
 //                  f(rows, their distance, count, rows before) for each piece, and tile_of_keys (first) tells how many
@@ -95,16 +94,21 @@ VATTN_INLINE Vec soften(float* scores, int64_t keys, float* maximum, float* sum)
   return decay;
 }
 
+VATTN_INLINE Vec inverse_of(const float* sum) {
+  Vec x = load(sum);
+  return select(x > 0, 1.f / x, Vec{});
+}
+
 template <class Itinerary>
 void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const int64_t D = it.head_dim, panels = (count + TILE - 1) / TILE;
   const ForwardWorkspace w(D, panels, workspace);
   const int64_t ld = w.ld, panel = ld * TILE;
   const Dropout* dropout = it.dropout;
-  // Of queries: they stay rows, and the lanes of scores beyond them are not used. add_weights must find its scores again
-  // to the last bit, so it has none.
-  const bool few = Itinerary::HAS_VALUES && count <= FEW;
+  const bool few = count <= FEW;  // queries: they stay rows, and the lanes of scores beyond them are not used
   if (few) zero(w.scores, TILE * TILE);
+  // Where one tile has all keys, its weights are final, and the output comes as rows.
+  const bool final = Itinerary::HAS_VALUES && !Itinerary::IN_PLACE && !few && 0 < it.keys && it.keys <= TILE;
 
   for (int64_t p = 0; p < panels; ++p) {
     int64_t n = least(TILE, count - p * TILE), columns = round_up(n, VL), row = first + p * TILE;
@@ -149,6 +153,10 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
       for (int64_t j = 0; j < columns; j += VL) {
         Vec decay = soften(w.scores + j, keys, w.maximum + p * TILE + j, w.sum + p * TILE + j);
         if (!Itinerary::HAS_VALUES) continue;
+        if (final) {
+          Vec inverse = inverse_of(w.sum + p * TILE + j);
+          for (int64_t k = 0; k < keys; ++k) store(w.scores + k * TILE + j, inverse * load(w.scores + k * TILE + j));
+        }
         if (k0 > 0)
           for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, decay * load(out + d * TILE + j));
         if (dropout) {
@@ -162,6 +170,7 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
       auto out_of = [&](const float* rows, int64_t distance, int64_t n, int64_t before) {
         const float* weights = w.scores + before * TILE;
         bool more = k0 + before > 0;
+        if (final) return multiply(false, least(TILE, count - p * TILE), ld, n, {weights, 1, TILE}, rows, ld, out, ld);
         if (few) return multiply_few_columns(more, D, count, n, weights, TILE, rows, distance, out, TILE);
         multiply(more, D, columns, n, {rows, 1, distance}, weights, TILE, out, TILE);
       };
@@ -178,17 +187,14 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
     int64_t n = least(TILE, count - p * TILE), columns = round_up(n, VL), row = first + p * TILE;
     float* out = w.out + p * panel;
     if constexpr (Itinerary::HAS_VALUES) {
-      for (int64_t j = 0; j < columns; j += VL) {
-        Vec sum = load(w.sum + p * TILE + j);
-        Vec inverse = select(sum > 0, 1.f / sum, Vec{});
-        for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, inverse * load(out + d * TILE + j));
+      if (!final) {
+        for (int64_t j = 0; j < columns; j += VL) {
+          Vec inverse = inverse_of(w.sum + p * TILE + j);
+          for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, inverse * load(out + d * TILE + j));
+        }
+        transpose(w.rows, ld, out, TILE, ld, columns);
       }
-      transpose(w.rows, ld, out, TILE, ld, columns);
-      it.store_out(row, n, w.rows, ld, 1);
-    }
-    if constexpr (!Itinerary::HAS_VALUES) {
-      it.store_softmax(row, n, w.maximum + p * TILE, w.sum + p * TILE);
-      continue;
+      it.store_out(row, n, final ? out : w.rows, ld, 1);
     }
     for (int64_t j = 0; j < n; ++j) {
       float sum = w.sum[p * TILE + j];
@@ -198,18 +204,23 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   }
 }
 
-// delta = sum over channels of out * d out, minus the gradient of lse, of a tile of queries.
+// delta = sum over channels of out * d out, minus the gradient of lse: here the sum, added to `delta`.
+VATTN_INLINE void add_products(const float* out, const float* grad_out, int64_t count, int64_t ld, float* delta) {
+  for (int64_t i = 0; i < count; ++i) {
+    Vec products{};
+    for (int64_t d = 0; d < ld; d += VL) products += load(out + i * ld + d) * load(grad_out + i * ld + d);
+    for (int l = 0; l < VL; ++l) delta[i] += products[l];
+  }
+}
+
+// Adds to the delta in memory of a tile of queries.
 template <class Itinerary>
 void delta(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const ForwardWorkspace w(it.head_dim, 1, workspace);
   it.load_out(first, count, w.rows, w.ld, 1);
   it.load_grad_out(first, count, w.values, w.ld, 1);
-  for (int64_t i = 0; i < count; ++i) {
-    Vec products{};
-    for (int64_t d = 0; d < w.ld; d += VL) products += load(w.rows + i * w.ld + d) * load(w.values + i * w.ld + d);
-    w.sum[i] = 0;
-    for (int l = 0; l < VL; ++l) w.sum[i] += products[l];
-  }
+  zero(w.sum, count);
+  add_products(w.rows, w.values, count, w.ld, w.sum);
   it.add_delta(first, count, w.sum);
 }
 
@@ -236,12 +247,18 @@ struct BackwardWorkspace {
     size = p.used;
   }
 
+  // The delta in memory is complete, or the products of out are still to be added.
   template <class Itinerary>
-  void hold(const Itinerary& it, int64_t first, int64_t count) const {
+  void hold(const Itinerary& it, int64_t first, int64_t count, bool complete = true) const {
     it.load_query(first, count, query, ld, it.scale * LOG2E);
     it.load_grad_out(first, count, grad_out, ld, 1);
     it.load_lse(first, count, lse);
     it.load_delta(first, count, delta);
+    for (int64_t i = 0; i < count && !complete; i += TILE) {
+      int64_t rows = least(TILE, count - i);
+      it.load_out(first + i, rows, keys, ld, 1);
+      add_products(keys, grad_out + i * ld, rows, ld, delta + i);
+    }
     if (it.dropout) it.query_tokens(first, count, query_tokens);
     zero(grad_query, count * ld);
   }
@@ -269,29 +286,29 @@ VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse
 template <class Itinerary>
 void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWorkspace& w, float* sums) {
   const int64_t ld = w.ld, columns = round_up(keys, VL);
-  float maximum[TILE], sum[TILE];
   it.load_key(k0, keys, w.keys, ld, 1);
   zero(w.keys + keys * ld, (columns - keys) * ld);
   transpose(w.key_panel, TILE, w.keys, ld, columns, ld);
   for (int64_t first = 0; first < it.queries; first += TILE) {
     int64_t count = least(TILE, it.queries - first);
     it.load_query(first, count, w.query, ld, it.scale * LOG2E);
-    it.load_softmax(first, count, maximum, sum);
+    it.load_lse(first, count, w.lse);
     multiply(false, count, columns, it.head_dim, {w.query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
     if constexpr (Itinerary::ADJUSTS) it.adjust_weights(first, count, k0, keys, w.weights);
     for (int64_t q = 0; q < count; ++q) {
-      if (sum[q] == 0) continue;
+      if (w.lse[q] == -INFINITE) continue;
       for (int64_t j = 0; j < columns; j += VL)
-        store(sums + j, load(sums + j) + exp2(load(w.weights + q * TILE + j) - maximum[q]) / sum[q]);
+        store(sums + j, load(sums + j) + exp2(load(w.weights + q * TILE + j) - w.lse[q] * LOG2E));
     }
   }
 }
 
 // One tile of keys against the queries held, `first` and on: adds to grad_query of those if QUERY, to rows of the keys
-// kept if KEY, which `place` tells: it calls back with (row, count, keys before) for each piece of the tile.
+// kept if KEY, which `place` tells: it calls back with (row, count, keys before) for each piece of the tile. Rows that are
+// `fresh` hold nothing yet.
 template <bool QUERY, bool KEY, class Itinerary, class Place>
 void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first, int64_t held,
-                   const BackwardWorkspace& w, Place place) {
+                   const BackwardWorkspace& w, bool fresh, Place place) {
   const int64_t D = it.head_dim, ld = w.ld, columns = round_up(keys, VL);
   it.load_value(k0, keys, w.keys, ld, 1);
   zero(w.keys + keys * ld, (columns - keys) * ld);
@@ -312,8 +329,10 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
     if constexpr (Itinerary::ADJUSTS && QUERY) it.adjust_grads(first + q0, queries, k0, keys, w.grad_scores);
     if constexpr (KEY)
       place([&](int64_t row, int64_t count, int64_t before) {
-        multiply(true, count, ld, queries, {w.weights + before, 1, TILE}, grad_out, ld, w.grad_value + row * ld, ld);
-        multiply(true, count, ld, queries, {w.grad_scores + before, 1, TILE}, query, ld, w.grad_key + row * ld, ld);
+        float *grad_value = w.grad_value + row * ld, *grad_key = w.grad_key + row * ld;
+        const bool more = !fresh || q0 > 0;
+        multiply(more, count, ld, queries, {w.weights + before, 1, TILE}, grad_out, ld, grad_value, ld);
+        multiply(more, count, ld, queries, {w.grad_scores + before, 1, TILE}, query, ld, grad_key, ld);
       });
     if constexpr (QUERY)
       multiply(true, queries, ld, keys, {w.grad_scores, TILE, 1}, w.keys, ld, w.grad_query + q0 * ld, ld);
@@ -331,15 +350,14 @@ void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t q
   do {
     int64_t held = least(chunk, query_end - q0);
     bool first = q0 == query_begin, last = q0 + held == query_end;
-    w.hold(it, q0, held);
+    w.hold(it, q0, held, !(QUERY && KEY));  // whoever wants both gradients reads every query once
     for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE) {
       int64_t keys = least(TILE, key_end - k0), row = (k0 - key_begin) % w.kept;
-      float *grad_key = w.grad_key + row * ld, *grad_value = w.grad_value + row * ld;
-      if (KEY && first) zero(grad_key, keys * ld), zero(grad_value, keys * ld);
-      backward_tile<QUERY, KEY>(it, k0, keys, q0, held, w, [&](auto piece) { piece(row, keys, 0); });
+      if (KEY && held == 0) zero(w.grad_key + row * ld, keys * ld), zero(w.grad_value + row * ld, keys * ld);
+      backward_tile<QUERY, KEY>(it, k0, keys, q0, held, w, first, [&](auto piece) { piece(row, keys, 0); });
       if (KEY && last) {
-        it.store_grad_value(k0, keys, grad_value, ld, 1);
-        it.store_grad_key(k0, keys, grad_key, ld, LN2);  // the queries carry scale * log2(e): scale is left
+        it.store_grad_value(k0, keys, w.grad_value + row * ld, ld, 1);
+        it.store_grad_key(k0, keys, w.grad_key + row * ld, ld, LN2);  // the queries carry scale * log2(e): scale is left
       }
     }
     if constexpr (QUERY) it.store_grad_query(q0, held, w.grad_query, ld, it.scale);

@@ -98,8 +98,7 @@ void run_backward(const AttentionKernels<Args>& kernel, Args& a) {
   a.chunk = std::max(k.tile, CACHED_FLOATS / a.D / k.tile * k.tile);
   bool keeps_little = a.max_queries <= a.chunk || a.max_keys * a.D <= 4 * CACHED_FLOATS;
   if (keeps_little && a.components >= at::get_num_threads()) {
-    run(kernel.backward, a, a.components,
-        std::max(k.backward_workspace(a.D, a.chunk, a.max_queries, a.max_keys), k.forward_workspace(a.D, 1)));
+    run(kernel.backward, a, a.components, k.backward_workspace(a.D, a.chunk, a.max_queries, a.max_keys));
   } else {
     run_delta(kernel, a);
     a.chunk = std::min(a.chunk, 4 * k.tile);

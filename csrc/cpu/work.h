@@ -31,8 +31,6 @@ template <class Itinerary, class Args>
 void backward_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item);
-    for (int64_t first = 0; first < it.queries; first += TILE)
-      delta(it, first, least(TILE, it.queries - first), workspace);
     backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, workspace);
   }
 }
