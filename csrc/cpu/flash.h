@@ -14,7 +14,8 @@
 //         adjust_scores (first query, count, first key, count, scores)      forward: a row of TILE for each key
 //         adjust_weights (likewise)                                         backward: a row of TILE for each query
 //         adjust_grads (likewise)                                           gradients of those, to take a share of
-//     HAS_VALUES   whether there are values and an output; without, only lse is computed
+//     HAS_VALUES   whether there are values and an output; without, the forward ends with, and add_weights begins with,
+//         store_softmax / load_softmax (first, count, maximum, sum)     of the powers of 2
 //     IN_PLACE     whether the forward reads keys and values where they lie, rather than copies of them: where few queries
 //                  share a load of them. If so, keys_in_place / values_in_place (first, count, f) call
 //                  f(rows, their distance, count, rows before) for each piece, and tile_of_keys (first) tells how many
@@ -105,7 +106,9 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   const ForwardWorkspace w(D, panels, workspace);
   const int64_t ld = w.ld, panel = ld * TILE;
   const Dropout* dropout = it.dropout;
-  const bool few = count <= FEW;  // queries: they stay rows, and the lanes of scores beyond them are not used
+  // Of queries: they stay rows, and the lanes of scores beyond them are not used. add_weights must find its scores again
+  // to the last bit, so it has none.
+  const bool few = Itinerary::HAS_VALUES && count <= FEW;
   if (few) zero(w.scores, TILE * TILE);
   // Where one tile has all keys, its weights are final, and the output comes as rows.
   const bool final = Itinerary::HAS_VALUES && !Itinerary::IN_PLACE && !few && 0 < it.keys && it.keys <= TILE;
@@ -195,6 +198,10 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
         transpose(w.rows, ld, out, TILE, ld, columns);
       }
       it.store_out(row, n, final ? out : w.rows, ld, 1);
+    }
+    if constexpr (!Itinerary::HAS_VALUES) {
+      it.store_softmax(row, n, w.maximum + p * TILE, w.sum + p * TILE);
+      continue;
     }
     for (int64_t j = 0; j < n; ++j) {
       float sum = w.sum[p * TILE + j];
@@ -286,19 +293,20 @@ VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse
 template <class Itinerary>
 void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWorkspace& w, float* sums) {
   const int64_t ld = w.ld, columns = round_up(keys, VL);
+  float maximum[TILE], sum[TILE];
   it.load_key(k0, keys, w.keys, ld, 1);
   zero(w.keys + keys * ld, (columns - keys) * ld);
   transpose(w.key_panel, TILE, w.keys, ld, columns, ld);
   for (int64_t first = 0; first < it.queries; first += TILE) {
     int64_t count = least(TILE, it.queries - first);
     it.load_query(first, count, w.query, ld, it.scale * LOG2E);
-    it.load_lse(first, count, w.lse);
+    it.load_softmax(first, count, maximum, sum);
     multiply(false, count, columns, it.head_dim, {w.query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
     if constexpr (Itinerary::ADJUSTS) it.adjust_weights(first, count, k0, keys, w.weights);
     for (int64_t q = 0; q < count; ++q) {
-      if (w.lse[q] == -INFINITE) continue;
+      if (sum[q] == 0) continue;
       for (int64_t j = 0; j < columns; j += VL)
-        store(sums + j, load(sums + j) + exp2(load(w.weights + q * TILE + j) - w.lse[q] * LOG2E));
+        store(sums + j, load(sums + j) + exp2(load(w.weights + q * TILE + j) - maximum[q]) / sum[q]);
     }
   }
 }
