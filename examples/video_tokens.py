@@ -33,6 +33,18 @@ NUM_CODES = 256
 CHANNELS = 3
 
 
+def small_videogpt(embeddings: Tensor, grid: Sequence[int], attention: str) -> videogpt.VideoGPT:
+    """A VideoGPT whose inputs begin as large as what attention adds to them.
+
+    As the official code begins, codes and places are small beside it, and take longer to be found.
+    """
+    model = videogpt.VideoGPT(embeddings, grid, dim=96, num_heads=4, num_layers=4, attention=attention, dropout=0.1)
+    nn.init.normal_(model.fc_in.weight, std=1 / embeddings.norm(dim=1).mean().item())
+    for places in model.attn_stack.pos_embd.parameters():
+        nn.init.normal_(places, std=0.5)
+    return model
+
+
 def baselines(videos: Tensor, codes: int) -> dict[str, Tensor]:
     """Videos shrunk, and enlarged again: to a colour for each code, and to as many numbers as there are codes.
 
@@ -137,17 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     codes = encode(tokenizer, torch.cat([next(batches) for _ in range(NUM_WINDOWS // len(train))]) / 2, "codes")
     torch.manual_seed(options.seed)
     grid = (codes.shape[1], codes.shape[2], codes.shape[3])
-    gpt = videogpt.VideoGPT(
-        tokenizer.codebook.embeddings, grid, dim=96, num_heads=4, num_layers=4, attention=options.attention, dropout=0.1
-    )
+    gpt = small_videogpt(tokenizer.codebook.embeddings, grid, options.attention)
     bidirectional = small_mebt(NUM_CODES, grid)
-    priors: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
-        (gpt, gpt.training_loss),
-        (bidirectional, bidirectional.training_loss),
+    priors: list[tuple[nn.Module, Callable[[Tensor], Tensor], float]] = [
+        (gpt, gpt.training_loss, 4e-3),
+        (bidirectional, bidirectional.training_loss, 2e-3),
     ]
-    for prior, loss_of in priors:
+    for prior, loss_of, rate in priors:
         name = type(prior).__name__
-        trainings.append(Training(name, prior, options.steps, 2e-3, options.outputs / f"tokens_{name.lower()}.pt"))
+        trainings.append(Training(name, prior, options.steps, rate, options.outputs / f"tokens_{name.lower()}.pt"))
         if resumed:  # otherwise its codes would be those of another tokenizer
             trainings[-1].resume()
         trainings[-1].run(code_batches(codes, 8), loss_of)
