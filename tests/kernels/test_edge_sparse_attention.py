@@ -120,17 +120,16 @@ SOME = [[0, 2], [1, 3, 0], [3], [2, 2, 1]]  # of four blocks, the last of which 
 @pytest.mark.parametrize("head_dim", [1, 16, 33, 64, 72, 80, 96, 120, 128, 144, 256])
 def test_head_dims(head_dim, device):
     """Whole, split and masked columns."""
-    check(inputs([[1, 0], [1]], 11, device, N=21, D=head_dim))
+    check(inputs([[0, 0]], 11, device, N=11, D=head_dim))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_dtypes(dtype, head_dim, device):
-    check(inputs([[1, 0], [1]], 11, device, N=21, D=head_dim, dtype=dtype))
+    check(inputs([[0, 0]], 11, device, N=11, D=head_dim, dtype=dtype))
 
 
-@pytest.mark.parametrize("window", [WINDOW, ()], ids=["bias", "plain"])
-@pytest.mark.parametrize("num_global", [0, 1, 3])
+@pytest.mark.parametrize(("num_global", "window"), [(0, WINDOW), (1, ()), (3, WINDOW)], ids=["0", "1 plain", "3"])
 @pytest.mark.parametrize(
     "rows",
     [SOME, [[3, 1], [], [3, 0, 3], []], [[], [], [], []], [[0, 1, 2, 3]] * 4],
@@ -142,7 +141,7 @@ def test_layouts(rows, num_global, window, device):
 
 
 def test_a_layout_per_head(device):
-    check(inputs(SOME, 6, device, [[], [0, 1, 2, 3], [1], [3]], B=2, H=2))
+    check(inputs(SOME, 6, device, [[], [0, 1, 2, 3], [1], [3]], H=2))
 
 
 @pytest.mark.parametrize("block_size", sorted({1, *(b + i for b in (BLOCK_Q, BLOCK_K) for i in (-1, 0, 1))}))
@@ -169,7 +168,7 @@ def test_global_tokens_alone(device):
 @pytest.mark.parametrize("window", [WINDOW, ()], ids=["bias", "plain"])
 def test_positions(window, kind, causal, device):
     """Tokens anywhere in the grid, two of them in one place."""
-    x = inputs([[0, 2], [1, 0], [2, 1]], 6, device, N=17, B=2, H=2, window=window)
+    x = inputs([[0, 2], [1, 0], [2, 1]], 6, device, N=17, B=2, window=window)
     positions = torch.stack([torch.randperm(TOKENS, device=device)[:17] for _ in range(2)])
     positions[:, 4] = positions[:, 11]
     check(x, {"full": None, "shared": positions[0], "of samples": positions}[kind], causal)
@@ -217,7 +216,7 @@ def test_gradient_of_out_only(device):
 @pytest.mark.parametrize("dropout_p", [0.2, 1.0])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 def test_dropout(deterministic, dropout_p, device):
-    x = inputs([[0, 1], [1, 1]], 9, device, N=17, B=2, H=2, G=2)
+    x = inputs([[0, 1], [1, 1]], 9, device, N=17, H=2, G=2)
     check(x, dropout_p=dropout_p, seed=torch.tensor([SEED], device=device), deterministic=deterministic)
 
 
@@ -246,18 +245,17 @@ def test_this_length_is_split():
     assert configs.splits(1, -(-LONG // BLOCK_K), torch.empty(0)) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_splits_of_global_tokens(dtype, device):
+def test_splits_of_global_tokens(device):
     """What global queries read, and who reads global keys, is shared out among programs."""
-    x = inputs([[], []], LONG - 20, device, N=LONG - 2, G=2, dtype=dtype, window=(1, 9, 29))
+    x = inputs([[], []], LONG - 20, device, N=LONG - 2, G=2, window=(1, 9, 29))
     check(x, dropout_p=0.2, seed=torch.tensor([SEED], device=device), deterministic=True)
 
 
 @pytest.mark.parametrize("layout", ["qkv", "heads first", "broadcast", "last axis", "slices"])
 def test_strides(layout, device):
     """Inputs and output gradients as views; each means what its contiguous copy means."""
-    B, H, L, D = shape = (2, 2, 14, 16)
-    x = inputs([[0, 1], [1]], 7, device, N=L - 1, B=B, H=H)
+    B, H, L, D = shape = (2, 2, 9, 16)
+    x = inputs([[0], [0]], 5, device, N=L - 1, B=B, H=H)
     query, key, value, grad_out, grad_lse, *rest = x
     if layout == "qkv":
         query, key, value = torch.randn(B, L, 3, H, D, device=device).permute(2, 0, 3, 1, 4)
@@ -293,13 +291,14 @@ def test_outputs_merge_heads_without_a_copy(device):
         assert y.is_contiguous() and y.dtype == torch.float32
 
 
-@pytest.mark.parametrize("num_tokens", [13, 9 * BLOCK_K])
-def test_every_element_is_written(num_tokens, device):
-    """What torch.empty returns is NaN here, and none of it is left."""
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(13, torch.float32), (LONG, torch.bfloat16)], ids=str)
+def test_every_element_is_written(num_tokens, dtype, device):
+    """What torch.empty returns is NaN here, and none of it is left: one program for global tokens, and splits."""
     torch.use_deterministic_algorithms(True)  # fills uninitialized memory
     try:
         assert torch.empty(1, device=device).isnan().all()
-        actual = run(inputs([[], []], num_tokens // 2 + 1, device, N=num_tokens, D=24, window=(1, 1, num_tokens)))
+        window = (1, 1, num_tokens)
+        actual = check(inputs([[], []], num_tokens // 2 + 1, device, N=num_tokens, D=24, dtype=dtype, window=window))
     finally:
         torch.use_deterministic_algorithms(False)
     assert not any(y.isnan().any() for y in actual)
