@@ -6,7 +6,7 @@
 All three train one after the other, from checkpoints where there are any. The last quarter of each clip is held out: on
 its windows of 16 frames, the example prints how close the VQ-VAE comes to the pixels, beside videos that are shrunk to
 as many numbers as there are codes, and enlarged again; how many bits the codes are worth; and what a video costs each
-prior. GIFs show reconstructions and samples.
+prior. It fails if the VQ-VAE does not come closer than these. GIFs show reconstructions and samples.
 
     python -m examples.video_tokens
     python -m examples.video_tokens --resume      from the last checkpoint of a run with the same options
@@ -15,6 +15,7 @@ prior. GIFs show reconstructions and samples.
 import argparse
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -83,8 +84,8 @@ def time_sampling(sample: Callable[[], Tensor], head: nn.Module) -> tuple[Tensor
     return codes, seconds, calls
 
 
-def report_tokenizer(tokenizer: VQVAE, videos: Tensor, codes: Tensor) -> Tensor:
-    """Print what becomes of held-out `videos`, whose codes are `codes`; the reconstructions."""
+def report_tokenizer(tokenizer: VQVAE, videos: Tensor, codes: Tensor) -> tuple[Tensor, bool]:
+    """Print what becomes of held-out `videos`, whose codes are `codes`; it, and whether it beats the baselines."""
     with torch.no_grad():
         reconstruction = torch.cat([2 * tokenizer.decode(part) for part in codes.split(8)])
     print(f"{'':<24}{'PSNR':>10}{'SSIM':>8}")
@@ -92,8 +93,6 @@ def report_tokenizer(tokenizer: VQVAE, videos: Tensor, codes: Tensor) -> Tensor:
     decibels = [peak_signal_to_noise(videos, video) for video in shown.values()]
     for (name, video), decibel in zip(shown.items(), decibels, strict=True):
         print(f"{name:<24}{decibel:>7.2f} dB{structural_similarity(videos, video):>8.3f}")
-    if decibels[0] <= max(decibels[1:]):
-        print("the VQ-VAE has not learned enough to beat both baselines")
     frequencies = codes.flatten().bincount(minlength=NUM_CODES) / codes.numel()
     entropy = -(frequencies * (frequencies + 1e-10).log2()).sum().item()
     per_pixel = codes[0].numel() / videos[0, 0].numel()
@@ -101,7 +100,7 @@ def report_tokenizer(tokenizer: VQVAE, videos: Tensor, codes: Tensor) -> Tensor:
         f"codebook: perplexity {2**entropy:.0f} of {NUM_CODES}; {per_pixel * math.log2(NUM_CODES):.3f} bits per pixel, "
         f"{per_pixel * entropy:.3f} if frequent codes are shorter"
     )
-    return reconstruction
+    return reconstruction, decibels[0] > max(decibels[1:])
 
 
 def report_priors(
@@ -127,7 +126,7 @@ def report_priors(
     return samples
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=600, help="of training, for each of the three models")
     parser.add_argument("--size", type=int, default=32, help="of a frame in pixels, a multiple of 4")
@@ -166,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     videos = torch.cat(tests)
     held_out_codes = encode(tokenizer, videos / 2, "codes held out")
     print(f"\nheld out: the last {clips.HELD_OUT:.0%} of each clip, {len(videos)} windows of {WINDOW} frames")
-    reconstruction = report_tokenizer(tokenizer, videos, held_out_codes)
+    reconstruction, beaten = report_tokenizer(tokenizer, videos, held_out_codes)
     samples = report_priors(gpt, bidirectional, codes, held_out_codes, len(tests), options.seed)
 
     firsts = torch.tensor([0, *map(len, tests[:-1])]).cumsum(0)  # a window of each clip
@@ -180,7 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     written.append(options.outputs / "tokens_loss.png")
     write_losses(trainings, labels, written[-1])
     print(f"wrote {', '.join(map(str, written))}")
+    if not beaten:
+        print("FAILED: the VQ-VAE has not learned enough to beat both baselines", file=sys.stderr)
+    return int(not beaten)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,12 +17,13 @@ def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(video_tokens, "NUM_WINDOWS", 16)
     monkeypatch.setitem(mebt_video.SAMPLING, "num_steps", 2)
     arguments = ["--steps", "2", "--size", "16", "--outputs", str(tmp_path)]
-    video_tokens.main(arguments)
+    assert video_tokens.main(arguments) == 1  # two steps are not enough
     for name in ("reconstruction", "samples"):
         with Image.open(tmp_path / f"tokens_{name}.gif") as picture:
             assert picture.n_frames > 1
     assert (tmp_path / "tokens_loss.png").exists()
-    printed = capsys.readouterr().out
+    printed, error = capsys.readouterr()
+    assert "FAILED: the VQ-VAE has not learned enough to beat both baselines" in error
     assert re.search(r"VQ-VAE, 64 codes +\d+\.\d\d dB +\d\.\d{3}\n", printed)
     assert re.search(r"VideoGPT +64 +\d+\.\d\d\nMeBT +2 +\d+\.\d\d\n", printed)  # network calls, seconds
     video_tokens.main([*arguments, "--resume"])
