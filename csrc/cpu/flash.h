@@ -274,11 +274,13 @@ struct BackwardWorkspace {
 // Scores and their gradients, a row of either for one query, become weights and gradients of scores.
 VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse, float delta, const Dropout* dropout,
                         uint32_t query_token, const uint32_t* key_tokens) {
-  float shift = lse == -INFINITE ? INFINITE : lse * LOG2E;  // a query without keys has no weights
+  // In two parts, since one rounding of it would be in all weights of the query. A query without keys has no weights.
+  const double exact = (double)lse * LOG2E_EXACT;
+  const float shift = lse == -INFINITE ? INFINITE : (float)exact, rest = lse == -INFINITE ? 0 : (float)(exact - shift);
   uint32_t times = 0, add = 0;
   if (dropout) dropout->query(query_token, times, add);
   for (int64_t j = 0; j < columns; j += VL) {
-    Vec p = exp2(load(weights + j) - shift), dp = load(grads + j), dropped = p;
+    Vec p = exp2(load(weights + j) - shift - rest), dp = load(grads + j), dropped = p;
     if (dropout) {
       Vec factor = dropout->factors(load(key_tokens + j), times, add);
       dp *= factor;
@@ -289,9 +291,9 @@ VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse
   }
 }
 
-// Adds to the sums of a tile of keys the weights that all queries give them.
+// Adds to the sums of a tile of keys the weights that all queries give them: doubles, since there are many.
 template <class Itinerary>
-void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWorkspace& w, float* sums) {
+void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWorkspace& w, double* sums) {
   const int64_t ld = w.ld, columns = round_up(keys, VL);
   float maximum[TILE], sum[TILE];
   it.load_key(k0, keys, w.keys, ld, 1);
@@ -305,8 +307,9 @@ void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWo
     if constexpr (Itinerary::ADJUSTS) it.adjust_weights(first, count, k0, keys, w.weights);
     for (int64_t q = 0; q < count; ++q) {
       if (sum[q] == 0) continue;
-      for (int64_t j = 0; j < columns; j += VL)
-        store(sums + j, load(sums + j) + exp2(load(w.weights + q * TILE + j) - maximum[q]) / sum[q]);
+      float* weights = w.weights + q * TILE;
+      for (int64_t j = 0; j < columns; j += VL) store(weights + j, exp2(load(weights + j) - maximum[q]) / sum[q]);
+      for (int64_t j = 0; j < columns; ++j) sums[j] += weights[j];
     }
   }
 }

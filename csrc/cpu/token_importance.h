@@ -41,10 +41,10 @@ void importance_items(const TokenImportance& a, int64_t begin, int64_t end, floa
   for (int64_t item = begin; item < end; ++item) {
     int64_t b = item / tiles, first = item % tiles * TILE;
     int64_t keys = least(TILE, (a.key_lengths ? a.key_lengths[b] : a.max_keys) - first);
-    float sums[TILE] = {};
+    double sums[TILE] = {};
     for (int64_t h = 0; h < a.H && keys > 0; ++h)
       add_weights(WeighedKeys<T>(a, b * a.H + h), first, keys, w, sums);
-    for (int64_t i = 0; i < keys; ++i) a.importance[b * a.max_keys + first + i] = sums[i] / (float)(a.H * a.Lq);
+    for (int64_t i = 0; i < keys; ++i) a.importance[b * a.max_keys + first + i] = (float)(sums[i] / (double)(a.H * a.Lq));
   }
 }
 

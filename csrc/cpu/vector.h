@@ -22,7 +22,8 @@ typedef float VecLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(4
 typedef uint32_t VecUintLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t VecHalfLoose __attribute__((vector_size(VATTN_VECTOR_BYTES / 2), aligned(2), may_alias));
 
-constexpr float LOG2E = 1.44269504088896340736f;
+constexpr double LOG2E_EXACT = 1.44269504088896340736;
+constexpr float LOG2E = (float)LOG2E_EXACT;
 constexpr float LN2 = 0.69314718055994530942f;
 constexpr float INFINITE = __builtin_inff();
 
