@@ -1,6 +1,6 @@
 # Everything runs in $(VENV), which the first call makes: Python, torch, the packages, the C++ extension.
 #
-#   make demo       the main job on real clips, and a short version of `make video`: outputs/
+#   make demo       the main job on real clips, and short versions of `make video` and `make tokens`: outputs/
 #   make video      a tokenizer and a MeBT learn from real clips: outputs/mebt_*.gif
 #   make tokens     a VQ-VAE learns from real clips, VideoGPT and MeBT from its codes: outputs/tokens_*.gif
 #   make retrieval  a SViTT learns to find clips by their captions: outputs/svitt_*.png
@@ -32,6 +32,7 @@ SOURCES := $(shell find csrc -type f)
 demo: $(BUILT)
 	$(RUN) -m examples.demo
 	$(RUN) -m examples.mebt_video --steps 150 --outputs outputs/demo
+	$(RUN) -m examples.video_tokens --short --steps 150 --outputs outputs/demo
 
 video: $(BUILT)
 	$(RUN) -m examples.mebt_video

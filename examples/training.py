@@ -97,7 +97,8 @@ def encode(tokenizer: Tokenizer, videos: Tensor, title: str) -> Tensor:
 def write_losses(trainings: Sequence[Training], labels: Sequence[str], path: pathlib.Path) -> None:
     """The loss of each training over its steps, side by side."""
     figure = Figure(figsize=(4.5 * len(trainings), 3.5), layout="constrained")
-    for axes, training, label in zip(figure.subplots(1, len(trainings)), trainings, labels, strict=True):
+    panels = figure.subplots(1, len(trainings), squeeze=False)[0]
+    for axes, training, label in zip(panels, trainings, labels, strict=True):
         axes.plot(range(1, len(training.losses) + 1), training.losses, linewidth=0.8)
         axes.set(title=training.name, xlabel="step", ylabel=label)
     figure.savefig(path, dpi=120)
