@@ -27,6 +27,7 @@ SPANS = {"slowly": 4, "fast": 16}
 """Frames between the first and the last frame of a clip, both included."""
 
 HELD_OUT = 0.3  # of the frames of each part
+AMPLIFIED = 16.0  # changes from frame to frame, which then are about as large as brightness
 PAD, FIRST, MASK = 0, 1, 2  # words that no caption has
 
 
@@ -87,13 +88,15 @@ class Clips:
         return self.videos[caption.video][frames.flip(0) if caption.direction == "backwards" else frames]
 
     def random(self, caption: Caption, num_frames: int) -> Tensor:
-        """A clip to train on, ``(T, 3, size, size)``: any moment, any crop, mirrored or not."""
+        """A clip to train on, ``(T, 3, size, size)``: any moment, any crop.
+
+        None is mirrored: what moves to the left would move to the right, as in a clip that runs backwards.
+        """
         before, _, behind = self.ranges(caption)
         first, end = before if torch.rand(()) < 0.5 else behind
         clip = self.clip(caption, num_frames, int(torch.randint(first, end - SPANS[caption.speed] + 1, ())))
         top, left = (int(x) for x in torch.randint(clip.shape[-1] - self.size + 1, (2,)))
-        clip = clip[..., top : top + self.size, left : left + self.size]
-        return clip.flip(-1) if torch.rand(()) < 0.5 else clip
+        return clip[..., top : top + self.size, left : left + self.size]
 
     def held_out(self, caption: Caption, num_frames: int, count: int) -> Tensor:
         """Clips that were held out, ``(count, T, 3, size, size)``: at moments far from each other, their centres."""
@@ -102,3 +105,17 @@ class Clips:
         found = torch.stack([self.clip(caption, num_frames, moment) for moment in moments])
         border = (found.shape[-1] - self.size) // 2
         return F.pad(found, [-border, border + self.size - found.shape[-1]] * 2)
+
+
+def with_changes(videos: Tensor) -> Tensor:
+    """Brightness, its change since the frame before, and since the first frame, in place of red, green and blue.
+
+    The way and the speed of a clip lie in its changes: a few pixels from frame to frame, that a small model which sees
+    the colours of patches does not find within minutes.
+
+    Shape:
+        ``(B, T, 3, H, W)`` to the same.
+    """
+    grey = videos.mean(2)
+    since_last = F.pad(grey.diff(dim=1), (0, 0, 0, 0, 1, 0))
+    return torch.stack([grey, AMPLIFIED * since_last, AMPLIFIED / 2 * (grey - grey[:, :1])], 2)

@@ -1,4 +1,4 @@
-"""Pictures: losses, videos side by side, and what one patch of a LAPS model attends to across the leap."""
+"""Pictures: losses, videos side by side, patches that are kept, and what a patch of a LAPS model attends to."""
 
 import itertools
 import math
@@ -44,6 +44,45 @@ def gif(columns: Mapping[str, Tensor], path: pathlib.Path) -> None:
             ImageDraw.Draw(picture).text((column * width // len(columns) + 2, 1), title)
         frames.append(picture)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+
+
+def smooth_losses(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: pathlib.Path) -> None:
+    """A panel per title, in it a curve per name: the mean loss of a twentieth of the steps, up to each step."""
+    figure = Figure(figsize=(5.5 * len(panels), 3.8), layout="constrained")
+    for axes, (title, losses) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, values in losses.items():
+            width = max(1, len(values) // 20)
+            means = torch.tensor(values).unfold(0, width, 1).mean(1)
+            axes.plot(range(width, len(values) + 1), means.numpy(), label=name)
+        axes.set(title=title, xlabel="step", ylabel=label)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def kept_patches(
+    clips: Mapping[str, Tensor], kept: Sequence[Tensor], window: tuple[int, int, int], path: pathlib.Path
+) -> None:
+    """Clips ``(T, 3, S, S)`` under their names, and below each what is left of it after each pruning, the rest dark.
+
+    Args:
+        clips: RGB in -1 to 1.
+        kept: for each pruning the raster indices ``(clips, K)`` of the patches in `window`, frames x rows x columns.
+    """
+    num_frames, rows, columns = window
+    figure = Figure(figsize=(1.1 * num_frames + 0.8, (1.15 * (1 + len(kept)) + 0.5) * len(clips)), layout="constrained")
+    parts = figure.subfigures(len(clips), 1, squeeze=False)[:, 0]
+    for i, (part, (name, clip)) in enumerate(zip(parts, clips.items(), strict=True)):
+        part.suptitle(name, fontsize=10)
+        pixels = ((clip.permute(0, 2, 3, 1) + 1) / 2).clamp(0, 1)
+        total = num_frames * rows * columns
+        left = [torch.arange(total), *(indices[i] for indices in kept)]
+        for panels, indices in zip(part.subplots(len(left), num_frames, squeeze=False), left, strict=True):
+            light = torch.full((total,), 0.15).index_fill(0, indices, 1.0).view(num_frames, rows, columns, 1)
+            light = light.repeat_interleave(clip.shape[2] // rows, 1).repeat_interleave(clip.shape[3] // columns, 2)
+            for axes, frame in zip(panels, pixels * light, strict=True):
+                _frame(axes, "").imshow(frame.numpy())
+            panels[0].set_ylabel(f"{len(indices)} of {total}", fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def attention(model: nn.Module, video: Tensor, path: pathlib.Path) -> None:

@@ -4,8 +4,10 @@
 
 Four models learn one after the other, alike but for what their video encoders read and keep: everything, few edges,
 few nodes, few of both. For clips of frames that none has seen, the example prints how often the right caption is found
-for a clip and a right clip for a caption, beside chance, with the time and the memory of a step. Then the sparsest one
-learns again, with few frames first and more and sparser later. Pictures show who reads whom, and what is kept.
+for a clip and a right clip for a caption, by similarity alone and ranked again by matching, beside chance; how often
+the first caption is right about each thing that it tells; and the time and the memory of a step. It fails if a setting
+does not beat chance by far, or a sparse one falls far behind the dense one. Then the sparsest one learns again, with
+few frames first and more and sparser later. Pictures show who reads whom, what is kept, and the losses.
 
     python -m examples.svitt_retrieval
     python -m examples.svitt_retrieval --resume      from the last checkpoints of a run with the same options
@@ -16,16 +18,18 @@ import dataclasses
 import math
 import pathlib
 import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.measure import peak_memory
-from examples.captions import FIRST, MASK, PAD, Caption, Clips, Words, captions
-from examples.training import Training, write_losses
+from examples import pictures
+from examples.captions import FIRST, MASK, PAD, Caption, Clips, Words, captions, with_changes
+from examples.training import Training
 from vattn import RelativePositionBias3D
 from vattn.models.svitt import (
     Sparsity,
@@ -43,7 +47,11 @@ PATCH, DIM, DEPTH = 8, 64, 4
 NUM_FRAMES = 8
 BATCH, LEARNING_RATE = 12, 2e-3
 HELD_OUT_CLIPS = 3  # for each caption
-RECALLED = (1, 3)  # the first one is right, or one of the first three
+RECALLED = (1, 5)  # the first one is right, or one of the first five
+RERANKED = 8  # captions of each clip, and clips of as many captions
+TIMED_STEPS = 7
+TIMES_CHANCE = 4.0  # the mean R@1 of every setting is at least this many times that of chance
+BEHIND_DENSE = 0.15  # and that of a sparse one at most this much below the dense one
 PRUNE_AFTER = (0, 2)
 DENSE = Sparsity(block_size=18, num_random=None, keep=1.0, prune_after=PRUNE_AFTER)
 SETTINGS = {
@@ -57,15 +65,36 @@ STAGES = ((4, 0.7), (8, 0.6), (16, 0.5))  # frames, and the share that is kept e
 
 @dataclasses.dataclass
 class Run:
-    """A model in training, and how long its steps take."""
+    """A model in training."""
 
     training: Training
     model: SViTT
-    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.training.name
 
     @property
     def num_frames(self) -> int:
         return self.model.video.window[0]
+
+
+class Found(NamedTuple):
+    """How often what was looked for is among the first of a ranking, for each number in `RECALLED`.
+
+    Attributes:
+        captions: the caption of a clip.
+        clips: a clip of a caption.
+        told: how often the first caption of a clip is right about each thing that it tells.
+    """
+
+    captions: list[float]
+    clips: list[float]
+    told: dict[str, float]
+
+    @property
+    def mean(self) -> list[float]:
+        return [(a + b) / 2 for a, b in zip(self.captions, self.clips, strict=True)]
 
 
 class Data:
@@ -85,11 +114,12 @@ class Data:
             yield torch.randperm(len(self.captions))[:BATCH]
 
     def videos(self, chosen: Tensor, num_frames: int) -> Tensor:
-        return torch.stack([self.clips.random(self.captions[i], num_frames) for i in chosen])
+        return with_changes(torch.stack([self.clips.random(self.captions[i], num_frames) for i in chosen]))
 
     def held_out(self, num_frames: int) -> Tensor:
         """``(captions * HELD_OUT_CLIPS, T, 3, size, size)``, those of the first caption first."""
-        return torch.cat([self.clips.held_out(caption, num_frames, HELD_OUT_CLIPS) for caption in self.captions])
+        found = [self.clips.held_out(caption, num_frames, HELD_OUT_CLIPS) for caption in self.captions]
+        return with_changes(torch.cat(found))
 
 
 def new_model(size: int, num_words: int, num_frames: int, sparsity: Sparsity) -> SViTT:
@@ -117,18 +147,11 @@ def step_loss(run: Run, data: Data, chosen: Tensor) -> Tensor:
     return run.model(video, data.ids[chosen], data.mask[chosen], pair_ids=chosen).total
 
 
-def train(run: Run, data: Data) -> None:
-    """To the last step, with the time of each."""
-    last = time.perf_counter()
-
-    def loss_of(chosen: Tensor) -> Tensor:
-        nonlocal last
-        now = time.perf_counter()
-        run.seconds.append(now - last)
-        last = now
-        return step_loss(run, data, chosen)
-
-    run.training.run(data.batches(), loss_of)
+def train(run: Run, data: Data, resume: bool) -> None:
+    """To the last step, from the last checkpoint if there is one to `resume` from."""
+    if resume:
+        run.training.resume()
+    run.training.run(data.batches(), lambda chosen: step_loss(run, data, chosen))
 
 
 @torch.no_grad()
@@ -139,56 +162,36 @@ def encode(model: SViTT, videos: Tensor, generator: torch.Generator) -> VideoTok
 
 
 @torch.no_grad()
-def evaluate(run: Run, data: Data, seed: int) -> tuple[list[float], dict[str, float]]:
-    """For clips that were held out: how often a right caption is found for a clip, and a right clip for a caption.
-
-    Also, how often the first caption is right about each thing that it tells.
-    """
+def evaluate(run: Run, data: Data, seed: int) -> dict[str, Found]:
+    """What is found among held-out clips, by similarity alone, and where matching ranks the best ones again."""
     videos = encode(run.model, data.held_out(run.num_frames), torch.Generator().manual_seed(seed))
     texts = run.model.text(data.ids, data.mask)
     right = torch.eye(len(texts), dtype=torch.bool).repeat_interleave(HELD_OUT_CLIPS, 0)
-    to_texts = rank_texts(run.model, videos, texts, data.mask, rerank=8)
-    to_videos = rank_videos(run.model, videos, texts, data.mask, rerank=8 * HELD_OUT_CLIPS)
-    shares = [recall(to_texts, right, k) for k in RECALLED] + [recall(to_videos, right.T, k) for k in RECALLED]
-    told = [dataclasses.astuple(data.captions[i]) for i in to_texts[:, 0]]
     true = [dataclasses.astuple(caption) for caption in data.captions for _ in range(HELD_OUT_CLIPS)]
-    hits = torch.tensor([[a == b for a, b in zip(*pair, strict=True)] for pair in zip(told, true, strict=True)])
     names = [field.name for field in dataclasses.fields(Caption)]
-    return shares, dict(zip(names, hits.double().mean(0).tolist(), strict=True))
+    found = {}
+    for name, again in (("similarity", 0), ("matching", RERANKED)):
+        to_texts = rank_texts(run.model, videos, texts, data.mask, rerank=again)
+        to_videos = rank_videos(run.model, videos, texts, data.mask, rerank=again * HELD_OUT_CLIPS)
+        told = [dataclasses.astuple(data.captions[i]) for i in to_texts[:, 0]]
+        hits = torch.tensor([[a == b for a, b in zip(*pair, strict=True)] for pair in zip(told, true, strict=True)])
+        found[name] = Found(
+            [recall(to_texts, right, k) for k in RECALLED],
+            [recall(to_videos, right.T, k) for k in RECALLED],
+            dict(zip(names, hits.double().mean(0).tolist(), strict=True)),
+        )
+    return found
 
 
-def memory_of_step(run: Run, data: Data) -> float:
-    """MiB that a training step takes beyond the model, its gradients included."""
-    chosen = next(data.batches())
-    run.model.zero_grad()
-    taken = peak_memory(lambda: step_loss(run, data, chosen).backward(), torch.device("cpu"))
-    run.model.zero_grad()
-    return taken / 2**20
-
-
-def draw_kept(run: Run, data: Data, path: pathlib.Path, seed: int) -> None:
-    """A clip of each video, and under it what is left after each pruning."""
-    shown: dict[str, Caption] = {caption.video: caption for caption in data.captions}
-    videos = torch.cat([data.clips.held_out(caption, run.num_frames, 1) for caption in shown.values()])
-    with torch.no_grad():
-        kept = run.model.encode_video(videos, generator=torch.Generator().manual_seed(seed)).kept
-    frames, rows, columns = run.model.video.window
-    figure = Figure(figsize=(1.2 * frames, 1.25 * len(videos) * (1 + len(kept))), layout="constrained")
-    panels = figure.subplots(len(videos) * (1 + len(kept)), frames, squeeze=False)
-    for i, (video, name) in enumerate(zip(videos, shown, strict=True)):
-        pixels = ((video.permute(0, 2, 3, 1) + 1) / 2).clamp(0, 1)
-        for stage in range(1 + len(kept)):
-            left = torch.ones(frames * rows * columns, dtype=torch.bool)
-            if stage:
-                left = torch.zeros_like(left).scatter(0, kept[stage - 1][i], True)
-            patches = left.view(frames, rows, columns, 1).float()
-            light = patches.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2) * 0.85 + 0.15
-            for t, axes in enumerate(panels[i * (1 + len(kept)) + stage]):
-                axes.set(xticks=[], yticks=[])
-                axes.imshow((pixels[t] * light[t]).numpy())
-            panels[i * (1 + len(kept)) + stage][0].set_ylabel(f"after {stage}" if stage else name[:8], fontsize=8)
-    figure.suptitle("patches that are left after each pruning", fontsize=10)
-    figure.savefig(path, dpi=120)
+def by_chance(data: Data) -> Found:
+    """What guesses find."""
+    count = len(data.captions)
+    shares = [[chance(k, n, n * count) for k in RECALLED] for n in (1, HELD_OUT_CLIPS)]
+    told = {
+        field.name: 1 / len({getattr(caption, field.name) for caption in data.captions})
+        for field in dataclasses.fields(Caption)
+    }
+    return Found(shares[0], shares[1], told)
 
 
 def chance(k: int, right: int, answers: int) -> float:
@@ -196,21 +199,74 @@ def chance(k: int, right: int, answers: int) -> float:
     return 1 - math.comb(answers - right, k) / math.comb(answers, k)
 
 
-def print_table(data: Data, runs: Sequence[Run], seed: int) -> None:
-    """A row for each model, and one for chance."""
-    count = len(data.captions)
-    rows = {"chance": [chance(k, n, n * count) for n in (1, HELD_OUT_CLIPS) for k in RECALLED]}
-    costs, told = {"chance": ""}, {}
+def cost_of_step(run: Run, data: Data) -> str:
+    """The time of a training step, and the memory that it takes beyond the model, its gradients included."""
+    chosen = next(data.batches())
+
+    def step() -> None:
+        run.model.zero_grad()
+        step_loss(run, data, chosen).backward()
+
+    taken = peak_memory(step, torch.device("cpu"))
+    seconds = []
+    for _ in range(TIMED_STEPS):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    run.model.zero_grad()
+    return f"{statistics.median(seconds) * 1e3:>8.0f} ms{taken / 2**20:>6.0f} MiB"
+
+
+def report(data: Data, runs: Sequence[Run], seed: int) -> dict[str, dict[str, Found]]:
+    """Print what each run finds, beside chance, and what its steps cost; what it finds."""
+    guessed = by_chance(data)
+    names = [f"R@{k}" for k in RECALLED]
+    print(f"\n{'held-out clips':<34}{'caption of clip':>18}{'clip of caption':>18}{'mean':>9}", end="")
+    print(f"{'the first caption is right about':>40}")
+    print(f"{'':<24}{'ranked by':<10}", *(f"{name:>5}" for name in 3 * names), end="  ")
+    print("".join(f"{name:>10}" for name in guessed.told), f"{'step':>10}{'memory':>10}")
+    print_row("chance", "", guessed)
+    found = {}
     for run in runs:
-        name, step = run.training.name, statistics.median(run.seconds) if run.seconds else math.nan
-        rows[name], told[name] = evaluate(run, data, seed)
-        costs[name] = f"{step * 1e3:>11.0f} ms{memory_of_step(run, data):>9.0f} MiB"
-    names = [f"{name} R@{k}" for name in ("video-to-text", "text-to-video") for k in RECALLED]
-    print(f"\n{'':<24}{''.join(f'{name:>19}' for name in names)}{'step':>14}{'memory':>13}")
-    for name, shares in rows.items():
-        print(f"{name:<24}{''.join(f'{share:>19.0%}' for share in shares)}{costs[name]}")
-    for name, hits in told.items():
-        print(f"{name:<24}first caption right about {', '.join(f'{what} {share:.0%}' for what, share in hits.items())}")
+        found[run.name] = evaluate(run, data, seed)
+        for ranked_by, row in found[run.name].items():
+            first = ranked_by == "similarity"
+            print_row(run.name if first else "", ranked_by, row, cost_of_step(run, data) if first else "")
+    for name, rankings in found.items():
+        for told in not_told(rankings["similarity"], guessed, len(data.captions) * HELD_OUT_CLIPS):
+            print(f"{name}: {told}, which is not more than chance may be: this was not learned")
+    return found
+
+
+def print_row(name: str, ranked_by: str, found: Found, cost: str = "") -> None:
+    shares = [*found.captions, *found.clips, *found.mean]
+    cells = [*(f"{share:>5.0%}" for share in shares), " ", *(f"{share:>9.0%}" for share in found.told.values())]
+    print(f"{name:<24}{ranked_by:<10}", *cells, cost)
+
+
+def not_told(found: Found, guessed: Found, clips: int) -> list[str]:
+    """What the first caption is not right about more often than guesses may be: by two of their standard deviations."""
+    return [
+        f"{name} {share:.0%}"
+        for name, share in found.told.items()
+        if share < guessed.told[name] + 2 * math.sqrt(guessed.told[name] * (1 - guessed.told[name]) / clips)
+    ]
+
+
+def failures(found: Mapping[str, Mapping[str, Found]], guessed: Found) -> list[str]:
+    """Print how far each setting is above chance and below the dense one; the margins that are missed."""
+    dense = found["dense"]["similarity"].mean[0]
+    missed = []
+    print("\nmean R@1, by similarity")
+    for name, rankings in found.items():
+        share = rankings["similarity"].mean[0]
+        times = share / guessed.mean[0]
+        print(f"{name:<24}{share:>6.1%}{times:>6.1f}x chance{100 * (share - dense):>+8.1f} points from dense")
+        if times < TIMES_CHANCE:
+            missed.append(f"{name} finds {share:.1%}, less than {TIMES_CHANCE:g} times as much as chance")
+        if share < dense - BEHIND_DENSE:
+            missed.append(f"{name} is more than {100 * BEHIND_DENSE:.0f} points behind dense")
+    return missed
 
 
 def train_settings(data: Data, options: argparse.Namespace) -> list[Run]:
@@ -220,11 +276,8 @@ def train_settings(data: Data, options: argparse.Namespace) -> list[Run]:
         torch.manual_seed(options.seed)
         model = new_model(options.size, len(data.words), NUM_FRAMES, sparsity)
         path = options.outputs / f"svitt_{name.replace(' ', '_')}.pt"
-        run = Run(Training(name, model, options.steps, LEARNING_RATE, path), model)
-        if options.resume:
-            run.training.resume()
-        train(run, data)
-        runs.append(run)
+        runs.append(Run(Training(name, model, options.steps, LEARNING_RATE, path), model))
+        train(runs[-1], data, options.resume)
     return runs
 
 
@@ -239,17 +292,37 @@ def train_stages(data: Data, options: argparse.Namespace) -> list[Run]:
         else:
             model = new_model(options.size, len(data.words), num_frames, sparsity)
         path = options.outputs / f"svitt_{num_frames}_frames.pt"
-        run = Run(Training(f"{num_frames} frames", model, options.steps // 2, LEARNING_RATE, path), model)
-        if options.resume:
-            run.training.resume()
-        train(run, data)
-        runs.append(run)
+        runs.append(Run(Training(f"{num_frames} frames", model, options.steps // 2, LEARNING_RATE, path), model))
+        train(runs[-1], data, options.resume)
     return runs
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def draw(data: Data, runs: Sequence[Run], stages: Sequence[Run], options: argparse.Namespace) -> list[pathlib.Path]:
+    """Who reads whom and what is kept, in the last of `runs`; and all losses."""
+    written = [options.outputs / f"svitt_{name}.png" for name in ("layout", "kept", "loss")]
+    encoder = runs[-1].model.video
+    layout = encoder.sparsity.layout(math.prod(encoder.window), torch.Generator().manual_seed(options.seed))
+    assert layout is not None
+    layout.plot(written[0])
+    shown = {caption.video: caption for caption in data.captions}
+    clips = torch.cat([data.clips.held_out(caption, NUM_FRAMES, 1) for caption in shown.values()])
+    with torch.no_grad():
+        kept = encoder(with_changes(clips), generator=torch.Generator().manual_seed(options.seed)).kept
+    pictures.kept_patches(dict(zip(map(str, shown.values()), clips, strict=True)), kept, encoder.window, written[1])
+    pictures.smooth_losses(
+        {
+            "8 frames, dense and sparse": {run.name: run.training.losses for run in runs},
+            "edge- and node-sparse, more frames each time": {run.name: run.training.losses for run in stages},
+        },
+        "contrastive + matching + masked words",
+        written[2],
+    )
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="of training, for each setting; half for each stage")
+    parser.add_argument("--steps", type=int, default=1000, help="of training, for each setting; half for each stage")
     parser.add_argument("--size", type=int, default=48, help=f"of a frame in pixels, a multiple of {PATCH}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the outputs")
@@ -259,22 +332,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = Data(options.size)
 
     runs = train_settings(data, options)
-    print_table(data, runs, options.seed)
+    missed = failures(report(data, runs, options.seed), by_chance(data))
     stages = train_stages(data, options)
-    print_table(data, stages, options.seed)
-
-    model = runs[-1].model
-    layout = model.video.sparsity.layout(NUM_FRAMES * (options.size // PATCH) ** 2, torch.Generator().manual_seed(0))
-    assert layout is not None
-    layout.plot(options.outputs / "svitt_layout.png")
-    draw_kept(runs[-1], data, options.outputs / "svitt_kept.png", options.seed)
-    trainings = [run.training for run in (*runs, *stages)]
-    write_losses(
-        trainings, ["contrastive + matching + masked words"] * len(trainings), options.outputs / "svitt_loss.png"
-    )
-    written = ", ".join(str(options.outputs / f"svitt_{name}.png") for name in ("layout", "kept", "loss"))
-    print(f"\n{len(data.captions) * HELD_OUT_CLIPS} clips were held out; wrote {written}")
+    report(data, stages, options.seed)
+    written = draw(data, runs, stages, options)
+    print(f"\n{len(data.captions) * HELD_OUT_CLIPS} clips were held out; wrote {', '.join(map(str, written))}")
+    for margin in missed:
+        print(f"FAILED: {margin}", file=sys.stderr)
+    return int(bool(missed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

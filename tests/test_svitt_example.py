@@ -1,6 +1,7 @@
 """The example of SViTT on video: it runs to its end, its captions say what clips show, and held-out frames stay so."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -22,20 +23,28 @@ def numbered(one_video):
     return data
 
 
-def test_runs_to_its_end(one_video, tmp_path, capsys, monkeypatch):
+def test_runs_to_its_end_and_resumes(one_video, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(svitt_retrieval, "BATCH", 4)
     monkeypatch.setattr(svitt_retrieval, "HELD_OUT_CLIPS", 2)
     for name in ("edge-sparse", "node-sparse"):
         monkeypatch.delitem(svitt_retrieval.SETTINGS, name)
     monkeypatch.setattr(svitt_retrieval, "STAGES", ((2, 0.7), (4, 0.5)))
-    svitt_retrieval.main(["--steps", "2", "--size", "16", "--outputs", str(tmp_path)])
+    arguments = ["--steps", "2", "--size", "16", "--outputs", str(tmp_path)]
+    assert svitt_retrieval.main(arguments) == 1  # two steps are not enough
     for name in ("layout", "kept", "loss"):
         assert (tmp_path / f"svitt_{name}.png").stat().st_size > 0
-    printed = capsys.readouterr().out
+    printed, error = capsys.readouterr()
     for name in ("chance", *svitt_retrieval.SETTINGS, "2 frames", "4 frames"):
-        assert printed.count(f"\n{name} ") == 2  # in two tables, or in a table and under it
+        assert f"\n{name} " in printed
+    assert "less than 4 times as much as chance" in error
     stage = torch.load(tmp_path / "svitt_4_frames.pt", weights_only=True)
     assert stage["step"] == 1
+    svitt_retrieval.main([*arguments, "--resume"])
+    assert without_costs(capsys.readouterr().out) == without_costs(printed)
+
+
+def without_costs(printed):
+    return re.sub(r" +\d+ ms +\d+ MiB", "", printed)
 
 
 def test_captions_are_all_different():
@@ -89,6 +98,37 @@ def test_a_perfect_model_is_right_about_everything(numbered, monkeypatch):
         ranking = scores.argsort(dim=1, descending=True, stable=True)
         monkeypatch.setattr(svitt_retrieval, name, lambda *_, ranking=ranking, **__: ranking)
     model = svitt_retrieval.new_model(16, len(data.words), 2, svitt_retrieval.DENSE).eval()
-    run = svitt_retrieval.Run(None, model)
-    shares, told = svitt_retrieval.evaluate(run, data, seed=0)
-    assert shares == [1.0] * 4 and told == dict.fromkeys(("video", "part", "direction", "speed"), 1.0)
+    found = svitt_retrieval.evaluate(svitt_retrieval.Run(None, model), data, seed=0)
+    told = dict.fromkeys(("video", "part", "direction", "speed"), 1.0)
+    assert found == dict.fromkeys(("similarity", "matching"), svitt_retrieval.Found([1.0] * 2, [1.0] * 2, told))
+
+
+def found(share, **told):
+    return svitt_retrieval.Found([share] * 2, [share] * 2, told)
+
+
+def test_what_was_not_learned_is_said():
+    guessed = found(0.04, direction=0.5, speed=0.5)
+    not_learned = svitt_retrieval.not_told(found(0.3, direction=0.61, speed=0.63), guessed, clips=72)
+    assert not_learned == ["direction 61%"]  # two deviations of 72 guesses are 11.8 points
+
+
+def test_margins(capsys):
+    def missed(**shares):
+        settings = {name: {"similarity": found(share)} for name, share in shares.items()}
+        return svitt_retrieval.failures(settings, found(0.05))
+
+    assert missed(dense=0.3, sparse=0.2) == []
+    assert "-10.0 points from dense" in capsys.readouterr().out
+    assert missed(dense=0.5, sparse=0.3) == ["sparse is more than 15 points behind dense"]
+    assert missed(dense=0.19, sparse=0.2) == ["dense finds 19.0%, less than 4 times as much as chance"]
+
+
+def test_changes():
+    video = torch.rand(2, 4, 3, 8, 8)
+    seen, grey = captions.with_changes(video), video.mean(2)
+    assert seen.shape == video.shape
+    torch.testing.assert_close(seen[:, :, 0], grey)
+    torch.testing.assert_close(seen[:, 2, 1], captions.AMPLIFIED * (grey[:, 2] - grey[:, 1]))
+    torch.testing.assert_close(seen[:, 3, 2], captions.AMPLIFIED / 2 * (grey[:, 3] - grey[:, 0]))
+    assert not seen[:, 0, 1:].any()
