@@ -32,7 +32,7 @@ SOURCES := $(shell find csrc -type f)
 demo: $(BUILT)
 	$(RUN) -m examples.demo
 	$(RUN) -m examples.mebt_video --steps 150 --outputs outputs/demo
-	$(RUN) -m examples.video_tokens --short --steps 150 --outputs outputs/demo
+	$(RUN) -m examples.video_tokens --short --steps 400 --outputs outputs/demo
 
 video: $(BUILT)
 	$(RUN) -m examples.mebt_video

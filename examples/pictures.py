@@ -81,7 +81,7 @@ def kept_patches(
             light = light.repeat_interleave(clip.shape[2] // rows, 1).repeat_interleave(clip.shape[3] // columns, 2)
             for axes, frame in zip(panels, pixels * light, strict=True):
                 _frame(axes, "").imshow(frame.numpy())
-            panels[0].set_ylabel(f"{len(indices)} of {total}", fontsize=8)
+            panels[0].set_ylabel(f"{len(indices)} of {total}\npatches", fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -233,8 +233,9 @@ def report(data: Data, runs: Sequence[Run], seed: int) -> dict[str, dict[str, Fo
             first = ranked_by == "similarity"
             print_row(run.name if first else "", ranked_by, row, cost_of_step(run, data) if first else "")
     for name, rankings in found.items():
-        for told in not_told(rankings["similarity"], guessed, len(data.captions) * HELD_OUT_CLIPS):
-            print(f"{name}: {told}, which is not more than chance may be: this was not learned")
+        guesses = not_told(rankings["similarity"], guessed, len(data.captions) * HELD_OUT_CLIPS)
+        if guesses:
+            print(f"{name} has not learned, as guesses may be as often right: {', '.join(guesses)}")
     return found
 
 
@@ -304,7 +305,7 @@ def draw(data: Data, runs: Sequence[Run], stages: Sequence[Run], options: argpar
     layout = encoder.sparsity.layout(math.prod(encoder.window), torch.Generator().manual_seed(options.seed))
     assert layout is not None
     layout.plot(written[0])
-    shown = {caption.video: caption for caption in data.captions}
+    shown = {caption.video: caption for caption in data.captions if caption.direction == "forwards"}
     clips = torch.cat([data.clips.held_out(caption, NUM_FRAMES, 1) for caption in shown.values()])
     with torch.no_grad():
         kept = encoder(with_changes(clips), generator=torch.Generator().manual_seed(options.seed)).kept
