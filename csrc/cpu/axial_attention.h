@@ -129,14 +129,11 @@ struct AxialLines : Itinerary<AxialAttention> {
   // Lines that share a panel do not see each other.
   void adjust_scores(int64_t first, int64_t count, int64_t k0, int64_t keys, float* scores) const {
     if (a.lines == 1) return;
-    for (int64_t k = 0; k < keys; ++k) {
-      int64_t begin = (k0 + k) / a.line * a.line - first, end = begin + a.line;
-      for (int64_t j = 0; j < count; ++j)
-        if (j < begin || j >= end) scores[k * TILE + j] = -INFINITE;
+    for (int64_t q = 0; q < count; ++q) {
+      int64_t begin = (first + q) / a.line * a.line - k0, end = begin + a.line;
+      for (int64_t j = 0; j < keys; ++j)
+        if (j < begin || j >= end) scores[q * TILE + j] = -INFINITE;
     }
-  }
-  void adjust_weights(int64_t first, int64_t count, int64_t k0, int64_t keys, float* weights) const {
-    adjust_scores(k0, keys, first, count, weights);
   }
   void adjust_grads(int64_t, int64_t, int64_t, int64_t, const float*) const {}
 };

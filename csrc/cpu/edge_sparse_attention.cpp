@@ -17,13 +17,12 @@ struct Call {
 
   Call(const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_, const at::Tensor& row_offsets_,
        const at::Tensor& columns_, int64_t block_size, int64_t num_global, const std::optional<at::Tensor>& bias_table,
-       at::IntArrayRef window, const std::optional<at::Tensor>& positions_, bool causal, bool backward,
-       double dropout_p, const std::optional<at::Tensor>& seed, double scale)
+       at::IntArrayRef window, const std::optional<at::Tensor>& positions_, bool causal, double dropout_p,
+       const std::optional<at::Tensor>& seed, double scale)
       : query(with_rows(query_)), key(with_rows(key_)), value(with_rows(value_)),
         row_offsets(row_offsets_.to(at::kInt).contiguous()), columns(columns_.to(at::kInt).contiguous()),
         N(query.size(2) - num_global),
-        positions(OP, query.size(0), query.size(1), N, num_global, bias_table, window, positions_, causal, !backward,
-                  backward) {
+        positions(OP, query.size(0), query.size(1), N, num_global, bias_table, window, positions_, causal) {
     set_attention(OP, a, query, dropout_p, seed, scale);
     for (const at::Tensor& x : {key, value})
       TORCH_CHECK_VALUE(x.sizes() == query.sizes() && x.scalar_type() == query.scalar_type(), OP,
@@ -66,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
     const std::optional<at::Tensor>& positions, bool causal, double dropout_p, const std::optional<at::Tensor>& seed,
     double scale, bool importance) {
   Call call(query, key, value, row_offsets, columns, block_size, num_global, bias_table, window, positions, causal,
-            /*backward=*/false, dropout_p, seed, scale);
+            dropout_p, seed, scale);
   EdgeSparseAttention& a = call.a;
   TORCH_CHECK_VALUE(!importance || num_global > 0, "edge_sparse_attention: importance needs a global token");
   at::Tensor out = empty_rows(call.query), lse = empty_sums(call.query);
@@ -88,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const std::optional<at::Tensor>& bias_table, at::IntArrayRef window, const std::optional<at::Tensor>& positions,
     bool causal, double dropout_p, const std::optional<at::Tensor>& seed, double scale, bool /*deterministic: always*/) {
   Call call(query, key, value, row_offsets, columns, block_size, num_global, bias_table, window, positions, causal,
-            /*backward=*/true, dropout_p, seed, scale);
+            dropout_p, seed, scale);
   EdgeSparseAttention& a = call.a;
   at::Tensor grad_out = with_rows(grad_out_), out = with_rows(out_), lse = lse_.contiguous();
   at::Tensor grad_query = empty_rows(call.query), grad_key = empty_rows(call.query), grad_value = empty_rows(call.query);

@@ -13,66 +13,50 @@ namespace VATTN_ISA {
 
 template <class T>
 struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
-  static constexpr bool IN_PLACE = is_float<T>;
   using Base = PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>>;
   using Base::a, Base::b, Base::h;
   const int32_t *list = nullptr, *list_end = nullptr;  // the blocks that are read; null if all keys are
   int64_t keys, slice = 0;
-  struct Cursor {  // a block of the list, and the keys before it
-    const int32_t* entry = nullptr;
-    int64_t before = 0;
-  };
-  mutable Cursor read, fetched;
+  mutable struct {  // a block of the list, and the keys before it
+    const int32_t* entry;
+    int64_t before;
+  } read = {};
 
   EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit)
       : Base(a, b, h, a.G), keys(a.Lq) {
     if (unit == 0) return;
     const int32_t* offsets = a.row_offsets + (a.layouts > 1 ? h * (a.blocks + 1) : 0) + unit - 1;
     list = a.columns + offsets[0], list_end = a.columns + offsets[1];
-    read.entry = fetched.entry = list;
+    read.entry = list;
     this->query_begin = a.G + (unit - 1) * a.block_size;
     this->queries = a.length(unit - 1);
     keys = a.G + (list_end - list) * a.block_size;
     for (const int32_t* e = list; e < list_end; ++e) keys -= a.block_size - a.length(*e);
   }
-  // Forward, items count (b, unit, h), heads innermost: neighbours read the same pages.
+  // Items count (b, h, unit): what a block reads, others of its head have read.
   EdgeBlock(const EdgeSparseAttention& a, int64_t index)
-      : EdgeBlock(a, index / a.H / (a.blocks + 1), index % a.H, index / a.H % (a.blocks + 1)) {}
+      : EdgeBlock(a, index / (a.blocks + 1) / a.H, index / (a.blocks + 1) % a.H, index % (a.blocks + 1)) {}
 
   // Calls f(first row, count, keys before) for the pieces of `count` keys from `first` on.
   template <class F>
   VATTN_INLINE void pieces(int64_t first, int64_t count, F f) const {
-    pieces(read, first, count, f);
-  }
-  template <class F>
-  VATTN_INLINE void pieces(Cursor& cursor, int64_t first, int64_t count, F f) const {
     if (!list) return f(first, count, 0);
     int64_t done = 0;
     if (first < a.G) f(first, done = least(count, a.G - first), 0);
     while (done < count) {
-      int64_t inside = seek(cursor, first + done);
-      int64_t piece = least(count - done, a.length(*cursor.entry) - inside);
-      f(a.G + *cursor.entry * a.block_size + inside, piece, done);
+      int64_t inside = seek(first + done);
+      int64_t piece = least(count - done, a.length(*read.entry) - inside);
+      f(a.G + *read.entry * a.block_size + inside, piece, done);
       done += piece;
     }
   }
   // Moves to the block that holds a key that is not global; returns the key's place in it.
-  int64_t seek(Cursor& cursor, int64_t key) const {
+  int64_t seek(int64_t key) const {
     int64_t place = key - a.G;
-    if (place < cursor.before) cursor = {list, 0};
-    while (place - cursor.before >= a.length(*cursor.entry)) cursor.before += a.length(*cursor.entry++);
-    return place - cursor.before;
+    if (place < read.before) read = {list, 0};
+    while (place - read.before >= a.length(*read.entry)) read.before += a.length(*read.entry++);
+    return place - read.before;
   }
-  // Ends with a block where one ends in the second half: products of a few keys of a block cost as those of more.
-  int64_t tile_of_keys(int64_t first) const {
-    int64_t all = least(TILE, keys - first), whole = first < a.G ? least(all, a.G - first) : 0;
-    if (!list || whole == all) return all;
-    int64_t inside = seek(read, first + whole);
-    for (const int32_t* e = read.entry; e < list_end && whole + a.length(*e) - inside <= all; ++e, inside = 0)
-      whole += a.length(*e) - inside;
-    return whole > TILE / 2 ? whole : all;
-  }
-
   void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
       this->load_rows(a.key, row, n, rows + done * ld, ld, times);
@@ -95,43 +79,17 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
     this->template store_rows<float>(grad, first, count, rows, ld, times);
   }
 
-  // A few keys at a time, while their values and the next tile's keys are fetched: all at once, they would be waited for.
-  template <class F>
-  VATTN_INLINE void keys_in_place(int64_t first, int64_t count, F f) const {
-    constexpr int64_t STEP = 12;  // a multiple of the rows of every register tile
-    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
-      for (int64_t i = 0; i < n; i += STEP) {
-        int64_t step = least(STEP, n - i), next = first + count + done + i;
-        fetch(a.value, row + i, step);
-        if (next < keys)
-          pieces(fetched, next, least(step, keys - next), [&](int64_t r, int64_t m, int64_t) { fetch(a.key, r, m); });
-        f(this->template at<const T>(a.key, row + i), a.key.token, step, done + i);
-      }
-    });
-  }
-  template <class F>
-  VATTN_INLINE void values_in_place(int64_t first, int64_t count, F f) const {
-    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
-      f(this->template at<const T>(a.value, row), a.value.token, n, done);
-    });
-  }
-
   // Scores of the first global query are kept on the way.
   void adjust_scores(int64_t first, int64_t count, int64_t k0, int64_t keys, float* scores) const {
     Base::adjust_scores(first, count, k0, keys, scores);
     if (!list && first == 0 && a.importance)
       for (int64_t k = k0 < a.G ? a.G - k0 : 0; k < keys; ++k)
-        a.importance[(b * a.H + h) * (a.Lq - a.G) + k0 + k - a.G] = scores[k * TILE];
+        a.importance[(b * a.H + h) * (a.Lq - a.G) + k0 + k - a.G] = scores[k];
   }
   void adjust_grads(int64_t, int64_t count, int64_t, int64_t, const float* grads) const {
-    if (!a.positions.reversed) return;
+    if (!a.positions.table) return;
     float* to = a.grad_bias + ((slice * a.B + b) * a.H + h) * a.positions.table_head;
     this->accumulate_bias(to, count, grads);
-  }
-
- private:
-  void fetch(const Video& x, int64_t row, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) prefetch(this->template at<const T>(x, row + i), this->head_dim);
   }
 };
 
@@ -142,7 +100,8 @@ void edge_backward_items(const EdgeSparseAttention& a, int64_t begin, int64_t en
   const int64_t ld = w.ld, units = a.blocks + 1, share = (units + a.slices - 1) / a.slices;
   for (int64_t item = begin; item < end; ++item) {
     int64_t h = item % a.H, b = item / a.H % a.B, slice = item / a.H / a.B;
-    zero(w.grad_key, a.Lq * ld), zero(w.grad_value, a.Lq * ld);
+    const bool fresh = slice == 0 && a.G > 0;  // the global queries, which come first, read all keys
+    if (!fresh) zero(w.grad_key, a.Lq * ld), zero(w.grad_value, a.Lq * ld);
     for (int64_t unit = slice * share; unit < least(slice * share + share, units); ++unit) {
       EdgeBlock<T> it(a, b, h, unit);
       it.slice = slice;
@@ -151,7 +110,7 @@ void edge_backward_items(const EdgeSparseAttention& a, int64_t begin, int64_t en
         w.hold(it, q0, held);
         for (int64_t k0 = 0; k0 < it.keys; k0 += TILE) {
           int64_t keys = least(TILE, it.keys - k0);
-          backward_tile<true, true>(it, k0, keys, q0, held, w, false, [&](auto piece) { it.pieces(k0, keys, piece); });
+          backward_tile<true, true>(it, k0, keys, q0, held, w, fresh && unit == 0 && q0 == 0, [&](auto piece) { it.pieces(k0, keys, piece); });
         }
         it.store_grad_query(q0, held, w.grad_query, ld, it.scale);
       }

@@ -10,25 +10,20 @@
 //     store_out / store_grad_query / store_grad_key / store_grad_value (first, count, rows, ld, times)
 //     store_lse / load_lse / load_delta / add_delta (first, count, floats)
 //     query_tokens / key_tokens (first, count, integers)      the operator's own numbers of rows, for dropout
-//     ADJUSTS      whether scores are more than products; if so, on a tile of them, in units of log2,
-//         adjust_scores (first query, count, first key, count, scores)      forward: a row of TILE for each key
-//         adjust_weights (likewise)                                         backward: a row of TILE for each query
+//     ADJUSTS      whether scores are more than products; if so, on a tile of them, a row of TILE for each query:
+//         adjust_scores (first query, count, first key, count, scores)      in units of log2
 //         adjust_grads (likewise)                                           gradients of those, to take a share of
 //     HAS_VALUES   whether there are values and an output; without, the forward ends with, and add_weights begins with,
 //         store_softmax / load_softmax (first, count, maximum, sum)     of the powers of 2
-//     IN_PLACE     whether the forward reads keys and values where they lie, rather than copies of them: where few queries
-//                  share a load of them. If so, keys_in_place / values_in_place (first, count, f) call
-//                  f(rows, their distance, count, rows before) for each piece, and tile_of_keys (first) tells how many
-//                  it takes at once
 //
-// Forward, a panel holds TILE queries, transposed, so that a vector is VL queries: the softmax needs no sum across a
-// vector, and keys and values are read as they lie, a number at a time. Backward, a panel holds TILE keys, and
-// queries stream past it.
+// A panel holds TILE keys, transposed, so that a vector of scores is VL keys of one query; whatever else there is lies
+// as rows.
 //
-//            TILE queries                             TILE keys
-//     D   [ Q^T panel      ]                   D   [ K^T panel      ]
-//     k   [ S^T  (then P^T)]  <- keys          q   [ S   (then P)   ]  <- queries
-//     D   [ O^T panel      ]  <- values        dK += dS^T Q,  dV += P^T dO,  dQ += dS K, all by rows
+//            TILE keys                        ld channels
+//     D   [ K^T panel      ]               k [ V              ]
+//     q   [ S   (then P)   ]  <- queries   q [ O              ]  <- P V
+//
+// Backward likewise:  dK += dS^T Q,  dV += P^T dO,  dQ += dS K.
 #pragma once
 
 #include "dropout.h"
@@ -51,163 +46,124 @@ struct Pieces {
   }
 };
 
+// Of the forward: as many queries as share a load of the keys, and a chunk of keys, whose weights have one maximum.
 struct ForwardWorkspace {
-  float *rows, *values, *scores, *query, *out, *maximum, *sum;
-  uint32_t *tokens, *times, *add;
-  int64_t ld, size;
+  int64_t ld, chunk, size;
+  float *query, *out, *sum, *maximum;  // of all queries; sums are kept lane by lane
+  float *keys, *key_panels, *values;   // keys: of one tile, as rows
+  float* scores;                       // of TILE queries
+  uint32_t *query_tokens, *key_tokens;
 
-  ForwardWorkspace(int64_t head_dim, int64_t panels, float* base) : ld(round_up(head_dim, VL)) {
+  ForwardWorkspace(int64_t head_dim, int64_t panels, float* base)
+      : ld(round_up(head_dim, VL)), chunk(head_dim <= 128 ? 4 * TILE : 2 * TILE) {
+    const int64_t queries = panels * TILE;
     Pieces p{base};
-    rows = p.take(TILE * ld);
-    values = p.take(TILE * ld);
-    scores = p.take(TILE * TILE);
-    query = p.take(panels * ld * TILE);
-    out = p.take(panels * ld * TILE);
-    maximum = p.take(panels * TILE);
-    sum = p.take(panels * TILE);
-    tokens = (uint32_t*)p.take(TILE);
-    times = (uint32_t*)p.take(panels * TILE);
-    add = (uint32_t*)p.take(panels * TILE);
+    for (float** piece : {&query, &out}) *piece = p.take(queries * ld);
+    sum = p.take(queries * VL);
+    maximum = p.take(queries);
+    keys = p.take(TILE * ld);
+    for (float** piece : {&key_panels, &values}) *piece = p.take(chunk * ld);
+    scores = p.take(TILE * chunk);
+    query_tokens = (uint32_t*)p.take(queries);
+    key_tokens = (uint32_t*)p.take(chunk);
     size = p.used;
   }
 };
 
-// One tile of keys for VL queries: scores become weights, and what was gathered so far is scaled to the new maximum.
-VATTN_INLINE Vec soften(float* scores, int64_t keys, float* maximum, float* sum) {
-  Vec old = load(maximum), most = old, others = old;  // two chains: one would wait for itself
-  int64_t k = 0;
-  for (; k + 4 <= keys; k += 4) {
-    most = larger(larger(load(scores + k * TILE), load(scores + (k + 1) * TILE)), most);
-    others = larger(larger(load(scores + (k + 2) * TILE), load(scores + (k + 3) * TILE)), others);
-  }
-  for (; k < keys; ++k) most = larger(load(scores + k * TILE), most);
-  most = larger(most, others);
-  Vec shift = select(most == -INFINITE, Vec{}, most);  // no key yet: exp(-inf - 0) is 0
-  Vec total{};
-  for (k = 0; k < keys; ++k) {
-    Vec weight = exp2(load(scores + k * TILE) - shift);
-    store(scores + k * TILE, weight);
-    total += weight;
-  }
-  Vec decay = exp2(old - shift);
-  store(maximum, most);
-  store(sum, load(sum) * decay + total);
-  return decay;
+// Drops weights of one query: a row of each tile of keys.
+VATTN_INLINE void drop(const Dropout& dropout, uint32_t query_token, const uint32_t* key_tokens, int64_t keys,
+                       float* weights) {
+  uint32_t times, add;
+  dropout.query(query_token, times, add);
+  for (int64_t k = 0; k < keys; k += TILE, weights += TILE * TILE)
+    for (int64_t j = 0; j < least(TILE, keys - k); j += VL)
+      store(weights + j, load(weights + j) * dropout.factors(load(key_tokens + k + j), times, add));
 }
 
-VATTN_INLINE Vec inverse_of(const float* sum) {
-  Vec x = load(sum);
-  return select(x > 0, 1.f / x, Vec{});
+// Scores of one query become weights: a row of each tile of keys. Returns what all that was gathered before is to be
+// multiplied by, since the maximum may have grown.
+VATTN_INLINE float soften(float* scores, int64_t keys, float* maximum, float* sum) {
+  const float old = *maximum;
+  Vec most = splat(old), others = most;  // two chains: one would wait for itself
+  auto each = [&](auto f) {
+    float* row = scores;
+    for (int64_t rest = keys; rest > 0; rest -= TILE, row += TILE * TILE)
+      for (int64_t j = 0; j < least(TILE, rest); j += VL) f(row + j);
+  };
+  each([&](const float* s) { most = larger(load(s), most); });
+  const float now = largest(larger(most, others));
+  const float shift = now == -INFINITE ? 0 : now;  // no key yet: exp(-inf - 0) is 0
+  Vec total{};
+  each([&](float* s) {
+    Vec weight = exp2(load(s) - shift);
+    store(s, weight);
+    total += weight;
+  });
+  const float decay = old == now ? 1 : exp2(splat(old - shift))[0];
+  store(sum, load(sum) * decay + total);
+  *maximum = now;
+  return decay;
 }
 
 template <class Itinerary>
 void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
-  const int64_t D = it.head_dim, panels = (count + TILE - 1) / TILE;
-  const ForwardWorkspace w(D, panels, workspace);
-  const int64_t ld = w.ld, panel = ld * TILE;
+  const int64_t D = it.head_dim;
+  const ForwardWorkspace w(D, (count + TILE - 1) / TILE, workspace);
+  const int64_t ld = w.ld;
   const Dropout* dropout = it.dropout;
-  // Of queries: they stay rows, and the lanes of scores beyond them are not used. add_weights must find its scores again
-  // to the last bit, so it has none.
-  const bool few = Itinerary::HAS_VALUES && count <= FEW;
-  if (few) zero(w.scores, TILE * TILE);
-  // Where one tile has all keys, its weights are final, and the output comes as rows.
-  const bool final = Itinerary::HAS_VALUES && !Itinerary::IN_PLACE && !few && 0 < it.keys && it.keys <= TILE;
 
-  for (int64_t p = 0; p < panels; ++p) {
-    int64_t n = least(TILE, count - p * TILE), columns = round_up(n, VL), row = first + p * TILE;
-    it.load_query(row, n, w.rows, ld, it.scale * LOG2E);
-    zero(w.rows + n * ld, (columns - n) * ld);
-    if (few)
-      copy(w.query, w.rows, n * ld);
-    else
-      transpose(w.query + p * panel, TILE, w.rows, ld, columns, ld);
-    for (int64_t j = 0; j < columns; ++j) w.maximum[p * TILE + j] = -INFINITE, w.sum[p * TILE + j] = 0;
-    if (dropout) {
-      it.query_tokens(row, n, w.tokens);
-      for (int64_t j = 0; j < n; ++j) dropout->query(w.tokens[j], w.times[p * TILE + j], w.add[p * TILE + j]);
-    }
-  }
-  if (it.keys == 0) zero(w.out, panels * panel);
+  it.load_query(first, count, w.query, ld, it.scale * LOG2E);
+  if (dropout) it.query_tokens(first, count, w.query_tokens);
+  for (int64_t q = 0; q < count; ++q) w.maximum[q] = -INFINITE, store(w.sum + q * VL, Vec{});
+  if (it.keys == 0) zero(w.out, count * ld);
 
   for (int64_t k0 = 0, keys; k0 < it.keys; k0 += keys) {
-    if constexpr (Itinerary::IN_PLACE)
-      keys = it.tile_of_keys(k0);
-    else
-      keys = least(TILE, it.keys - k0);
-    if constexpr (!Itinerary::IN_PLACE) {
-      it.load_key(k0, keys, w.rows, ld, 1);
-      if constexpr (Itinerary::HAS_VALUES) it.load_value(k0, keys, w.values, ld, 1);
-    }
-    if (dropout) it.key_tokens(k0, keys, w.tokens);
-    for (int64_t p = 0; p < panels; ++p) {
-      int64_t columns = round_up(least(TILE, count - p * TILE), VL);
-      float* out = w.out + p * panel;
-      auto scores_of = [&](const float* rows, int64_t distance, int64_t n, int64_t before) {
-        float* scores = w.scores + before * TILE;
-        if (few) return multiply_few_rows(n, count, D, rows, distance, w.query, ld, scores, TILE);
-        multiply(false, n, columns, D, {rows, distance, 1}, w.query + p * panel, TILE, scores, TILE);
-      };
-      if constexpr (Itinerary::IN_PLACE)
-        it.keys_in_place(k0, keys, scores_of);
-      else
-        scores_of(w.rows, ld, keys, 0);
-      if constexpr (Itinerary::ADJUSTS)
-        it.adjust_scores(first + p * TILE, least(TILE, count - p * TILE), k0, keys, w.scores);
-      for (int64_t j = 0; j < columns; j += VL) {
-        Vec decay = soften(w.scores + j, keys, w.maximum + p * TILE + j, w.sum + p * TILE + j);
-        if (!Itinerary::HAS_VALUES) continue;
-        if (final) {
-          Vec inverse = inverse_of(w.sum + p * TILE + j);
-          for (int64_t k = 0; k < keys; ++k) store(w.scores + k * TILE + j, inverse * load(w.scores + k * TILE + j));
+    keys = least(w.chunk, it.keys - k0);
+    if (dropout) it.key_tokens(k0, keys, w.key_tokens);
+    for (int64_t q0 = 0; q0 < count; q0 += TILE) {
+      const int64_t queries = least(TILE, count - q0);
+      const float* query = w.query + q0 * ld;
+      float* out = w.out + q0 * ld;
+      for (int64_t k = 0; k < keys; k += TILE) {
+        const int64_t n = least(TILE, keys - k), columns = round_up(n, VL);
+        float *scores = w.scores + k * TILE, *key_panel = w.key_panels + k * ld;
+        if (q0 == 0) {
+          it.load_key(k0 + k, n, w.keys, ld, 1);
+          zero(w.keys + n * ld, (columns - n) * ld);
+          transpose(key_panel, TILE, w.keys, ld, columns, ld);
         }
-        if (k0 > 0)
-          for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, decay * load(out + d * TILE + j));
-        if (dropout) {
-          VecUint times = load(w.times + p * TILE + j), add = load(w.add + p * TILE + j);
-          for (int64_t k = 0; k < keys; ++k) {
-            float* weight = w.scores + k * TILE + j;
-            store(weight, load(weight) * dropout->factors(w.tokens[k], times, add));
-          }
-        }
+        multiply(false, queries, columns, D, {query, ld, 1}, key_panel, TILE, scores, TILE);
+        if constexpr (Itinerary::ADJUSTS) it.adjust_scores(first + q0, queries, k0 + k, n, scores);
+        for (int64_t q = 0; q < queries && n < columns; ++q)
+          for (int64_t j = n; j < columns; ++j) scores[q * TILE + j] = -INFINITE;
       }
-      auto out_of = [&](const float* rows, int64_t distance, int64_t n, int64_t before) {
-        const float* weights = w.scores + before * TILE;
-        bool more = k0 + before > 0;
-        if (final) return multiply(false, least(TILE, count - p * TILE), ld, n, {weights, 1, TILE}, rows, ld, out, ld);
-        if (few) return multiply_few_columns(more, D, count, n, weights, TILE, rows, distance, out, TILE);
-        multiply(more, D, columns, n, {rows, 1, distance}, weights, TILE, out, TILE);
-      };
-      if constexpr (!Itinerary::HAS_VALUES)
-        continue;
-      else if constexpr (Itinerary::IN_PLACE)
-        it.values_in_place(k0, keys, out_of);
-      else
-        out_of(w.values, ld, keys, 0);
+      for (int64_t q = 0; q < queries; ++q) {
+        float decay = soften(w.scores + q * TILE, keys, w.maximum + q0 + q, w.sum + (q0 + q) * VL);
+        if (k0 > 0 && decay != 1)
+          for (int64_t d = 0; d < ld; d += VL) store(out + q * ld + d, decay * load(out + q * ld + d));
+        if (dropout) drop(*dropout, w.query_tokens[q0 + q], w.key_tokens, keys, w.scores + q * TILE);
+      }
+      if constexpr (Itinerary::HAS_VALUES)
+        for (int64_t k = 0; k < keys; k += TILE) {
+          const int64_t n = least(TILE, keys - k);
+          float* values = w.values + k * ld;
+          if (q0 == 0) it.load_value(k0 + k, n, values, ld, 1);
+          multiply(k0 + k > 0, queries, ld, n, {w.scores + k * TILE, TILE, 1}, values, ld, out, ld);
+        }
     }
   }
 
-  for (int64_t p = 0; p < panels; ++p) {
-    int64_t n = least(TILE, count - p * TILE), columns = round_up(n, VL), row = first + p * TILE;
-    float* out = w.out + p * panel;
-    if constexpr (Itinerary::HAS_VALUES) {
-      if (!final) {
-        for (int64_t j = 0; j < columns; j += VL) {
-          Vec inverse = inverse_of(w.sum + p * TILE + j);
-          for (int64_t d = 0; d < D; ++d) store(out + d * TILE + j, inverse * load(out + d * TILE + j));
-        }
-        transpose(w.rows, ld, out, TILE, ld, columns);
-      }
-      it.store_out(row, n, final ? out : w.rows, ld, 1);
+  for (int64_t q = 0; q < count; ++q) w.sum[q] = total(load(w.sum + q * VL));
+  if constexpr (!Itinerary::HAS_VALUES) {
+    it.store_softmax(first, count, w.maximum, w.sum);
+  } else {
+    for (int64_t q = 0; q < count; ++q) {
+      const float sum = w.sum[q], inverse = sum > 0 ? 1 / sum : 0;
+      for (int64_t d = 0; d < ld; d += VL) store(w.out + q * ld + d, inverse * load(w.out + q * ld + d));
+      w.sum[q] = sum > 0 ? w.maximum[q] * LN2 + __builtin_logf(sum) : -INFINITE;
     }
-    if constexpr (!Itinerary::HAS_VALUES) {
-      it.store_softmax(row, n, w.maximum + p * TILE, w.sum + p * TILE);
-      continue;
-    }
-    for (int64_t j = 0; j < n; ++j) {
-      float sum = w.sum[p * TILE + j];
-      w.rows[j] = sum > 0 ? w.maximum[p * TILE + j] * LN2 + __builtin_logf(sum) : -INFINITE;
-    }
-    it.store_lse(row, n, w.rows);
+    it.store_out(first, count, w.out, ld, 1);
+    it.store_lse(first, count, w.sum);
   }
 }
 
@@ -224,10 +180,10 @@ VATTN_INLINE void add_products(const float* out, const float* grad_out, int64_t 
 template <class Itinerary>
 void delta(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const ForwardWorkspace w(it.head_dim, 1, workspace);
-  it.load_out(first, count, w.rows, w.ld, 1);
-  it.load_grad_out(first, count, w.values, w.ld, 1);
+  it.load_out(first, count, w.out, w.ld, 1);
+  it.load_grad_out(first, count, w.query, w.ld, 1);
   zero(w.sum, count);
-  add_products(w.rows, w.values, count, w.ld, w.sum);
+  add_products(w.out, w.query, count, w.ld, w.sum);
   it.add_delta(first, count, w.sum);
 }
 
@@ -304,7 +260,7 @@ void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWo
     it.load_query(first, count, w.query, ld, it.scale * LOG2E);
     it.load_softmax(first, count, maximum, sum);
     multiply(false, count, columns, it.head_dim, {w.query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
-    if constexpr (Itinerary::ADJUSTS) it.adjust_weights(first, count, k0, keys, w.weights);
+    if constexpr (Itinerary::ADJUSTS) it.adjust_scores(first, count, k0, keys, w.weights);
     for (int64_t q = 0; q < count; ++q) {
       if (sum[q] == 0) continue;
       float* weights = w.weights + q * TILE;
@@ -333,7 +289,7 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
     const float *query = w.query + q0 * ld, *grad_out = w.grad_out + q0 * ld;
     multiply(false, queries, columns, D, {query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
     multiply(false, queries, columns, D, {grad_out, ld, 1}, w.value_panel, TILE, w.grad_scores, TILE);
-    if constexpr (Itinerary::ADJUSTS) it.adjust_weights(first + q0, queries, k0, keys, w.weights);
+    if constexpr (Itinerary::ADJUSTS) it.adjust_scores(first + q0, queries, k0, keys, w.weights);
     for (int64_t q = 0; q < queries; ++q)
       weigh(w.weights + q * TILE, w.grad_scores + q * TILE, columns, w.lse[q0 + q], w.delta[q0 + q], it.dropout,
             w.query_tokens[q0 + q], w.key_tokens);

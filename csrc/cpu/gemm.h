@@ -95,53 +95,5 @@ inline void multiply(bool accumulate, int64_t m, int64_t n, int64_t r, Matrix a,
   }
 }
 
-// For few columns most lanes of a vector of columns would idle. So here vectors lie along the rows of A.
-constexpr int64_t FEW = 3;
-
-// C (m x few) = A (m x r) * B^T, the rows of A and of B (few x r) contiguous; C has rows ldc apart.
-inline void multiply_few_rows(int64_t m, int64_t few, int64_t r, const float* a, int64_t lda, const float* b, int64_t ldb,
-                              float* c, int64_t ldc) {
-  const int64_t whole = r / VL * VL;
-  float sums[VL * VL], turned[VL * VL];
-  for (int64_t i = 0; i < m; i += VL) {
-    int64_t rows = least(VL, m - i);
-    for (int64_t j = 0; j < few; ++j) {
-      for (int64_t k = 0; k < rows; ++k) {
-        const float* row = a + (i + k) * lda;
-        Vec sum{};
-        for (int64_t p = 0; p < whole; p += VL) sum += load(row + p) * load(b + j * ldb + p);
-        for (int64_t p = whole; p < r; ++p) sum[0] += row[p] * b[j * ldb + p];
-        store(sums + k * VL, sum);
-      }
-      transpose_block(turned, VL, sums, VL);
-      Vec total{};
-      for (int64_t l = 0; l < VL; ++l) total += load(turned + l * VL);
-      for (int64_t k = 0; k < rows; ++k) c[(i + k) * ldc + j] = total[k];
-    }
-  }
-}
-
-// C^T (n x few) += B^T (n x r) * A (r x few): the rows of B contiguous, of C^T and of A ldc and lda apart.
-inline void multiply_few_columns(bool accumulate, int64_t n, int64_t few, int64_t r, const float* a, int64_t lda,
-                                 const float* b, int64_t ldb, float* c, int64_t ldc) {
-  for (int64_t j = 0; j < few; ++j)
-    for (int64_t d = 0; d < n; d += 4 * VL) {
-      const int64_t width = least(4 * VL, n - d), vectors = width / VL;
-      float sums[4 * VL] = {};
-      Vec sum[4] = {};
-      for (int64_t k = 0; k < r; ++k) {
-        float x = a[k * lda + j];
-        const float* row = b + k * ldb + d;
-        for (int64_t v = 0; v < vectors; ++v) sum[v] += x * load(row + v * VL);
-        for (int64_t p = vectors * VL; p < width; ++p) sums[p] += x * row[p];
-      }
-      for (int64_t v = 0; v < vectors; ++v) store(sums + v * VL, sum[v]);
-      for (int64_t p = 0; p < width; ++p) {
-        float* to = c + (d + p) * ldc + j;
-        *to = accumulate ? *to + sums[p] : sums[p];
-      }
-    }
-}
-
 }  // namespace VATTN_ISA
 }  // namespace vattn

@@ -6,8 +6,8 @@
 namespace vattn {
 
 class HostPositions {
-  static constexpr int64_t PAD = 16;  // floats before and after a table, which vectors at its ends read or write
-  at::Tensor causal, codes, table, reversed;
+  static constexpr int64_t PAD = 32;  // floats before and after a table, which vectors at its ends read or write
+  at::Tensor causal, codes, table;
 
   // The position of each of N tokens, (N,) or (B, N), checked.
   static at::Tensor checked(const char* op, const at::Tensor& positions, int64_t B, int64_t N, int64_t cells) {
@@ -21,8 +21,8 @@ class HostPositions {
     return p;
   }
 
-  // The table (R, H) as (H, R) in units of log2, its differences turned around if `backward`.
-  at::Tensor turned(const at::Tensor& bias, bool backward) const {
+  // The table (R, H) as (H, R) in units of log2, its differences turned around.
+  at::Tensor turned(const at::Tensor& bias) const {
     const int64_t H = bias.size(1), differences = args.differences, table_head = args.table_head;
     at::Tensor result = at::empty({H, table_head}, at::kFloat), from = bias.to(at::kFloat).contiguous();
     const float* entry = from.data_ptr<float>();
@@ -30,7 +30,7 @@ class HostPositions {
     constexpr float LOG2E = 1.44269504088896340736f;
     at::parallel_for(0, bias.size(0), 4096, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        int64_t to = backward && i < differences ? differences - 1 - i : i;
+        int64_t to = i < differences ? differences - 1 - i : i;
         for (int64_t h = 0; h < H; ++h) row[h * table_head + to] = LOG2E * entry[i * H + h];
       }
     });
@@ -42,7 +42,7 @@ class HostPositions {
 
   HostPositions(const char* op, int64_t B, int64_t H, int64_t N, int64_t num_global,
                 const std::optional<at::Tensor>& bias, at::IntArrayRef window,
-                const std::optional<at::Tensor>& positions, bool is_causal, bool forward, bool backward) {
+                const std::optional<at::Tensor>& positions, bool is_causal) {
     args.G = num_global;
     if (!bias.has_value() && !is_causal) return;
     TORCH_CHECK_VALUE(!bias.has_value() || window.size() == 3, op, ": a bias needs a window of three sizes");
@@ -60,8 +60,7 @@ class HostPositions {
     TORCH_CHECK_VALUE(bias->dim() == 2 && bias->size(0) == entries && bias->size(1) == H, op,
                       ": the bias table must have shape (", entries, ", ", H, "), got ", bias->sizes());
     args.table_head = entries + 2 * PAD;
-    if (forward) table = turned(*bias, false), args.table = table.data_ptr<float>() + PAD;
-    if (backward) reversed = turned(*bias, true), args.reversed = reversed.data_ptr<float>() + PAD;
+    table = turned(*bias), args.table = table.data_ptr<float>() + PAD;
     codes = at::empty(place.sizes(), at::kInt);
     args.codes = codes.data_ptr<int32_t>(), args.codes_batch = batch;
     const int64_t* from = place.data_ptr<int64_t>();

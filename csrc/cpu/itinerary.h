@@ -8,7 +8,7 @@ namespace VATTN_ISA {
 
 template <class Args>
 struct Itinerary {
-  static constexpr bool ADJUSTS = false, HAS_VALUES = true, IN_PLACE = false;
+  static constexpr bool ADJUSTS = false, HAS_VALUES = true;
   const Args& a;
   const int64_t b, h, head_dim;
   const float scale;

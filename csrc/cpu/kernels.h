@@ -61,10 +61,10 @@ struct LatentAttention : Attention {
 // What the positions of G + N tokens do to their scores: a learned bias of differences, see position_bias.h, and causality.
 struct Positions {
   int64_t G = 0;
-  const float *table = nullptr, *reversed = nullptr;  // of head 0, in units of log2; null if there is no bias
-  int64_t table_head = 0;                             // from head to head
-  int64_t differences = 0, middle = 0;                // entries of differences of codes, and the one of equal codes
-  const int32_t* codes = nullptr;                     // of the N tokens; `codes_batch` from sample to sample
+  const float* table = nullptr;         // of head 0, in units of log2, turned around; null if there is no bias
+  int64_t table_head = 0;               // from head to head
+  int64_t differences = 0, middle = 0;  // entries of differences of codes, and the one of equal codes
+  const int32_t* codes = nullptr;       // of the N tokens; `codes_batch` from sample to sample
   int64_t codes_batch = 0;
   const int32_t* causal = nullptr;  // the positions of the N tokens if no token reads a later one, else null
   int64_t causal_batch = 0;

@@ -21,7 +21,7 @@ at::Tensor token_importance(const at::Tensor& query_, const at::Tensor& key_,
   TORCH_CHECK_VALUE(!bias_table.has_value() || a.Lq == a.max_keys, op,
                     ": a bias is for queries and keys of the same tokens");
   HostPositions positions(op, a.B, a.H, a.max_keys - num_global, num_global, bias_table, window, positions_,
-                          /*is_causal=*/false, /*forward=*/true, /*backward=*/true);
+                          /*is_causal=*/false);
   a.positions = positions.args;
   if (key_lengths.has_value()) {
     lengths = key_lengths->to(at::kLong).contiguous();

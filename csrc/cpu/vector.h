@@ -43,6 +43,21 @@ VATTN_INLINE Vec load(const float* p) { return *(const VecLoose*)p; }
 VATTN_INLINE void store(float* p, Vec x) { *(VecLoose*)p = x; }
 VATTN_INLINE VecUint load(const uint32_t* p) { return *(const VecUintLoose*)p; }
 
+// Some lanes of a vector.
+#if VATTN_VECTOR_BYTES == 64
+typedef __mmask16 Mask;
+VATTN_INLINE void include(Mask& mask, int64_t lane) { mask |= (Mask)(1 << lane); }
+VATTN_INLINE Vec load(Mask mask, const float* p, Vec others) {
+  return (Vec)_mm512_mask_loadu_ps((__m512)others, mask, p);
+}
+VATTN_INLINE Vec keep(Mask mask, Vec x) { return (Vec)_mm512_maskz_mov_ps(mask, (__m512)x); }
+#else
+typedef VecInt Mask;
+VATTN_INLINE void include(Mask& mask, int64_t lane) { mask[lane] = -1; }
+VATTN_INLINE Vec load(Mask mask, const float* p, Vec others) { return select(mask, load(p), others); }
+VATTN_INLINE Vec keep(Mask mask, Vec x) { return select(mask, x, Vec{}); }
+#endif
+
 // bfloat16 is the upper half of a float; it is rounded to nearest even.
 VATTN_INLINE Vec load(const BFloat16* p) {
   return (Vec)(__builtin_convertvector(*(const VecHalfLoose*)p, VecUint) << 16);
@@ -118,34 +133,80 @@ VATTN_INLINE Vec exp2(Vec x) {
   return (Vec)(scaled & (x > -126.f));
 }
 
+// Which lanes of two vectors, one behind the other, a step of a transpose or a sum takes: constants, or GCC builds them anew.
+struct Lanes {
+  alignas(VATTN_VECTOR_BYTES) int32_t upper[VL], lower[VL], turned[VL];
+  constexpr Lanes(int half) : upper{}, lower{}, turned{} {
+    for (int l = 0; l < VL; ++l) {
+      upper[l] = l & half ? VL + l - half : l;
+      lower[l] = l & half ? VL + l : l + half;
+      turned[l] = l ^ half;
+    }
+  }
+};
+template <int HALF>
+constexpr Lanes LANES{HALF};
+
+VATTN_INLINE Vec shuffle(Vec a, Vec b, const int32_t* lanes) {
+#if defined(__clang__)
+  Vec result;
+  for (int l = 0; l < VL; ++l) result[l] = lanes[l] < VL ? a[lanes[l]] : b[lanes[l] - VL];
+  return result;
+#else
+  return __builtin_shuffle(a, b, *(const VecInt*)lanes);
+#endif
+}
+
+// Lane l of the result is lane l - by, or 0 where there is none.
+VATTN_INLINE Vec moved_up(Vec x, int32_t by) {
+  VecInt from;
+#pragma GCC unroll 16
+  for (int l = 0; l < VL; ++l) from[l] = l;
+  from -= by;
+#if defined(__clang__)
+  Vec result{};
+  for (int l = 0; l < VL; ++l)
+    if (0 <= from[l] && from[l] < VL) result[l] = x[from[l]];
+  return result;
+#else
+  return __builtin_shuffle(x, Vec{}, from);  // which takes indices modulo 2 VL
+#endif
+}
+
+// Of the lanes of a vector, by halves.
+template <int HALF = VL / 2, class Combine>
+VATTN_INLINE float across(Vec x, Combine combine) {
+  if constexpr (HALF == 0)
+    return x[0];
+  else
+    return across<HALF / 2>(combine(x, shuffle(x, x, LANES<HALF>.turned)), combine);
+}
+VATTN_INLINE float largest(Vec x) {
+  return across(x, [](auto a, auto b) { return larger(a, b); });
+}
+VATTN_INLINE float total(Vec x) {
+  return across(x, [](auto a, auto b) { return a + b; });
+}
+
 // Transposes a VL x VL block: rows of `src` (ld_src apart) become columns of `dst` (rows ld_dst apart).
+template <int HALF>
+VATTN_INLINE void exchange(Vec (&row)[VL]) {
+  if constexpr (HALF > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) {
+      if (i & HALF) continue;
+      Vec a = row[i], b = row[i + HALF];
+      row[i] = shuffle(a, b, LANES<HALF>.upper);
+      row[i + HALF] = shuffle(a, b, LANES<HALF>.lower);
+    }
+    exchange<HALF / 2>(row);
+  }
+}
 VATTN_INLINE void transpose_block(float* dst, int64_t ld_dst, const float* src, int64_t ld_src) {
   Vec row[VL];
 #pragma GCC unroll 16
   for (int i = 0; i < VL; ++i) row[i] = load(src + i * ld_src);
-#pragma GCC unroll 4
-  for (int half = VL / 2; half > 0; half /= 2) {
-    VecInt upper, lower;  // lane l of the two results, as an index into the concatenation of two rows
-#pragma GCC unroll 16
-    for (int l = 0; l < VL; ++l) {
-      upper[l] = l & half ? VL + l - half : l;
-      lower[l] = l & half ? VL + l : l + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) {
-      if (i & half) continue;
-      Vec a = row[i], b = row[i + half];
-#if defined(__clang__)
-      for (int l = 0; l < VL; ++l) {
-        row[i][l] = l & half ? b[l - half] : a[l];
-        row[i + half][l] = l & half ? b[l] : a[l + half];
-      }
-#else
-      row[i] = __builtin_shuffle(a, b, upper);
-      row[i + half] = __builtin_shuffle(a, b, lower);
-#endif
-    }
-  }
+  exchange<VL / 2>(row);
 #pragma GCC unroll 16
   for (int i = 0; i < VL; ++i) store(dst + i * ld_dst, row[i]);
 }
