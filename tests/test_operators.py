@@ -296,11 +296,18 @@ def test_any_leap_attention(data):
     actual = run(dtype, vattn.leap_attention)
     truth, plain = run(torch.float64, reference.leap_attention), run(dtype, reference.leap_attention)
     # The backward reads the out that the forward has rounded: where gradients cancel, as for a query that reads a
-    # single key, half a unit in the last place of the terms is left.
+    # single key, half a unit in the last place of the terms is left. So is that of delta, the sum over d out * out, which
+    # stands beside every weight's gradient, and of a score in the lse: sums over channels, in whatever order.
     rounded = max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 4)
-    intermediate = magnitude(*truth[2:]) * rounded if grad_out.numel() else 0.0
+    gradients = magnitude(*truth[2:]) * rounded if grad_out.numel() else 0.0
+    intermediate = {"out": 0.0, "lse": 0.0, "dv": gradients}
+    if grad_out.numel():
+        delta = (grad_out.double() * truth[0]).abs().sum(-1) / D**0.5
+        intermediate["lse"] = magnitude(q.double().norm(dim=-1)) * magnitude(k.double().norm(dim=-1)) / D**0.5
+        intermediate["dq"] = max(gradients, magnitude(delta) * magnitude(k))
+        intermediate["dk"] = max(gradients, magnitude(delta) * magnitude(q))
     for name, a, t, p in zip(("out", "lse", "dq", "dk", "dv"), actual, truth, plain, strict=True):
-        assert_within_budget(a, t, p, name, intermediate if name.startswith("d") else 0.0)
+        assert_within_budget(a, t, p, name, intermediate.get(name, 0.0))
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)

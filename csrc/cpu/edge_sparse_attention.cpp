@@ -106,7 +106,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     a.out = video(out), a.grad_out = video(grad_out), a.grad_query = video(grad_query);
     a.grad_key = video(a.slices > 1 ? keys[0] : keys), a.grad_value = video(a.slices > 1 ? values[0] : values);
     a.lse = lse.data_ptr<float>(), a.delta = delta.data_ptr<float>();
-    run_delta(k.edge_sparse_attention, a);
     a.chunk = std::min(std::max(k.tile, CACHED_FLOATS / a.D / k.tile * k.tile), parts(a.max_queries, k.tile) * k.tile);
     run(k.edge_sparse_attention.backward, a, a.slices * heads, k.backward_workspace(a.D, a.chunk, a.chunk + 1, a.Lq));
   }

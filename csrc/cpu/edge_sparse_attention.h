@@ -107,7 +107,7 @@ void edge_backward_items(const EdgeSparseAttention& a, int64_t begin, int64_t en
       it.slice = slice;
       for (int64_t q0 = 0; q0 < it.queries; q0 += a.chunk) {
         int64_t held = least(a.chunk, it.queries - q0);
-        w.hold(it, q0, held);
+        w.hold(it, q0, held, false);
         for (int64_t k0 = 0; k0 < it.keys; k0 += TILE) {
           int64_t keys = least(TILE, it.keys - k0);
           backward_tile<true, true>(it, k0, keys, q0, held, w, fresh && unit == 0 && q0 == 0, [&](auto piece) { it.pieces(k0, keys, piece); });

@@ -2,7 +2,8 @@
 //
 // B and C are panels whose rows are contiguous vectors; n is a multiple of VL. A is read one number at a time and
 // broadcast, so it may have any strides: the same kernel multiplies by a matrix or by its transpose, and nothing
-// is packed. C is added last, so that a long sum over many products is a sum of short ones. On a core with two 512-bit multiply-add units it runs at 85-90 % of their peak from L1 and L2.
+// is packed. C is added last, so that a long sum over many products is a sum of short ones. On a core with two 512-bit
+// multiply-add units it runs at 85-90 % of their peak from L1 and L2.
 #pragma once
 
 #include "vector.h"
