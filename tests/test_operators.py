@@ -296,8 +296,8 @@ def test_any_leap_attention(data):
     actual = run(dtype, vattn.leap_attention)
     truth, plain = run(torch.float64, reference.leap_attention), run(dtype, reference.leap_attention)
     # The backward reads the out that the forward has rounded: where gradients cancel, as for a query that reads a
-    # single key, half a unit in the last place of the terms is left. So is that of delta, the sum over d out * out, which
-    # stands beside every weight's gradient, and of a score in the lse: sums over channels, in whatever order.
+    # single key, half a unit in the last place of the terms is left. So is one of delta, the sum over d out * out that
+    # stands beside every weight's gradient, and one of a score in the lse: sums over channels, in whatever order.
     rounded = max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 4)
     gradients = magnitude(*truth[2:]) * rounded if grad_out.numel() else 0.0
     intermediate = {"out": 0.0, "lse": 0.0, "dv": gradients}
