@@ -38,6 +38,7 @@ class Gate:
         self, case: Case, leaves: Sequence[Tensor], grad_out: Tensor, definition: Callable[..., Tensor]
     ) -> None:
         self.case = case
+        self.leaves = leaves
         self.grad_out = grad_out
         self.expected = _output_and_gradients(case, leaves, grad_out, definition, torch.float64)
         plain = _output_and_gradients(case, leaves, grad_out, definition, grad_out.dtype)
@@ -54,6 +55,7 @@ class Gate:
             return Verdict(math.inf, self.budgets[0], complaint)
         names = ["output", *(f"gradient {i}" for i in range(len(grads)))]
         verdicts = []
+        out = self.case.judged(out, *self.leaves)
         for name, x, expected, budget in zip(names, (out, *grads), self.expected, self.budgets, strict=False):
             error = _error(x, expected)
             complaint = f"{name} is off by {error:.2e}, allowed {budget:.2e}"
@@ -71,11 +73,13 @@ def _output_and_gradients(
     for index in range(grad_out.shape[0]):
         one = slice(index, index + 1)
         sample = [x[one] if i < of_samples else x for i, x in enumerate(leaves)]
-        sample = [x.to(dtype).detach().requires_grad_() for x in sample]
-        out = definition(case, *sample)
-        grads = torch.autograd.grad(out, sample, grad_out[one].to(dtype), materialize_grads=True)
-        samples.append((out.detach(), *grads))
-    joined = [torch.cat if i <= of_samples else _sum for i in range(len(leaves) + 1)]  # the output comes first
+        inputs = [x.to(dtype).detach().requires_grad_(case.output_dtype is None) for x in sample]
+        out = definition(case, *inputs)
+        grads: tuple[Tensor, ...] = ()
+        if case.output_dtype is None:
+            grads = torch.autograd.grad(out, inputs, grad_out[one].to(dtype), materialize_grads=True)
+        samples.append((case.judged(out.detach(), *sample), *grads))
+    joined = [torch.cat if i <= of_samples else _sum for i in range(len(samples[0]))]  # the output comes first
     return [join(parts) for join, parts in zip(joined, zip(*samples, strict=True), strict=True)]
 
 

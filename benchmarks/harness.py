@@ -79,7 +79,7 @@ class Session:
         }
 
     def measure(self, case: Case, passes: Sequence[Pass]) -> Iterator[list[Line]]:
-        """The lines of all providers on `case`, one pass at a time."""
+        """The lines of all providers on `case`, one pass at a time; without a gradient there is but the forward."""
         generator = torch.Generator(self.device).manual_seed(0)
         *leaves, grad_out = (
             torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
@@ -92,7 +92,7 @@ class Session:
         for provider in self.providers:
             with _explained(provider.name, reasons):
                 entrants[provider.name] = Entrant(provider, case, leaves, grad_out)
-        for pass_name in passes:
+        for pass_name in [name for name in passes if name == "forward" or case.output_dtype is None]:
             yield self._measure_pass(case, pass_name, entrants, gates, dict(reasons))
 
     def _measure_pass(
@@ -162,7 +162,7 @@ class Session:
 def _costs(case: Case, pass_name: Pass, dtype: torch.dtype) -> tuple[int, int, int]:
     """FLOP, the bytes that must move and the bytes that must be held: see :class:`records.Measured`."""
     inputs = sum(math.prod(shape) for shape in case.leaf_shapes) * dtype.itemsize
-    output = math.prod(case.output_shape) * dtype.itemsize
+    output = math.prod(case.output_shape) * (case.output_dtype or dtype).itemsize
     lse = case.num_rows * 4
     if pass_name == "forward":
         return case.forward_flops, inputs + output, output + lse

@@ -21,9 +21,11 @@ class Case(abc.ABC):
 
     Attributes:
         num_parameters: how many of the last leaves do not, but are the same for all samples.
+        output_dtype: of the output, None for that of the leaves. Another one has no gradient.
     """
 
     num_parameters: ClassVar[int] = 0
+    output_dtype: ClassVar[torch.dtype | None] = None
 
     @property
     def name(self) -> str:
@@ -53,6 +55,10 @@ class Case(abc.ABC):
     @abc.abstractmethod
     def reference(self, *leaves: Tensor) -> Tensor:
         """The definition, ``vattn.reference``, in the dtype of `leaves`."""
+
+    def judged(self, out: Tensor, *leaves: Tensor) -> Tensor:
+        """What the gate compares: the output, or what it comes to where several outputs are equally right."""
+        return out
 
 
 CaseT = TypeVar("CaseT", bound=Case)
