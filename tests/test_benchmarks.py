@@ -11,6 +11,7 @@ import vattn
 from benchmarks import measure as measuring
 from benchmarks import plots, records, report
 from benchmarks.__main__ import main
+from benchmarks.gate import Gate
 from benchmarks.harness import Session
 from benchmarks.registry import Provider, load_operator, operator_names
 from vattn._library import KERNEL_DEVICES
@@ -102,6 +103,42 @@ def test_sparse_and_dense_providers_do_their_own_work_right(case):
         for name in ("dense", "dense+bias"):
             assert f"times {case.density:.1%} of {name}\n" in text + "\n"
         assert ("a new layout takes" in text) == (lines[0].pass_name == "forward")
+
+
+@pytest.mark.parametrize("name", ["axial_attention", "nearest_code"])
+def test_providers_of_further_operators_agree(name):
+    """What has no gradient is measured forward only."""
+    operator = load_operator(name)
+    eager = [p.name for p in operator.providers if p.name != "flex" and "cpu" in p.devices]
+    for case in operator.cases["quick"]:
+        passes = PASSES if case.output_dtype is None else PASSES[:1]
+        measured = Session(operator, torch.float32, CPU, eager, rounds=1).measure(case, PASSES)
+        assert [[(line.pass_name, line.provider, line.reason) for line in lines] for lines in measured] == [
+            [(pass_name, provider, None) for provider in eager] for pass_name in passes
+        ]
+
+
+@pytest.mark.parametrize("case", load_operator("nearest_code").cases["quick"], ids=lambda case: case.name)
+def test_the_formula_finds_the_nearest_codes_of_the_definition(case):
+    x, codebook = (torch.randn(shape, dtype=torch.float64) for shape in case.leaf_shapes)
+    assert torch.equal(case.reference(x, codebook), vattn.reference.nearest_code(x, codebook))
+
+
+@pytest.mark.parametrize(
+    ("codes", "error"),
+    [
+        pytest.param([0, 0], 0.0, id="lowest"),
+        pytest.param([1, 0], 0.0, id="equally near"),
+        pytest.param([0, 2], 2.0, id="farther"),
+    ],
+)
+def test_a_code_must_be_as_near_as_any(codes, error):
+    case = dataclasses.replace(load_operator("nearest_code").cases["quick"][0], B=1, N=2, C=1, K=3)
+    leaves = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[1.0], [-1.0], [3.0]])
+    gate = Gate(case, leaves, torch.zeros(case.output_shape), type(case).reference)
+    verdict = gate.judge(torch.tensor([codes]))
+    assert verdict.error == error
+    assert (verdict.complaint is None) == (error == 0)
 
 
 def test_a_limit_that_does_the_wrong_work_is_red():
@@ -225,28 +262,52 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def scratch_of_leap_attention(pass_name, T, N):
+def scratch(attend, pass_name, *axes):
     """Bytes beyond output and lse, or in the backward beyond the gradients and one buffer like lse."""
-    q, k, v = (torch.randn(1, T, N, 1, 64).movedim(-2, 1).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(1, *axes, 1, 64).movedim(-2, 1).requires_grad_() for _ in range(3))
     rows = q[..., 0].nbytes
     with torch.set_grad_enabled(pass_name != "forward"):
         if pass_name == "forward":
-            function = functools.partial(vattn.leap_attention, q, k, v, leap=1, fold_div=4)
-            return measuring.peak_memory(function, CPU) - q.nbytes - rows
-        out = vattn.leap_attention(q, k, v, leap=1, fold_div=4)
+            return measuring.peak_memory(functools.partial(attend, q, k, v), CPU) - q.nbytes - rows
+        out = attend(q, k, v)
         backward = functools.partial(torch.autograd.grad, out, (q, k, v), torch.randn(q.shape))
         return measuring.peak_memory(backward, CPU) - 3 * q.nbytes - rows
 
 
-@pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="the reference keeps the scores")
+shifted_leap_attention = functools.partial(vattn.leap_attention, leap=1, fold_div=4)
+compiled_kernels = pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="the reference keeps the scores")
+
+
+@compiled_kernels
 @pytest.mark.parametrize("pass_name", PASSES)
 def test_leap_attention_holds_nothing_that_grows_with_the_frames(two_threads, pass_name):
-    assert scratch_of_leap_attention(pass_name, 16, 50) == scratch_of_leap_attention(pass_name, 8, 50)
+    small, large = (scratch(shifted_leap_attention, pass_name, frames, 50) for frames in (8, 16))
+    assert small == large
 
 
-@pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="the reference keeps the scores")
+@compiled_kernels
 def test_the_forward_of_leap_attention_holds_nothing_that_grows_with_the_tokens(two_threads):
-    assert scratch_of_leap_attention("forward", 2, 2048) == scratch_of_leap_attention("forward", 2, 1024)
+    small, large = (scratch(shifted_leap_attention, "forward", 2, tokens) for tokens in (1024, 2048))
+    assert small == large
+
+
+@compiled_kernels
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_axial_attention_holds_nothing_that_grows_with_the_grid(two_threads, pass_name, dim):
+    attend = functools.partial(vattn.axial_attention, dim=dim)
+    small, large = (scratch(attend, pass_name, *grid) for grid in ((8, 16, 16), (8, 32, 32)))
+    assert small == large
+
+
+@compiled_kernels
+def test_nearest_code_holds_a_number_for_each_code(two_threads):
+    x = torch.randn(1024, 64)
+    small, large = (
+        measuring.peak_memory(functools.partial(vattn.nearest_code, x, torch.randn(codes, 64)), CPU)
+        for codes in (256, 4096)
+    )
+    assert large - small == 4 * (4096 - 256)
 
 
 def test_stored_lines_come_back_and_are_drawn(leap, tmp_path):
