@@ -72,12 +72,12 @@ __attribute__((noinline)) void multiply_columns(bool accumulate, int64_t m, int6
   multiply_rest<ROWS - 1, COLUMNS>(m, accumulate, r, a, b, ldb, c, ldc);
 }
 
-constexpr int64_t SHORT_SUM = 128;  // terms that are added up in one register
+constexpr int64_t SHORT_SUM = 64;  // terms that are added up in one register
 
 inline void multiply(bool accumulate, int64_t m, int64_t n, int64_t r, Matrix a, const float* b, int64_t ldb, float* c,
-                     int64_t ldc) {
-  for (; r > SHORT_SUM; r -= SHORT_SUM, a.data += SHORT_SUM * a.column, b += SHORT_SUM * ldb, accumulate = true)
-    multiply(accumulate, m, n, SHORT_SUM, a, b, ldb, c, ldc);
+                     int64_t ldc, int64_t terms = SHORT_SUM) {
+  for (; r > terms; r -= terms, a.data += terms * a.column, b += terms * ldb, accumulate = true)
+    multiply(accumulate, m, n, terms, a, b, ldb, c, ldc, terms);
   int64_t vectors = n / VL;
   int64_t parts = (vectors + MAX_COLUMNS - 1) / MAX_COLUMNS;
   for (; parts > 0; --parts) {  // five vectors are three and two, not four and one

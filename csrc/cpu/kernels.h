@@ -151,9 +151,8 @@ struct NearestCode {
   int64_t vectors, C, K;
   const void *x, *codebook;
   int64_t axes, sizes[MAX_AXES], steps[MAX_AXES];  // of x but for its channels; `vectors` is the product
-  int64_t channel, code_step, code_channel;        // strides
-  const float* center;                             // (C)
-  float *codes, *half_squares;                     // (K, C) and (K), for `center_codes` to fill
+  int64_t channel, code_step;                      // strides
+  float *center, *half_squares;  // (C) and (K), for `center_codes` and `square_codes` to fill
   float longest, tolerance;  // the length of the longest code, and what a unit of length adds to the tolerance
   int64_t panels;            // of vectors to an item
   int64_t* index;            // (vectors)
@@ -174,7 +173,7 @@ struct AttentionKernels {
 struct Kernels {
   const char* name;
   int64_t tile;       // queries in a panel, keys in a tile
-  int64_t short_sum;  // terms of a product that are added up in one register
+  int64_t long_sum;   // terms of a score of nearest_code that are added up in one register
   int64_t (*forward_workspace)(int64_t head_dim, int64_t panels);
   int64_t (*backward_workspace)(int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys);
   AttentionKernels<LeapAttention> leap_attention;
@@ -185,7 +184,8 @@ struct Kernels {
   AttentionKernels<TokenImportance>::Kernel token_importance;       // tiles of keys of a sample
   AttentionKernels<AxialAttention> axial_attention;
   int64_t (*nearest_workspace)(int64_t channels, int64_t panels);
-  void (*center_codes)(const NearestCode&, int64_t begin, int64_t end);                    // items: codes
+  void (*center_codes)(const NearestCode&, int64_t begin, int64_t end, float* workspace);  // items: channels
+  void (*square_codes)(const NearestCode&, int64_t begin, int64_t end, float* workspace);  // items: codes
   void (*nearest_code)(const NearestCode&, int64_t begin, int64_t end, float* workspace);  // items: panels
   void (*periodic_shift)(const PeriodicShift&, int64_t begin, int64_t end);
   void (*merge_forward)(const MergeAttention&, int64_t begin, int64_t end);

@@ -15,17 +15,20 @@
 namespace vattn {
 namespace VATTN_ISA {
 
+constexpr int64_t LONG_SUM = 128;  // terms of a product: scores have a tolerance, and fewer sums take less time
+
 typedef double VecDouble __attribute__((vector_size(VATTN_VECTOR_BYTES)));
 typedef float VecNarrowLoose __attribute__((vector_size(VATTN_VECTOR_BYTES / 2), aligned(4), may_alias));
 
 struct NearestWorkspace {
-  float *panels, *products, *lowest, *tolerance, *vector, *code;
+  float *panels, *codes, *products, *lowest, *tolerance, *vector, *code;
   int32_t* index;
   int64_t ld, size;
 
   NearestWorkspace(int64_t C, int64_t count, float* base) : ld(round_up(C, VL)) {
     Pieces p{base};
     panels = p.take(count * TILE * ld);
+    codes = p.take(TILE * ld);
     products = p.take(TILE * (ld > TILE ? ld : TILE));  // at first, the rows of a panel
     for (float** piece : {&lowest, &tolerance}) *piece = p.take(count * TILE);
     index = (int32_t*)p.take(count * TILE);
@@ -40,17 +43,32 @@ VATTN_INLINE void gather(float* to, const T* from, int64_t step, int64_t n) {
   for (int64_t i = 0; i < n; ++i) copy(to + i, from + i * step, 1);
 }
 
-// The codes [begin, end) without their center, and half their squares.
+// Channels [begin, end) of the mean of the codes; what is not finite tells nothing of where they are.
 template <class T>
-void center_codes(const NearestCode& a, int64_t begin, int64_t end) {
+void center_codes(const NearestCode& a, int64_t begin, int64_t end, float* code) {
+  float* center = a.center + begin;
+  const int64_t channels = end - begin;
+  zero(center, channels);
+  for (int64_t k = 0; k < a.K; ++k) {
+    copy(code, (const T*)a.codebook + k * a.code_step + begin, channels);
+    for (int64_t c = 0; c < channels; ++c) center[c] += code[c] - code[c] == 0 ? code[c] : 0;
+  }
+  for (int64_t c = 0; c < channels; ++c) center[c] = center[c] - center[c] == 0 ? center[c] / (float)a.K : 0;
+}
+
+template <class T>
+VATTN_INLINE void load_centered(const NearestCode& a, int64_t k, float* code) {
+  copy(code, (const T*)a.codebook + k * a.code_step, a.C);
+  for (int64_t c = 0; c < a.C; ++c) code[c] -= a.center[c];
+}
+
+// Half the squares of the codes [begin, end) without their center.
+template <class T>
+void square_codes(const NearestCode& a, int64_t begin, int64_t end, float* code) {
   for (int64_t k = begin; k < end; ++k) {
-    float* code = a.codes + k * a.C;
-    gather(code, (const T*)a.codebook + k * a.code_step, a.code_channel, a.C);
+    load_centered<T>(a, k, code);
     double square = 0;
-    for (int64_t c = 0; c < a.C; ++c) {
-      code[c] -= a.center[c];
-      square += (double)code[c] * code[c];
-    }
+    for (int64_t c = 0; c < a.C; ++c) square += (double)code[c] * code[c];
     a.half_squares[k] = (float)(square / 2);
   }
 }
@@ -161,7 +179,7 @@ struct VectorPanel {
 
   // Between the vector that is settled and code k, squared.
   double distance(int64_t k) const {
-    gather(w.code, (const T*)a.codebook + k * a.code_step, a.code_channel, a.C);
+    copy(w.code, (const T*)a.codebook + k * a.code_step, a.C);
     VecDouble sum{};
     for (int64_t c = 0; c < w.ld; c += VL / 2) {
       auto wide = [c](const float* p) { return __builtin_convertvector(*(const VecNarrowLoose*)(p + c), VecDouble); };
@@ -187,10 +205,11 @@ void nearest_code(const NearestCode& a, int64_t begin, int64_t end, float* works
     for (int64_t p = 0; p < panels; ++p) panel(p).start();
     for (int64_t k0 = 0; k0 < a.K; k0 += TILE) {
       int64_t codes = least(TILE, a.K - k0);
+      for (int64_t k = 0; k < codes; ++k) load_centered<T>(a, k0 + k, w.codes + k * w.ld);
       for (int64_t p = 0; p < panels; ++p) {
         VectorPanel<T> vectors = panel(p);
-        multiply(false, codes, round_up(vectors.count, VL), a.C, {a.codes + k0 * a.C, a.C, 1}, vectors.panel, TILE,
-                 w.products, TILE);
+        multiply(false, codes, round_up(vectors.count, VL), a.C, {w.codes, w.ld, 1}, vectors.panel, TILE,
+                 w.products, TILE, LONG_SUM);
         vectors.meet(k0, codes);
       }
     }

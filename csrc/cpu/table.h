@@ -25,7 +25,7 @@ const Kernels& table() {
   static const Kernels kernels = {
       VATTN_NAME,
       TILE,
-      SHORT_SUM,
+      LONG_SUM,
       [](int64_t head_dim, int64_t panels) { return ForwardWorkspace(head_dim, panels, nullptr).size; },
       [](int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys) {
         return BackwardWorkspace(head_dim, chunk, queries, keys, nullptr).size;
@@ -39,7 +39,8 @@ const Kernels& table() {
       VATTN_BY_DTYPE(TokenImportance, importance_items<T>),
       attention_kernels<AxialLines, AxialAttention>(),
       [](int64_t channels, int64_t panels) { return NearestWorkspace(channels, panels, nullptr).size; },
-      VATTN_ROWS(center_codes, NearestCode),
+      VATTN_BY_DTYPE(NearestCode, center_codes<T>),
+      VATTN_BY_DTYPE(NearestCode, square_codes<T>),
       VATTN_BY_DTYPE(NearestCode, nearest_code<T>),
       VATTN_ROWS(periodic_shift, PeriodicShift),
       VATTN_ROWS(merge_forward, MergeAttention),
