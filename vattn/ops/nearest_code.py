@@ -20,8 +20,8 @@ from vattn._library import AUTOCAST_DEVICES, define, library, runs_reference
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """The index of the code that is nearest to each vector, in Euclidean distance.
 
-    The distances are never in memory: beyond the result it takes a number for each code and some scratch, and on a GPU a
-    copy of the codebook. There is no gradient: an index has none.
+    The distances are never in memory: beyond the result it takes a number for each code and some scratch, on a GPU also
+    a copy of the codebook. There is no gradient: an index has none.
 
     Args:
         x: ``(..., C)``, float32, bfloat16, float16 or float64, any strides.
