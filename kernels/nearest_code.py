@@ -122,18 +122,17 @@ def forward_kernel(
 
     limit = (tl.min(lowest, 1) + tolerance)[:, None]
     candidates = tl.where(lowest <= limit, codes, NO_CODE)
-    code = tl.min(candidates, 1)
-    index = tl.where(code < NO_CODE, code, 0)
-    unsettled = tl.full((BLOCK_Q,), float("inf"), tl.float64), index
+    first = tl.min(candidates, 1)
+    state = tl.full((BLOCK_Q,), float("inf"), tl.float64), tl.where(first < NO_CODE, first, 0)
     codebook = codebook_ptr, code_step, code_channel
     if tl.max((mask_q[:, None] & (second <= limit)).to(tl.int32)) > 0:
         for first_k in range(0, K, BLOCK_K):
             s, code = tile_scores(vectors, centered, first_k, K, C, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
-            candidates = tl.where(s <= limit, code, NO_CODE)
-            unsettled = settle(unsettled, candidates, vectors, codebook, C, BLOCK_C)
+            within = tl.where(s <= limit, code, NO_CODE)
+            state = settle(state, within, vectors, codebook, C, BLOCK_C)
     elif tl.max(tl.sum((candidates < NO_CODE).to(tl.int32), 1)) > 1:
-        unsettled = settle(unsettled, candidates, vectors, codebook, C, BLOCK_C)
-    tl.store(index_ptr + row, unsettled[1].to(tl.int64), mask=mask_q)
+        state = settle(state, candidates, vectors, codebook, C, BLOCK_C)
+    tl.store(index_ptr + row, state[1].to(tl.int64), mask=mask_q)
 
 
 def forward(x: Tensor, codebook: Tensor) -> Tensor:
