@@ -24,7 +24,7 @@ from vattn.kernels import configs, launch
 from vattn.kernels.merge_attention import row_offsets
 
 NO_CODE = tl.constexpr(2**31 - 1)
-TILES = {"BLOCK_Q": 64, "BLOCK_K": 128, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3}
+TILES = {"BLOCK_Q": 64, "BLOCK_K": 64, "BLOCK_C": 16, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
