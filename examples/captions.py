@@ -27,7 +27,7 @@ SPANS = {"slowly": 4, "fast": 16}
 """Frames between the first and the last frame of a clip, both included."""
 
 HELD_OUT = 0.3  # of the frames of each part
-AMPLIFIED = 16.0  # what changes from frame to frame, which then is about as large as brightness
+AMPLIFIED, WARMTH = 16.0, 3.0  # changes and colours are then about as large as brightness
 PAD, FIRST, MASK = 0, 1, 2  # words that no caption has
 
 
@@ -108,7 +108,7 @@ class Clips:
 
 
 def with_changes(videos: Tensor) -> Tensor:
-    """Brightness, its change since the frame before, and since the first frame, in place of red, green and blue.
+    """Brightness, its change since the frame before, and how warm the colour is, in place of red, green and blue.
 
     The way and the speed of a clip lie in its changes: small ones, that a model which sees the colours of patches does
     not find within minutes. Here they are amplified, and squashed to -1 to 1, as a cut changes everything.
@@ -116,7 +116,6 @@ def with_changes(videos: Tensor) -> Tensor:
     Shape:
         ``(B, T, 3, H, W)`` to the same.
     """
-    grey = videos.mean(2)
-    since_last = F.pad(grey.diff(dim=1), (0, 0, 0, 0, 1, 0))
-    since_first = grey - grey[:, :1]
-    return torch.stack([grey, (AMPLIFIED * since_last).tanh(), (AMPLIFIED / 2 * since_first).tanh()], 2)
+    grey, warmth = videos.mean(2), videos[:, :, 0] - videos[:, :, 2]
+    changes = F.pad(grey.diff(dim=1), (0, 0, 0, 0, 1, 0))
+    return torch.stack([grey, (AMPLIFIED * changes).tanh(), (WARMTH * warmth).tanh()], 2)

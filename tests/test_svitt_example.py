@@ -130,5 +130,5 @@ def test_changes():
     assert seen.shape == video.shape
     torch.testing.assert_close(seen[:, :, 0], grey)
     torch.testing.assert_close(seen[:, 2, 1].atanh(), captions.AMPLIFIED * (grey[:, 2] - grey[:, 1]))
-    torch.testing.assert_close(seen[:, 3, 2].atanh(), captions.AMPLIFIED / 2 * (grey[:, 3] - grey[:, 0]))
-    assert not seen[:, 0, 1:].any()
+    torch.testing.assert_close(seen[:, :, 2].atanh(), captions.WARMTH * (video[:, :, 0] - video[:, :, 2]))
+    assert not seen[:, 0, 1].any()
