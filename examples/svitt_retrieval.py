@@ -324,7 +324,7 @@ def draw(data: Data, runs: Sequence[Run], stages: Sequence[Run], options: argpar
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=700, help="of training, for each setting; half for each stage")
+    parser.add_argument("--steps", type=int, default=400, help="of training, for each setting; half for each stage")
     parser.add_argument("--size", type=int, default=48, help=f"of a frame in pixels, a multiple of {PATCH}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the outputs")
