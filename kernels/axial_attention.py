@@ -123,11 +123,12 @@ def forward_kernel(
     dropout = dropout_over_keys(seed_ptr, bh, number, threshold, DROPOUT)
     q = flash.load_rows(head(q_ptr, q_strides, bh, H), offsets(place, q_strides), mask_q, SHAPE)
     kv = head(k_ptr, k_strides, bh, H), head(v_ptr, v_strides, bh, H), k_strides, v_strides
-    state = flash.forward_start(BLOCK_Q, SHAPE)
     if WHOLE:
-        keys = load_keys(kv, row, mask_q, line, grid, WHOLE, SHAPE)
-        state = flash.forward_keys(state, q, scale, keys, same_line(row, rows, L), dropout, PRECISION, SIGN)
+        k, v, _ = load_keys(kv, row, mask_q, line, grid, WHOLE, SHAPE)
+        s = flash.key_scores(q, k, scale, None, same_line(row, rows, L), PRECISION, SIGN)
+        out, lse = flash.forward_tile(s, scale, v, number, dropout, keep_scale, SHAPE, PRECISION)
     else:
+        state = flash.forward_start(BLOCK_Q, SHAPE)
         lane_k = tl.arange(0, BLOCK_K)
         whole = rows // BLOCK_K * BLOCK_K
         for first in range(0, whole, BLOCK_K):
@@ -137,8 +138,7 @@ def forward_kernel(
             mask = whole + lane_k < rows
             keys = load_keys(kv, whole + lane_k, mask, line, grid, WHOLE, SHAPE)
             state = flash.forward_keys(state, q, scale, keys, mask, dropout, PRECISION, SIGN)
-
-    out, lse = flash.forward_finish(state, scale, keep_scale)
+        out, lse = flash.forward_finish(state, scale, keep_scale)
     tl.store(lse_ptr + bh.to(tl.int64) * outer * L * inner + number, lse, mask=mask_q)
     flash.store_rows(head(out_ptr, out_strides, bh, H), offsets(place, out_strides), mask_q, out, SHAPE)
 

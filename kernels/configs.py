@@ -132,8 +132,18 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
     },
 }  # fmt: skip
 
+# Where all keys fill one tile, and stay on chip with their values: by architecture and widest row of 16-bit elements.
+# The shared memory of gfx942 has no room for them, nor have the registers for those of float32.
+DECODE: dict[str, dict[int, Tiles]] = {
+    "sm80": {128: Tiles(64, 256, 8, 1)},
+    "sm90": {128: Tiles(128, 256, 8, 2), 256: Tiles(128, 256, 8, 1)},
+    "sm100": {128: Tiles(128, 256, 8, 1), 256: Tiles(64, 256, 8, 1)},
+    "gfx942": {},
+}
+
 # The interpreter pays for each tile, not for its size, and tests want several tiles of unequal sides.
 INTERPRETER = Tiles(16, 32, 4, 1)
+INTERPRETER_DECODE = Tiles(16, 256, 4, 1)
 INTERPRETER_MULTIPROCESSORS = 4
 
 MATRIX_ROWS = 16  # the fewest that a matrix instruction takes
@@ -159,10 +169,29 @@ def tiles(phase: str, like: Tensor, extras: int) -> dict[str, int]:
     """
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
+    table = TABLE[architecture(like.device)][phase]
+    return (_narrowest(table, like, extras) or table[max(table)])._asdict()
+
+
+def decode_tiles(like: Tensor, dropout: bool, keys: int) -> dict[str, int] | None:
+    """:func:`tiles` whose key tile is that of all `keys` rows; None if there is none, or half of it would be empty.
+
+    The hash of dropout for so many keys wants registers as rows twice as wide do.
+    """
+    if like.device.type == "cpu":
+        found = INTERPRETER_DECODE
+    elif like.element_size() == 2:
+        found = _narrowest(DECODE[architecture(like.device)], like, extras=2 * dropout)
+    else:
+        found = None
+    return found._asdict() if found is not None and found.BLOCK_K // 2 < keys <= found.BLOCK_K else None
+
+
+def _narrowest(table: dict[int, Tiles], like: Tensor, extras: int) -> Tiles | None:
+    """The entry of the narrowest rows that are as wide as those of `like` with their `extras`."""
     width = shape(like.shape[-1], alignment=1).width * like.element_size()
     width += extras * width // 2
-    table = TABLE[architecture(like.device)][phase]
-    return next((found for widest, found in table.items() if width <= widest), table[max(table)])._asdict()
+    return next((found for widest, found in table.items() if width <= widest), None)
 
 
 def group_tiles(phase: str, like: Tensor, extras: int, rows: int) -> dict[str, int]:
@@ -185,8 +214,18 @@ def splits(programs: int, reads: int, like: Tensor) -> int:
 
     A power of two: the kernel that merges partial results is compiled for their number.
     """
+    room = _room(like) // max(programs, 1)
+    return 1 << max(1, min(room, reads // TILES_WORTH_A_SPLIT, MAX_SPLITS)).bit_length() - 1
+
+
+def walk(tiles: int, like: Tensor) -> int:
+    """How many of `tiles` tiles, one after the other, are left for each program that a device has room for."""
+    return max(1, triton.cdiv(tiles, _room(like)))
+
+
+def _room(like: Tensor) -> int:
+    """The programs that the device of `like` has room for."""
     multiprocessors = INTERPRETER_MULTIPROCESSORS
     if like.is_cuda:
         multiprocessors = torch.cuda.get_device_properties(like.device).multi_processor_count
-    room = PROGRAMS_OF_MULTIPROCESSOR * multiprocessors // max(programs, 1)
-    return 1 << max(1, min(room, reads // TILES_WORTH_A_SPLIT, MAX_SPLITS)).bit_length() - 1
+    return PROGRAMS_OF_MULTIPROCESSOR * multiprocessors

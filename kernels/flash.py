@@ -146,6 +146,15 @@ def add_rows(acc, tiles, factor):
 
 
 @triton.jit
+def join_rows(a, b):
+    """One tile out of two, of which one is 0 in every row."""
+    joined = ()
+    for i in tl.static_range(len(a)):
+        joined = joined + (a[i] + b[i],)
+    return joined
+
+
+@triton.jit
 def row_dot(a, b):
     """<a, b> of each row, in float32."""
     dot = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
@@ -155,14 +164,29 @@ def row_dot(a, b):
 
 
 @triton.jit
-def scores(a, b, PRECISION: tl.constexpr, SIGN: tl.constexpr = 1):
-    """``SIGN * a b^T`` of two tiles of rows: (rows of a, rows of b)."""
-    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+def transpose_rows(tiles):
+    """Tiles of rows, transposed: before a loop, or it would write them to shared memory each time."""
+    turned = ()
+    for i in tl.static_range(len(tiles)):
+        turned = turned + (tl.trans(tiles[i]),)
+    return turned
+
+
+@triton.jit
+def products(a, b, PRECISION: tl.constexpr, SIGN: tl.constexpr = 1):
+    """``SIGN * a b`` of a tile of rows and of one that :func:`transpose_rows` has turned."""
+    s = tl.dot(a[0], b[0], input_precision=PRECISION)
     for i in tl.static_range(1, len(a)):
-        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION)
+        s = tl.dot(a[i], b[i], s, input_precision=PRECISION)
     if SIGN != 1:
         s *= SIGN
     return s
+
+
+@triton.jit
+def scores(a, b, PRECISION: tl.constexpr, SIGN: tl.constexpr = 1):
+    """``SIGN * a b^T`` of two tiles of rows: (rows of a, rows of b)."""
+    return products(a, transpose_rows(b), PRECISION, SIGN)
 
 
 @triton.jit
@@ -193,14 +217,20 @@ def forward_step(state, s, scale, v, keep, PRECISION: tl.constexpr):
     """
     acc, m, l = state
     m_next = tl.maximum(m, tl.max(s, 1))
-    shift, shift_next = log2_shift(m, scale), log2_shift(m_next, scale)
-    p = tl.exp2(s * (scale * LOG2E) - shift_next[:, None])
     # Nothing read yet means m = -inf, acc = l = 0, and any finite alpha.
-    alpha = tl.exp2(tl.minimum(shift - shift_next, 0.0))
-    l = l * alpha + tl.sum(p, 1)
+    alpha = tl.exp2(tl.minimum(log2_shift(m, scale) - log2_shift(m_next, scale), 0.0))
+    p, total = weights(s, m_next, scale, keep)
+    return accumulate(scale_rows(acc, alpha[:, None]), p, v, PRECISION), m_next, l * alpha + total
+
+
+@triton.jit
+def weights(s, m, scale, keep):
+    """exp(scale * (s - m)) (queries, keys), thinned to what `keep` keeps, and its sums over all keys (queries,)."""
+    p = tl.exp2(s * (scale * LOG2E) - log2_shift(m, scale)[:, None])
+    total = tl.sum(p, 1)
     if keep is not None:
         p = tl.where(keep, p, 0.0)
-    return accumulate(scale_rows(acc, alpha[:, None]), p, v, PRECISION), m_next, l
+    return p, total
 
 
 @triton.jit
@@ -249,10 +279,28 @@ def forward_keys(
 @triton.jit
 def forward_scores(state, s, scale, v, number, dropout, PRECISION: tl.constexpr):
     """:func:`forward_keys` for scores `s` that are known already."""
-    keep = None
+    return forward_step(state, s, scale, v, keep_of_keys(dropout, number), PRECISION)
+
+
+@triton.jit
+def forward_tile(s, scale, v, number, dropout, keep_scale, SHAPE: tl.constexpr, PRECISION: tl.constexpr):
+    """The output and lse of queries that read one key tile and no other: no state, and nothing to rescale.
+
+    `s` (queries, keys) is -inf where forbidden; `number` and `dropout` are those of :func:`forward_keys`.
+    """
+    m = tl.max(s, 1)
+    p, l = weights(s, m, scale, keep_of_keys(dropout, number))
+    acc = accumulate(zero_rows(p.shape[0], SHAPE), p, v, PRECISION)
+    return forward_finish((acc, m, l), scale, keep_scale)
+
+
+@triton.jit
+def keep_of_keys(dropout, number):
+    """The dropout mask (queries, keys) of keys with these numbers, or None."""
     if dropout is not None:
-        keep = dropout_keep(*dropout, number[None, :])
-    return forward_step(state, s, scale, v, keep, PRECISION)
+        return dropout_keep(*dropout, number[None, :])
+    else:
+        return None
 
 
 @triton.jit
@@ -315,11 +363,9 @@ def key_gradients(query, scale, keys, mask, dropout, keep_scale, PRECISION: tl.c
     q, do, lse, delta = query
     k, v, number = keys
     s, dp = key_scores(q, k, scale, bias, None, PRECISION), scores(do, v, PRECISION)  # (queries, keys)
-    keep = None
-    if dropout is not None:
-        keep = dropout_keep(*dropout, number[None, :])
     if mask is not None:
         mask = over_queries(mask)
+    keep = keep_of_keys(dropout, number)
     _, ds = backward_step(s, scale_left(scale, bias), lse[:, None], dp, delta[:, None], mask, keep, keep_scale)
     return ds
 

@@ -11,7 +11,11 @@ Few queries and very many keys would keep few programs busy. So the keys are sha
 fill the device: each leaves a partial result in float32, and attention over the union of the splits is exactly
 what merging gives. The gradient of the queries is the sum of partial sums over the same splits, and that of few
 keys, which very many queries read, the sum over splits of the queries: without atomics, and alike every time.
-Very many queries over few keys need no split forward: a program reads all keys, which the caches hold.
+Very many queries over few keys need no split forward. Where all keys of a head fill one tile, as MeBT's latents do, a
+program loads them once, and they stay on chip while it walks over query tiles, whose softmax is a plain one::
+
+    walk      |       0       |       1       | ..       out of one tile of queries = softmax(q k^T) v
+    tile      |---|---|---|---|---|---|---|---| ..       k, v stay from tile to tile
 
 Keys may also be listed, as those are that node-sparse attention keeps: then they are gathered, and the gradient of one
 that is listed twice is twice that of a copy, since its copies are alike, dropout included.
@@ -107,6 +111,24 @@ def load_keys(kv, kept_ptr, first, mask, lane, before, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def load_all_keys(k_ptrs, v_ptrs, k_strides, v_strides, kept_ptr, counts, last, lane, bh, H, SHAPE: tl.constexpr):
+    """The keys of all segments in one tile, with 0 from the key `last` on; and their values and numbers."""
+    kept_ptr = list_of_sample(kept_ptr, counts, bh // H)
+    count = unpack(counts, 0)
+    kv = key_head(k_ptrs[0], v_ptrs[0], k_strides[0], v_strides[0], bh, H)
+    k, v, number = load_keys(kv, kept_ptr, 0, lane < tl.minimum(count, last), lane, 0, SHAPE)
+    before = count
+    for i in tl.static_range(1, len(counts)):
+        count = unpack(counts, i)
+        kv = key_head(k_ptrs[i], v_ptrs[i], k_strides[i], v_strides[i], bh, H)
+        mask = (lane >= before) & (lane < tl.minimum(before + count, last))
+        others = load_keys(kv, kept_ptr, -before, mask, lane, before, SHAPE)
+        k, v = flash.join_rows(k, others[0]), flash.join_rows(v, others[1])
+        before += count
+    return k, v, number
+
+
+@triton.jit
 def offsets(row, strides):
     """Offsets of rows within their batch and head."""
     return row.to(tl.int64) * unpack(strides, 2)
@@ -151,6 +173,40 @@ def forward_kernel(
     tl.store(lse_ptr + (split * heads + bh).to(tl.int64) * Lq + row, lse, mask=mask_q)
     out_ptr = head(out_ptr + split.to(tl.int64) * split_stride, out_strides, bh, H)
     flash.store_rows(out_ptr, offsets(row, out_strides), mask_q, out, SHAPE)
+
+
+@launch.kernel
+def decode_kernel(
+    q_ptr, k_ptrs, v_ptrs, kept_ptr, out_ptr, lse_ptr, lengths_ptr, seed_ptr,
+    q_strides, k_strides, v_strides, out_strides, counts, walk,
+    H, heads, Lq, scale, threshold, keep_scale,
+    SHAPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid: batch and head x walk. A program owns `walk` tiles of BLOCK_Q queries: their out and lse.
+
+    Its only key tile has all keys.
+    """
+    walks = tl.cdiv(tl.cdiv(Lq, BLOCK_Q), walk)
+    bh, first_tile = tl.program_id(0) // walks, tl.program_id(0) % walks * walk
+    lane = tl.arange(0, BLOCK_K)
+    _, last = keys_of_split(counts, lengths_ptr, bh // H, 0, 1, BLOCK_K)
+    k, v, number = load_all_keys(k_ptrs, v_ptrs, k_strides, v_strides, kept_ptr, counts, last, lane, bh, H, SHAPE)
+    k_columns = flash.transpose_rows(k)
+    q_ptr, out_ptr = head(q_ptr, q_strides, bh, H), head(out_ptr, out_strides, bh, H)
+    lse_ptr += bh.to(tl.int64) * Lq
+    for first in range(first_tile * BLOCK_Q, tl.minimum((first_tile + walk) * BLOCK_Q, Lq), BLOCK_Q):
+        row = first + tl.arange(0, BLOCK_Q)
+        mask_q = row < Lq
+        dropout = None
+        if DROPOUT:
+            add, times = flash.dropout_query(seed_ptr, bh, row)
+            dropout = (add[:, None], times[:, None], threshold)
+        q = flash.load_rows(q_ptr, offsets(row, q_strides), mask_q, SHAPE)
+        s = tl.where((lane < last)[None, :], flash.products(q, k_columns, PRECISION, SIGN), float("-inf"))
+        out, lse = flash.forward_tile(s, scale, v, number, dropout, keep_scale, SHAPE, PRECISION)
+        tl.store(lse_ptr + row, lse, mask=mask_q)
+        flash.store_rows(out_ptr, offsets(row, out_strides), mask_q, out, SHAPE)
 
 
 @launch.kernel
@@ -278,13 +334,23 @@ def forward(
     sign, scale = flash.split_scale(scale)
     work = _Work(query, keys, values, kept, key_lengths, dropout_p, scale)
     Lq, Lk = query.shape[2], sum(work.counts)
+    reads = work.query, work.keys, work.values, work.kept
+    strides = launch.strides(work.query), work.key_strides, work.value_strides
+    if work.decode is not None:
+        out, lse = empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        tiles = work.tiles("decode", Lq)
+        walk = configs.walk(tiles * work.heads, query)
+        work.run(
+            decode_kernel, "decode", triton.cdiv(tiles, walk), (out,), *reads, out, lse, work.key_lengths, seed,
+            *strides, launch.strides(out), launch.pack(work.counts), walk, SIGN=sign,
+        )  # fmt: skip
+        return out, lse
     splits = work.splits("forward", Lq, Lk)
     outs = launch.partial(query, splits)
     lses = query.new_empty((splits, *query.shape[:-1]), dtype=torch.float32)
     work.run(
-        forward_kernel, "forward", Lq, splits, (outs,), work.query, work.keys, work.values, work.kept, outs,
-        lses, work.key_lengths, seed, launch.strides(work.query), work.key_strides, work.value_strides,
-        launch.strides(outs[0]), outs.stride(0), launch.pack(work.counts), SIGN=sign,
+        forward_kernel, "forward", work.tiles("forward", Lq) * splits, (outs,), *reads, outs, lses, work.key_lengths,
+        seed, *strides, launch.strides(outs[0]), outs.stride(0), launch.pack(work.counts), splits, SIGN=sign,
     )  # fmt: skip
     return (outs[0], lses[0]) if splits == 1 else merge_attention.merge(list(outs), list(lses), query.dtype)
 
@@ -304,10 +370,10 @@ def backward(
     splits = work.splits("backward_query", Lq, Lk)
     dq = launch.partial(query, splits)
     work.run(
-        backward_query_kernel, "backward_query", Lq, splits, (grad_out, out, dq), grad_out, grad_lse, work.query,
-        work.keys, work.values, work.kept, out, lse, delta, dq, work.key_lengths, seed, do_strides, dlse_strides,
-        q_strides, work.key_strides, work.value_strides, launch.strides(out), launch.strides(dq[0]), dq.stride(0),
-        launch.pack(work.counts),
+        backward_query_kernel, "backward_query", work.tiles("backward_query", Lq) * splits, (grad_out, out, dq),
+        grad_out, grad_lse, work.query, work.keys, work.values, work.kept, out, lse, delta, dq, work.key_lengths, seed,
+        do_strides, dlse_strides, q_strides, work.key_strides, work.value_strides, launch.strides(out),
+        launch.strides(dq[0]), dq.stride(0), launch.pack(work.counts), splits,
     )  # fmt: skip
 
     grad_keys, grad_values, before = [], [], 0
@@ -315,10 +381,10 @@ def backward(
         splits = work.splits("backward_key", work.counts[i], Lq)
         dk, dv = (_key_gradients(x, work.kept, splits) for x in (key, value))
         work.run(
-            backward_key_kernel, "backward_key", work.counts[i], splits, (grad_out, dk), grad_out, work.query,
-            key, value, work.kept, work.copies(), lse, delta, dk, dv, work.key_lengths, seed, do_strides, q_strides,
-            work.key_strides[i], work.value_strides[i], launch.strides(dk[0]), dk.stride(0),
-            launch.pack(work.counts[i : i + 1]), before, SCATTER=work.kept is not None and splits == 1,
+            backward_key_kernel, "backward_key", work.tiles("backward_key", work.counts[i]) * splits, (grad_out, dk),
+            grad_out, work.query, key, value, work.kept, work.copies(), lse, delta, dk, dv, work.key_lengths, seed,
+            do_strides, q_strides, work.key_strides[i], work.value_strides[i], launch.strides(dk[0]), dk.stride(0),
+            launch.pack(work.counts[i : i + 1]), before, splits, SCATTER=work.kept is not None and splits == 1,
         )  # fmt: skip
         grad_keys.append(_total(dk, key, work.kept))
         grad_values.append(_total(dv, value, work.kept))
@@ -365,6 +431,7 @@ class _Work:
         self.heads = B * H
         self.arguments = (H, B * H, Lq, scale, *flash.split_dropout(dropout_p))
         self.dropout = dropout_p > 0
+        self.decode = configs.decode_tiles(query, self.dropout, sum(self.counts))  # where one tile has all keys
 
     def copies(self) -> Tensor | None:
         """How often each listed key is listed, (B, K) int32: counted by adding integers, in any order."""
@@ -375,26 +442,31 @@ class _Work:
         counts.index_put_((samples, self.kept), counts.new_ones(()), accumulate=True)
         return counts.gather(1, self.kept)
 
+    def tiles(self, phase: str, rows: int) -> int:
+        """Tiles of `rows` rows, each of which a program owns."""
+        return triton.cdiv(rows, self._blocks(phase)[0])
+
     def splits(self, phase: str, rows: int, reads: int) -> int:
         """Among how many programs to share out the `reads` rows that each tile of `rows` reads."""
-        own, other = self._blocks(phase)
-        return configs.splits(triton.cdiv(rows, own) * self.heads, triton.cdiv(reads, other), self.query)
+        other = self._blocks(phase)[1]
+        return configs.splits(self.tiles(phase, rows) * self.heads, triton.cdiv(reads, other), self.query)
 
     def run(
-        self, kernel: Any, phase: str, rows: int, splits: int, tensors: tuple[Tensor, ...], *args: Any, **settings: Any
+        self, kernel: Any, phase: str, programs: int, tensors: tuple[Tensor, ...], *args: Any, **settings: Any
     ) -> None:
-        """Launch `kernel`, which also uses the rows of `tensors`, with a program for every tile of every split."""
-        programs = triton.cdiv(rows, self._blocks(phase)[0]) * self.heads * splits
-        if programs == 0:
+        """Launch `kernel`, which also uses the rows of `tensors`, with `programs` programs for each batch and head."""
+        if programs * self.heads == 0:
             return
         alignment = launch.alignment(self.query, *self.keys, *self.values, *tensors)
         launch.launch(
-            kernel, programs, self.query, *args, splits, *self.arguments, **settings,
+            kernel, programs * self.heads, self.query, *args, *self.arguments, **settings,
             SHAPE=flash.shape(self.query.shape[-1], alignment), DROPOUT=self.dropout, PRECISION=launch.precision(),
             **self._tiles(phase),
         )  # fmt: skip
 
     def _tiles(self, phase: str) -> dict[str, int]:
+        if phase == "decode" and self.decode is not None:
+            return self.decode
         tiles = configs.tiles(phase, self.query, self.dropout)
         if phase == "forward" and len(self.keys) > 1:
             tiles["num_warps"] = 8  # one loop for each segment costs registers that four warps have not

@@ -11,6 +11,14 @@ import torch
 from vattn.kernels import configs, latent_attention, launch
 
 ROOT = pathlib.Path(__file__).parents[2]
+PASSES = ("forward", "backward_query", "backward_key")
+KERNELS = {
+    "axial_attention": (*PASSES, "backward"),
+    "edge_sparse_attention": PASSES,
+    "latent_attention": (*PASSES, "decode"),
+    "leap_attention": PASSES,
+    "token_importance": ("lse", "sum"),
+}
 
 # Calls the launchers with many lengths, leaps and layouts; prints how often each kernel would have been compiled.
 COUNT_COMPILATIONS = """
@@ -72,38 +80,60 @@ def in_another_process(*arguments):
     return done.stdout
 
 
-def test_bounds_on_hopper(tmp_path):
-    """No spills, and wgmma, in the kernels of a whole and of a split head dim; the report itself checks the rest."""
-    path = tmp_path / "report.jsonl"
-    in_another_process(
-        "benchmarks/kernel_report.py", "--architectures", "sm90", "--head-dims", "80", "128", "--json", str(path)
-    )
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {(row["kernel"], row["head_dim"]) for row in rows} == {
-        (f"{operator}.{name}", head_dim)
-        for operator in ("leap_attention", "latent_attention")
-        for name in ("forward", "backward_query", "backward_key")
-        for head_dim in (80, 128)
-    }
-    for row in rows:
+def report(path, *arguments):
+    """The rows that the kernel report stores."""
+    in_another_process("benchmarks/kernel_report.py", "--json", str(path), *arguments)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_bounds(row):
+    """No spills, and the wide matrix instructions where a program owns rows enough for one."""
+    if row["dtype"] == "float32" or row["operator"] not in KERNELS:
+        return
+    if row["architecture"] == "sm90" and row["head_dim"] <= 128:
         assert row["spilled_bytes"] == 0, row
-        assert row["matrix_instructions"]["wgmma"] > 0, row
+    own = row["BLOCK_K" if row["kernel"] in ("backward_key", "sum") else "BLOCK_Q"]
+    wide = {"sm90": "wgmma", "sm100": "tcgen05"}.get(row["architecture"])
+    if own >= 64 and wide is not None:
+        assert set(row["matrix_instructions"]) == {wide}, row
+    else:
+        assert set(row["matrix_instructions"]) <= {"mma", "mfma"} and row["matrix_instructions"], row
+
+
+def test_bounds_on_hopper(tmp_path):
+    """A head dim of two chunks; the report itself checks the others."""
+    rows = report(tmp_path / "report.jsonl", "--architectures", "sm90", "--head-dims", "80", "--operators", *KERNELS)
+    compiled = {name: {row["kernel"] for row in rows if row["operator"] == name} for name in KERNELS}
+    assert compiled == {name: set(kernels) for name, kernels in KERNELS.items()}
+    for row in rows:
+        check_bounds(row)
+    # Blocks of 56 tokens, and the one global token.
+    owned = [row["BLOCK_Q"] for row in rows if (row["operator"], row["kernel"]) == ("edge_sparse_attention", "forward")]
+    assert owned == [64, 16]
+
+
+def test_small_kernels_compile(tmp_path):
+    """Which the interpreter does not: it lets a variable change its type in a loop."""
+    names = ("merge_attention", "nearest_code", "periodic_shift", "position_bias")
+    rows = report(tmp_path / "report.jsonl", "--architectures", "sm90", "--operators", *names)
+    assert {row["operator"] for row in rows} == set(names)
+    assert all(row["spilled_bytes"] == 0 for row in rows if row["dtype"] != "float32")
 
 
 def test_the_stored_report_is_in_bounds():
-    """The lines that are checked in cover all tuned head dims on all architectures, and keep the bounds."""
+    """The lines that are checked in cover every kernel on all architectures, at all tuned head dims."""
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/kernel_report.jsonl").read_text().splitlines()]
-    covered = {(row["architecture"], row["kernel"], row["head_dim"]) for row in rows}
+    covered = {(row["architecture"], row["operator"], row["kernel"], row["head_dim"]) for row in rows}
     for architecture in configs.TABLE:
-        for name in ("forward", "backward_query", "backward_key"):
-            for head_dim in (64, 72, 80, 96, 120, 128, 144, 256):
-                for operator in ("leap_attention", "latent_attention"):
-                    assert (architecture, f"{operator}.{name}", head_dim) in covered
+        for operator, kernels in KERNELS.items():
+            for kernel in kernels:
+                for head_dim in (64, 72, 80, 96, 120, 128, 144, 256):
+                    decoded = kernel != "decode" or head_dim * 2 <= max(configs.DECODE[architecture], default=0)
+                    assert not decoded or (architecture, operator, kernel, head_dim) in covered
+        for operator in ("merge_attention", "nearest_code", "periodic_shift", "position_bias"):
+            assert any(row["operator"] == operator and row["architecture"] == architecture for row in rows)
     for row in rows:
-        flash = row["kernel"].startswith(("leap_attention.", "latent_attention."))
-        if flash and row["architecture"] == "sm90" and row["dtype"] != "float32":
-            assert row["matrix_instructions"].get("wgmma", 0) > 0, row
-            assert row["spilled_bytes"] == 0 or row["head_dim"] > 128, row
+        check_bounds(row)
 
 
 def test_no_length_compiles_anew():
@@ -114,6 +144,7 @@ def test_no_length_compiles_anew():
         "leap_attention.backward_query_kernel": 2,
         "leap_attention.forward_kernel": 2,
         # Latent attention's results and those of its splits, which are float32, and one or two segments of keys.
+        "latent_attention.decode_kernel": 2 * 2,
         "latent_attention.backward_key_kernel": 2 * 2,
         "latent_attention.backward_query_kernel": 2 * 2 * 2,
         "latent_attention.forward_kernel": 2 * 2 * 2,

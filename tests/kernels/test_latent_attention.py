@@ -186,9 +186,51 @@ def test_many_queries_and_few_keys(dtype, device):
     check(inputs(LONG // 2, [5, 3], device, dtype=dtype))
 
 
+DECODE_Q, DECODE_K = configs.INTERPRETER_DECODE[:2]
+WALK = 9 * DECODE_Q + 3  # queries of one head: programs walk over two tiles, but the last ones over less
+
+
+def test_these_lengths_are_decoded():
+    """What the tests of one tile mean to test happens in the interpreter."""
+    tiles = {keys: configs.decode_tiles(torch.empty(16), False, keys) for keys in (0, 1, 128, 129, 255, 256, 257)}
+    assert [keys for keys, found in tiles.items() if found is not None] == [129, 255, 256]
+    assert configs.walk(triton.cdiv(WALK, DECODE_Q), torch.empty(0)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keys", [DECODE_K + i for i in (-DECODE_K // 2, 1 - DECODE_K // 2, -1, 0, 1)])
+def test_keys_that_fill_one_tile(keys, dtype, device):
+    check(inputs(WALK, [keys], device, dtype=dtype))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_head_dims_of_one_tile(head_dim, device):
+    check(inputs(19, [DECODE_K], device, D=head_dim, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    "segments", [(100, 156), (0, 200), (200, 0, 55), (1, 254, 1), (64, 64, 64, 64)], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_segments_of_one_tile(segments, dropout_p, device):
+    check(inputs(WALK, segments, device, H=2), dropout_p=dropout_p, seed=torch.tensor([SEED], device=device))
+
+
+def test_key_lengths_of_one_tile(device):
+    """Of a sample that reads no keys, too."""
+    lengths = torch.tensor([0, 1, 129, 255, 256], device=device)
+    x = inputs(DECODE_Q + 1, [DECODE_K], device, B=5, H=2)
+    out, lse, *_ = check(x, lengths)
+    assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
+    poisoned = x._replace(values=[x.values[0].clone()])
+    poisoned.values[0][1, :, 1:] = torch.nan
+    assert torch.equal(run(poisoned, lengths, 0.0, None, 0.25)[0], run(x, lengths, 0.0, None, 0.25)[0])
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-4, 5.0])
 def test_scale(scale, device):
     check(inputs(13, [9, 30], device), scale=scale)
+    check(inputs(13, [DECODE_K], device), scale=scale)
 
 
 def test_large_scores_do_not_overflow(device):
@@ -256,7 +298,7 @@ def test_strides(layout, device):
 
 
 def test_outputs_merge_heads_without_a_copy(device):
-    for queries, segments in ((20, [5, 9]), (3, [LONG]), (LONG, [3])):
+    for queries, segments in ((20, [5, 9]), (3, [LONG]), (LONG, [3]), (WALK, [200])):
         x = inputs(queries, segments, device, H=2)
         out, lse, *grads = run(x, None, 0.0, None, 0.3)
         for y in (out, *grads):
@@ -264,7 +306,7 @@ def test_outputs_merge_heads_without_a_copy(device):
         assert lse.is_contiguous() and lse.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("queries", "segments"), [(20, [0, 37]), (20, [0]), (3, [LONG])], ids=str)
+@pytest.mark.parametrize(("queries", "segments"), [(20, [0, 37]), (20, [0]), (3, [LONG]), (WALK, [200])], ids=str)
 def test_every_element_is_written(queries, segments, device):
     """What torch.empty returns is NaN here, and none of it is left."""
     torch.use_deterministic_algorithms(True)  # fills uninitialized memory
@@ -290,7 +332,9 @@ def test_empty(axis, device):
         assert grad.shape == y.shape and (grad == 0).all()
 
 
-@pytest.mark.parametrize(("queries", "segments"), [(20, [30, 9]), (3, [LONG]), (LONG // 2, [3])], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "segments"), [(20, [30, 9]), (3, [LONG]), (LONG // 2, [3]), (WALK, [200, 9])], ids=str
+)
 def test_twice_the_same_bits(queries, segments, device):
     x = inputs(queries, segments, device, D=24)
     settings = (None, 0.2, torch.tensor([SEED], device=device), 0.3)

@@ -111,6 +111,13 @@ def test_splits(dtype, device):
     check(inputs(LONG // 2, 40, 7, device, dtype=dtype))
 
 
+def test_one_tile(device):
+    """As many listed keys as stay on chip."""
+    x = inputs(40, 300, 201, device, B=2, H=2, duplicates=True)
+    check(x)
+    check(x, 0.3, torch.tensor([SEED], device=device))
+
+
 @pytest.mark.parametrize("dropout_p", [0.2, 1.0])
 def test_dropout(dropout_p, device):
     x = inputs(18, 40, 33, device, B=2, H=2, duplicates=True)
