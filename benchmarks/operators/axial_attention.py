@@ -11,17 +11,14 @@ axis: it has what lies inside of a line as further heads. As ``sdpa-views`` it i
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import vattn
+from benchmarks import sdpa
 from benchmarks.registry import Case, Operator, Provider, Run
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +78,7 @@ def _vattn(case: AxialCase, device: torch.device) -> Run:
     return run
 
 
-def _by_line(case: AxialCase, attend: Attend) -> Run:
+def _by_line(case: AxialCase, attend: sdpa.Attend) -> Run:
     """`attend` on lines as samples, (lines, H, line, D): one copy there and one back, but along the width none."""
     others = [size for axis, size in enumerate(case.grid) if axis != case.dim]
 
@@ -94,25 +91,13 @@ def _by_line(case: AxialCase, attend: Attend) -> Run:
     return run
 
 
-def _attend(backend: SDPBackend | None) -> Attend:
-    """Scaled dot product attention with `backend`, or with the one that PyTorch picks."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(query, key, value)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
-
-    return attend
-
-
 def _sdpa(case: AxialCase, device: torch.device, backend: SDPBackend | None = None) -> Run:
-    return _by_line(case, _attend(backend))
+    return _by_line(case, sdpa.attention(backend))
 
 
 def _sdpa_views(case: AxialCase, device: torch.device, backend: SDPBackend | None = None) -> Run:
     """Without a copy: (B * outer, inner * H, line, D), for the axes of the grid outside and inside of the line."""
-    attend = _attend(backend)
+    attend = sdpa.attention(backend)
     outer, line = math.prod(case.grid[: case.dim]), case.grid[case.dim]
 
     def run(*leaves: Tensor) -> Tensor:
@@ -146,8 +131,6 @@ def _along_each_axis(B: int, T: int, height: int, width: int, D: int = 120) -> l
     return [AxialCase(B, T, height, width, dim, D=D) for dim in range(3)]
 
 
-_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-
 OPERATOR = Operator(
     name="axial_attention",
     cases={
@@ -169,7 +152,7 @@ OPERATOR = Operator(
         Provider("sdpa", "peer", _sdpa),
         *(
             Provider(f"sdpa-{name}", "peer", functools.partial(_sdpa, backend=backend), devices=("cuda",))
-            for name, backend in _BACKENDS.items()
+            for name, backend in sdpa.BACKENDS.items()
         ),
         Provider("official", "peer", _official),
         Provider("sdpa-views", "other", _sdpa_views),

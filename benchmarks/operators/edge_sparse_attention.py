@@ -19,11 +19,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 import vattn
+from benchmarks import sdpa
 from benchmarks.records import Line
 from benchmarks.registry import Case, Operator, Provider, Run
 from vattn.position_bias import num_offsets, relative_position_index
@@ -192,10 +193,10 @@ def _dense(case: EdgeCase, device: torch.device) -> Run:
 
 
 def _dense_sdpa(case: EdgeCase, device: torch.device, backend: SDPBackend) -> Run:
+    attend = sdpa.attention(backend)
+
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = case.heads(query, key, value)
-        with sdpa_kernel(backend):
-            return _merge(F.scaled_dot_product_attention(query, key, value))
+        return _merge(attend(*case.heads(query, key, value)))
 
     return run
 
@@ -309,8 +310,6 @@ def _remarks(lines: Sequence[Line]) -> list[str]:
     return text
 
 
-_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-
 OPERATOR = Operator(
     name="edge_sparse_attention",
     cases={
@@ -334,7 +333,7 @@ OPERATOR = Operator(
                 before=_without_table,
                 definition=_dense_definition,
             )
-            for name, backend in _BACKENDS.items()
+            for name, backend in sdpa.BACKENDS.items()
         ),
     ],
     remarks=_remarks,

@@ -12,11 +12,11 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import vattn
+from benchmarks import sdpa
 from benchmarks.registry import Case, Operator, Provider, Run
 
 
@@ -80,13 +80,7 @@ def _dense(case: LatentCase, attend: Callable[[Tensor, Tensor, Tensor], Tensor])
 
 
 def _sdpa(case: LatentCase, device: torch.device, backend: SDPBackend | None = None) -> Run:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(query, key, value)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
-
-    return _dense(case, attend)
+    return _dense(case, sdpa.attention(backend))
 
 
 def _official(case: LatentCase, device: torch.device) -> Run:
@@ -116,8 +110,6 @@ def _cases(B: int) -> list[LatentCase]:
     ]
 
 
-_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-
 OPERATOR = Operator(
     name="latent_attention",
     cases={
@@ -130,7 +122,7 @@ OPERATOR = Operator(
         Provider("sdpa", "peer", _sdpa),
         *(
             Provider(f"sdpa-{name}", "peer", functools.partial(_sdpa, backend=backend), devices=("cuda",))
-            for name, backend in _BACKENDS.items()
+            for name, backend in sdpa.BACKENDS.items()
         ),
         Provider("official", "peer", _official),
         Provider("flex", "other", _flex),

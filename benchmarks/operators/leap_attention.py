@@ -9,14 +9,13 @@ do without a copy is done without one: with ``leap=1`` the frames of a pair alre
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import vattn
+from benchmarks import sdpa
 from benchmarks.registry import Case, Operator, Provider, Run
 
 
@@ -101,20 +100,8 @@ def _vattn(case: LeapCase, device: torch.device) -> Run:
     return run
 
 
-def _attend(backend: SDPBackend | None) -> Callable[..., Tensor]:
-    """Scaled dot product attention with `backend`, or with the one that PyTorch picks."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(query, key, value)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
-
-    return attend
-
-
 def _sdpa(case: LeapCase, device: torch.device, backend: SDPBackend | None = None) -> Run:
-    attend = _attend(backend)
+    attend = sdpa.attention(backend)
 
     def run(qkv: Tensor) -> Tensor:
         return _finish(case, attend(*_pair(case, qkv)))
@@ -124,7 +111,7 @@ def _sdpa(case: LeapCase, device: torch.device, backend: SDPBackend | None = Non
 
 def _sdpa_pregathered(case: LeapCase, device: torch.device, backend: SDPBackend | None = None) -> Run:
     """Attention alone, on pairs that already lie side by side: what a perfect gather and shift would leave."""
-    return _attend(backend)
+    return sdpa.attention(backend)
 
 
 def _pregather(case: LeapCase, qkv: Tensor) -> tuple[Tensor, ...]:
@@ -171,8 +158,6 @@ def _flex(case: LeapCase, device: torch.device) -> Run:
     return torch.compile(run, fullgraph=True, dynamic=False)
 
 
-_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-
 OPERATOR = Operator(
     name="leap_attention",
     cases={
@@ -201,7 +186,7 @@ OPERATOR = Operator(
         Provider("sdpa", "peer", _sdpa),
         *(
             Provider(f"sdpa-{name}", "peer", functools.partial(_sdpa, backend=backend), devices=("cuda",))
-            for name, backend in _BACKENDS.items()
+            for name, backend in sdpa.BACKENDS.items()
         ),
         Provider("official", "peer", _official),
         Provider("flex", "other", _flex),
@@ -215,7 +200,7 @@ OPERATOR = Operator(
                 before=_pregather,
                 after=_finish,
             )
-            for name, backend in _BACKENDS.items()
+            for name, backend in sdpa.BACKENDS.items()
         ),
     ],
 )

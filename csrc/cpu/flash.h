@@ -84,14 +84,14 @@ VATTN_INLINE void drop(const Dropout& dropout, uint32_t query_token, const uint3
 // multiplied by, since the maximum may have grown.
 VATTN_INLINE float soften(float* scores, int64_t keys, float* maximum, float* sum) {
   const float old = *maximum;
-  Vec most = splat(old), others = most;  // two chains: one would wait for itself
+  Vec most = splat(old);
   auto each = [&](auto f) {
     float* row = scores;
     for (int64_t rest = keys; rest > 0; rest -= TILE, row += TILE * TILE)
       for (int64_t j = 0; j < least(TILE, rest); j += VL) f(row + j);
   };
   each([&](const float* s) { most = larger(load(s), most); });
-  const float now = largest(larger(most, others));
+  const float now = largest(most);
   const float shift = now == -INFINITE ? 0 : now;  // no key yet: exp(-inf - 0) is 0
   Vec total{};
   each([&](float* s) {
@@ -172,7 +172,7 @@ VATTN_INLINE void add_products(const float* out, const float* grad_out, int64_t 
   for (int64_t i = 0; i < count; ++i) {
     Vec products{};
     for (int64_t d = 0; d < ld; d += VL) products += load(out + i * ld + d) * load(grad_out + i * ld + d);
-    for (int l = 0; l < VL; ++l) delta[i] += products[l];
+    delta[i] += total(products);
   }
 }
 
