@@ -169,7 +169,7 @@ def tiles(phase: str, like: Tensor, extras: int) -> dict[str, int]:
     """
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
-    table = TABLE[architecture(like.device)][phase]
+    table = TABLE[architecture(like.device)][phase.replace("jvp", "backward_query")]
     return (_narrowest(table, like, extras) or table[max(table)])._asdict()
 
 

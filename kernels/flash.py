@@ -11,7 +11,12 @@ and its derivative, from lse and delta = <d out, out> - d lse, both one number p
     p = exp(scale * s - lse)      dv = p^T dout      ds = p * (dout v^T - delta)
     dq = scale * ds k             dk = scale * ds^T q
 
-With a bias the scores are scale * s + bias, in both; they need no scale any more, and ds is the bias's gradient.
+and its tangent, from tangents dq, dk and dv of the inputs:
+
+    ds = scale * (dq k^T + q dk^T)      dlse = sum_k p ds      dout = sum_k p dv + (p ds) v - dlse * out
+
+With a bias the scores are scale * s + bias, in all of them; they need no scale any more, ds is the bias's gradient,
+and its tangent is added to that of the scores.
 
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao, "FlashAttention-2" (2023).
 
@@ -50,6 +55,7 @@ class Shape(NamedTuple):
 
     head_dim: int
     alignment: int  # in elements: each row starts at a multiple of it
+    far: bool  # whether two rows of a head may lie 2**31 elements apart or more
     chunks: tuple[Chunk, ...]
 
     @property
@@ -58,14 +64,14 @@ class Shape(NamedTuple):
         return sum(chunk.width for chunk in self.chunks)
 
 
-def shape(head_dim: int, alignment: int) -> Shape:
+def shape(head_dim: int, alignment: int, far: bool = False) -> Shape:
     """Cut `head_dim` columns into one power of two, or into two if that wastes fewer columns (80 = 64 + 16)."""
     whole = max(16, triton.next_power_of_2(head_dim))
     main = whole // 2
     rest = max(16, triton.next_power_of_2(max(head_dim - main, 1)))
     if main >= 16 and main + rest < whole:
-        return Shape(head_dim, alignment, (Chunk(0, main), Chunk(main, rest)))
-    return Shape(head_dim, alignment, (Chunk(0, whole),))
+        return Shape(head_dim, alignment, far, (Chunk(0, main), Chunk(main, rest)))
+    return Shape(head_dim, alignment, far, (Chunk(0, whole),))
 
 
 def split_scale(scale: float) -> tuple[int, float]:
@@ -82,6 +88,15 @@ def split_dropout(dropout_p: float) -> tuple[int, float]:
 def columns(SHAPE: tl.constexpr, I: tl.constexpr):
     """Column numbers of chunk I."""
     return SHAPE.chunks[I].first + tl.arange(0, SHAPE.chunks[I].width)
+
+
+@triton.jit
+def index(x, SHAPE: tl.constexpr):
+    """An integer as the factor of an offset: 64 bits wide only where rows lie that far apart."""
+    if SHAPE.far:
+        return x.to(tl.int64)
+    else:
+        return x
 
 
 @triton.jit
@@ -119,11 +134,17 @@ def store_rows(ptr, offs_row, mask_row, tiles, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def zero_block(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Triton 3.6 wants the sizes of a block to be parameters."""
+    return tl.zeros((ROWS, WIDTH), tl.float32)
+
+
+@triton.jit
 def zero_rows(ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """A float32 accumulator."""
     tiles = ()
     for i in tl.static_range(len(SHAPE.chunks)):
-        tiles = tiles + (tl.zeros((ROWS, SHAPE.chunks[i].width), tl.float32),)
+        tiles = tiles + (zero_block(ROWS, SHAPE.chunks[i].width),)
     return tiles
 
 
@@ -263,44 +284,30 @@ def scale_left(scale, bias):
 
 
 @triton.jit
-def forward_keys(
-    state, q, scale, keys, mask, dropout, PRECISION: tl.constexpr, SIGN: tl.constexpr, bias=None
-):  # fmt: skip
-    """The state of a query tile after its next key tile ``(k, v, number)``, `number` (keys,) as dropout counts them.
-
-    `mask` (keys,) or (queries, keys) is None where all may be read, `dropout` what :func:`dropout_query` says, or None;
-    `bias` (queries, keys), or None, is added to the scaled scores.
-    """
-    k, v, number = keys
-    s = key_scores(q, k, scale, bias, mask, PRECISION, SIGN)
-    return forward_scores(state, s, scale_left(scale, bias), v, number, dropout, PRECISION)
-
-
-@triton.jit
 def forward_scores(state, s, scale, v, number, dropout, PRECISION: tl.constexpr):
-    """:func:`forward_keys` for scores `s` that are known already."""
-    return forward_step(state, s, scale, v, keep_of_keys(dropout, number), PRECISION)
+    """The state of a query tile after its next key tile, of scores `s` (queries, keys), -inf where forbidden.
+
+    `number` (keys,) are the keys as dropout counts them, and `dropout` what :func:`dropout_query` says, or ().
+    """
+    keep = None
+    if len(dropout) > 0:
+        keep = dropout_keep(*dropout, number[None, :])
+    return forward_step(state, s, scale, v, keep, PRECISION)
 
 
 @triton.jit
 def forward_tile(s, scale, v, number, dropout, keep_scale, SHAPE: tl.constexpr, PRECISION: tl.constexpr):
     """The output and lse of queries that read one key tile and no other: no state, and nothing to rescale.
 
-    `s` (queries, keys) is -inf where forbidden; `number` and `dropout` are those of :func:`forward_keys`.
+    The arguments are those of :func:`forward_scores`.
     """
     m = tl.max(s, 1)
-    p, l = weights(s, m, scale, keep_of_keys(dropout, number))
+    keep = None
+    if len(dropout) > 0:
+        keep = dropout_keep(*dropout, number[None, :])
+    p, l = weights(s, m, scale, keep)
     acc = accumulate(zero_rows(p.shape[0], SHAPE), p, v, PRECISION)
     return forward_finish((acc, m, l), scale, keep_scale)
-
-
-@triton.jit
-def keep_of_keys(dropout, number):
-    """The dropout mask (queries, keys) of keys with these numbers, or None."""
-    if dropout is not None:
-        return dropout_keep(*dropout, number[None, :])
-    else:
-        return None
 
 
 @triton.jit
@@ -326,16 +333,25 @@ def forward_finish(state, scale, keep_scale):
 
 
 @triton.jit
+def load_numbers(ptrs, mask, OTHER: tl.constexpr):
+    """A number for each row, OTHER where `mask` is off (None: nowhere)."""
+    if mask is not None:
+        return tl.load(ptrs, mask=mask, other=OTHER)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
 def load_lse(ptrs, mask):
     """The lse of queries; +inf, so that all weights are 0, where there is no query or it has no key."""
-    lse = tl.load(ptrs, mask=mask, other=float("inf"))
+    lse = load_numbers(ptrs, mask, float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
 def probabilities(s, scale, lse, mask):
     """What the softmax makes of scores, of any sign of `scale`; 0 where `mask` is off (None: nowhere)."""
-    p = tl.exp(s * scale - lse)
+    p = tl.exp2(s * (scale * LOG2E) - lse * LOG2E)
     if mask is not None:
         p = tl.where(mask, p, 0.0)
     return p
@@ -358,40 +374,37 @@ def backward_step(s, scale, lse, dp, delta, mask, keep, keep_scale):
 
 
 @triton.jit
-def key_gradients(query, scale, keys, mask, dropout, keep_scale, PRECISION: tl.constexpr, bias=None):
-    """ds (queries, keys) of a query tile ``(q, do, lse, delta)`` and a key tile, as :func:`forward_keys` knows it."""
+def backward_keys(query, scale, keys, bias, mask, dropout, keep_scale, PRECISION: tl.constexpr):
+    """ds (queries, keys) of a query tile ``(q, do, lse, delta)`` and a key tile ``(k, v, number)``.
+
+    `mask` (keys,) or (queries, keys) is None where all may be read; `bias` (queries, keys), or None, is added to the
+    scaled scores; `dropout` and `number` are those of :func:`forward_scores`.
+    """
     q, do, lse, delta = query
     k, v, number = keys
     s, dp = key_scores(q, k, scale, bias, None, PRECISION), scores(do, v, PRECISION)  # (queries, keys)
+    keep = None
+    if len(dropout) > 0:
+        keep = dropout_keep(*dropout, number[None, :])
     if mask is not None:
         mask = over_queries(mask)
-    keep = keep_of_keys(dropout, number)
     _, ds = backward_step(s, scale_left(scale, bias), lse[:, None], dp, delta[:, None], mask, keep, keep_scale)
     return ds
 
 
 @triton.jit
-def backward_keys(dq, query, scale, keys, mask, dropout, keep_scale, PRECISION: tl.constexpr):
-    """What the next key tile adds to the gradient of a query tile ``(q, do, lse, delta)``: dq += ds k."""
-    ds = key_gradients(query, scale, keys, mask, dropout, keep_scale, PRECISION)
-    return accumulate(dq, ds, keys[0], PRECISION)
-
-
-@triton.jit
-def backward_queries(
-    grads, keys, scale, query, mask, dropout, keep_scale, PRECISION: tl.constexpr, bias=None
-):  # fmt: skip
+def backward_queries(grads, keys, scale, query, bias, mask, dropout, keep_scale, PRECISION: tl.constexpr):
     """What the next query tile adds to the gradients of a key tile: dk += ds^T q, dv += p^T dout.
 
     `mask` (keys,) or (keys, queries) tells which keys are read (None: all that exist), `dropout` broadcasts to
-    (keys, queries), as does `bias`, unless it is None.
+    (keys, queries) unless it is (), as does `bias`, unless it is None.
     """
     dk, dv = grads
     k, v, number = keys
     q, do, lse, delta = query
     s, dp = key_scores(k, q, scale, bias, None, PRECISION), scores(v, do, PRECISION)  # (keys, queries)
     keep = None
-    if dropout is not None:
+    if len(dropout) > 0:
         keep = dropout_keep(*dropout, number[:, None])
     if mask is not None:
         if len(mask.shape) == 1:
@@ -399,6 +412,36 @@ def backward_queries(
     p, ds = backward_step(s, scale_left(scale, bias), lse[None, :], dp, delta[None, :], mask, keep, keep_scale)
     dv = accumulate(dv, p, do, PRECISION)
     return accumulate(dk, ds, q, PRECISION), dv
+
+
+@triton.jit
+def tangent_keys(sums, query, scale, keys, tangents, bias, dbias, mask, dropout, PRECISION: tl.constexpr):
+    """``sum p dv + (p ds) v`` (queries, D), yet to be divided by the share kept, and ``sum p ds`` (queries,).
+
+    After the next key tile ``(k, v, number)`` with the tangents ``(dk, dv)``, of a query tile ``(q, dq, lse)``; the
+    other arguments are those of :func:`backward_keys`, and `dbias` is the tangent of `bias`, or None.
+    """
+    acc, total = sums
+    q, dq, lse = query
+    k, v, number = keys
+    dk, dv = tangents
+    s = key_scores(q, k, scale, bias, None, PRECISION)
+    ds = scores(dq, k, PRECISION)
+    dk_columns = transpose_rows(dk)
+    for i in tl.static_range(len(q)):
+        ds = tl.dot(q[i], dk_columns[i], ds, input_precision=PRECISION)
+    ds *= scale
+    if dbias is not None:
+        ds += dbias
+    if mask is not None:
+        mask = over_queries(mask)
+    p = probabilities(s, scale_left(scale, bias), lse[:, None], mask)
+    ds *= p
+    total += tl.sum(ds, 1)
+    if len(dropout) > 0:
+        keep = dropout_keep(*dropout, number[None, :])
+        p, ds = tl.where(keep, p, 0.0), tl.where(keep, ds, 0.0)
+    return accumulate(accumulate(acc, p, dv, PRECISION), ds, v, PRECISION), total
 
 
 @triton.jit

@@ -9,36 +9,29 @@ The tensors are segments of one long row of keys, which are read where they are:
 
 Few queries and very many keys would keep few programs busy. So the keys are shared out among as many splits as
 fill the device: each leaves a partial result in float32, and attention over the union of the splits is exactly
-what merging gives. The gradient of the queries is the sum of partial sums over the same splits, and that of few
-keys, which very many queries read, the sum over splits of the queries: without atomics, and alike every time.
-Very many queries over few keys need no split forward. Where all keys of a head fill one tile, as MeBT's latents do, a
-program loads them once, and they stay on chip while it walks over query tiles, whose softmax is a plain one::
-
-    walk      |       0       |       1       | ..       out of one tile of queries = softmax(q k^T) v
-    tile      |---|---|---|---|---|---|---|---| ..       k, v stay from tile to tile
-
-Keys may also be listed, as those are that node-sparse attention keeps: then they are gathered, and the gradient of one
-that is listed twice is twice that of a copy, since its copies are alike, dropout included.
+what merging gives. The gradient of the queries is the sum of partial sums over the same splits, as is their tangent,
+and that of few keys, which very many queries read, the sum over splits of the queries: without atomics, and the same
+every time. Very many queries over few keys need no split forward: see :func:`decode_kernel`.
 
 A segment's length is an argument, and how many there are a constant of the kernel. MeBT: Yoo et al., "Towards
 End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional Transformers" (CVPR 2023).
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vattn._library import empty_rows
-from vattn.kernels import configs, flash, launch, merge_attention
+from vattn.kernels import attention, configs, flash, launch, merge_attention
 from vattn.kernels.launch import head, unpack
 
 
 @triton.jit
-def own_rows(rows, heads, BLOCK: tl.constexpr):
-    """What this program owns: batch * H + head, the split, and its tile's first row."""
+def own_tile(rows, heads, BLOCK: tl.constexpr):
+    """What this program owns: batch * H + head, the split, and the first row of its tile."""
     tiles = tl.cdiv(rows, BLOCK)
     pid = tl.program_id(0)
     component = pid // tiles
@@ -54,6 +47,12 @@ def share(count, split, splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def whole_tiles(first, last, BLOCK: tl.constexpr):
+    """What the driver's `span` returns."""
+    return first, last - (last - first) % BLOCK, last
+
+
+@triton.jit
 def keys_of_sample(count, lengths_ptr, sample):
     """How many of `count` keys a sample reads."""
     if lengths_ptr is not None:
@@ -62,416 +61,289 @@ def keys_of_sample(count, lengths_ptr, sample):
 
 
 @triton.jit
-def keys_of_split(counts, lengths_ptr, sample, split, splits, BLOCK: tl.constexpr):
-    """The keys that a split reads, as numbers from the first to before the last."""
-    count = unpack(counts, 0)
-    for i in tl.static_range(1, len(counts)):
-        count += unpack(counts, i)
-    return share(keys_of_sample(count, lengths_ptr, sample), split, splits, BLOCK)
-
-
-@triton.jit
-def tokens_of_segment(numbers, before, count, BLOCK: tl.constexpr):
-    """The tokens of a segment with the key `numbers`: the first, the end of whole tiles, and the end."""
-    first = tl.minimum(tl.maximum(numbers[0] - before, 0), count)
-    last = tl.minimum(tl.maximum(numbers[1] - before, 0), count)
-    return first, last - (last - first) % BLOCK, last
-
-
-@triton.jit
-def key_head(k_ptr, v_ptr, k_strides, v_strides, bh, H):
-    """Where the keys and values of a segment begin for a batch and head, and the steps from token to token."""
-    k_step, v_step = unpack(k_strides, 2).to(tl.int64), unpack(v_strides, 2).to(tl.int64)
-    return head(k_ptr, k_strides, bh, H), head(v_ptr, v_strides, bh, H), k_step, v_step
-
-
-@triton.jit
-def list_of_sample(list_ptr, counts, sample):
-    """Where the list of a sample begins, of as many keys as its only segment has; None where keys are not listed."""
-    if list_ptr is not None:
-        list_ptr += sample.to(tl.int64) * unpack(counts, 0)
-    return list_ptr
-
-
-@triton.jit
-def load_keys(kv, kept_ptr, first, mask, lane, before, SHAPE: tl.constexpr):
-    """Keys and values of the tokens from `first` on, (keys, D) each, and their numbers (keys,).
-
-    With `kept_ptr`, of the tokens that are listed from there on, which are their own numbers.
-    """
-    k_ptr, v_ptr, k_step, v_step = kv
-    if kept_ptr is not None:
-        number = tl.load(kept_ptr + first + lane, mask=mask)
-        offs_k, offs_v = number * k_step, number * v_step
-    else:
-        number = before + first + lane
-        k_ptr, v_ptr = k_ptr + first * k_step, v_ptr + first * v_step
-        offs_k, offs_v = lane * k_step, lane * v_step
-    return flash.load_rows(k_ptr, offs_k, mask, SHAPE), flash.load_rows(v_ptr, offs_v, mask, SHAPE), number
-
-
-@triton.jit
-def load_all_keys(k_ptrs, v_ptrs, k_strides, v_strides, kept_ptr, counts, last, lane, bh, H, SHAPE: tl.constexpr):
-    """The keys of all segments in one tile, with 0 from the key `last` on; and their values and numbers."""
-    kept_ptr = list_of_sample(kept_ptr, counts, bh // H)
-    count = unpack(counts, 0)
-    kv = key_head(k_ptrs[0], v_ptrs[0], k_strides[0], v_strides[0], bh, H)
-    k, v, number = load_keys(kv, kept_ptr, 0, lane < tl.minimum(count, last), lane, 0, SHAPE)
-    before = count
-    for i in tl.static_range(1, len(counts)):
-        count = unpack(counts, i)
-        kv = key_head(k_ptrs[i], v_ptrs[i], k_strides[i], v_strides[i], bh, H)
-        mask = (lane >= before) & (lane < tl.minimum(before + count, last))
-        others = load_keys(kv, kept_ptr, -before, mask, lane, before, SHAPE)
-        k, v = flash.join_rows(k, others[0]), flash.join_rows(v, others[1])
-        before += count
-    return k, v, number
-
-
-@triton.jit
-def offsets(row, strides):
-    """Offsets of rows within their batch and head."""
-    return row.to(tl.int64) * unpack(strides, 2)
-
-
-@launch.kernel
-def forward_kernel(
-    q_ptr, k_ptrs, v_ptrs, kept_ptr, out_ptr, lse_ptr, lengths_ptr, seed_ptr,
-    q_strides, k_strides, v_strides, out_strides, split_stride, counts, splits,
-    H, heads, Lq, scale, threshold, keep_scale,
-    SHAPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Grid: split x batch and head x query tile. A program owns BLOCK_Q queries: their out and lse of its split."""
-    bh, split, first_q = own_rows(Lq, heads, BLOCK_Q)
-    row = first_q + tl.arange(0, BLOCK_Q)
-    mask_q = row < Lq
-    dropout = None
-    if DROPOUT:
-        add, times = flash.dropout_query(seed_ptr, bh, row)
-        dropout = (add[:, None], times[:, None], threshold)
-
-    q = flash.load_rows(head(q_ptr, q_strides, bh, H), offsets(row, q_strides), mask_q, SHAPE)
-    state = flash.forward_start(BLOCK_Q, SHAPE)
-    lane = tl.arange(0, BLOCK_K)
-    kept_ptr = list_of_sample(kept_ptr, counts, bh // H)
-    numbers = keys_of_split(counts, lengths_ptr, bh // H, split, splits, BLOCK_K)
-    before = 0
-    for i in tl.static_range(len(counts)):
-        kv = key_head(k_ptrs[i], v_ptrs[i], k_strides[i], v_strides[i], bh, H)
-        first, whole, last = tokens_of_segment(numbers, before, unpack(counts, i), BLOCK_K)
-        for token in range(first, whole, BLOCK_K):
-            keys = load_keys(kv, kept_ptr, token, None, lane, before, SHAPE)
-            state = flash.forward_keys(state, q, scale, keys, None, dropout, PRECISION, SIGN)
-        if whole < last:
-            mask = whole + lane < last
-            keys = load_keys(kv, kept_ptr, whole, mask, lane, before, SHAPE)
-            state = flash.forward_keys(state, q, scale, keys, mask, dropout, PRECISION, SIGN)
+def keys_before(counts, I: tl.constexpr):
+    """How many keys lie in the segments before segment I."""
+    before = unpack(counts, 0) * 0
+    for i in tl.static_range(I):
         before += unpack(counts, i)
+    return before
 
-    out, lse = flash.forward_finish(state, scale, keep_scale)
-    tl.store(lse_ptr + (split * heads + bh).to(tl.int64) * Lq + row, lse, mask=mask_q)
-    out_ptr = head(out_ptr + split.to(tl.int64) * split_stride, out_strides, bh, H)
-    flash.store_rows(out_ptr, offsets(row, out_strides), mask_q, out, SHAPE)
+
+# A program that owns queries has the numbers (Lq, splits), and pointers to key lengths and the segments' packed counts.
+# A row is its place in its tensor and its number.
+
+
+@triton.jit
+def own_queries(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """A tile of queries, and a split of the keys: ``(counts, first key, last key)``."""
+    lengths_ptr, counts = where[0]
+    Lq, splits, _, _, _, _, _, _ = where[1]
+    bh, split, first = own_tile(Lq, heads, BLOCK)
+    count = keys_of_sample(keys_before(counts, len(counts)), lengths_ptr, bh // H)
+    first_key, last_key = share(count, split, splits, OTHER)
+    return bh, split, (counts, first_key, last_key), first, Lq
+
+
+@triton.jit
+def span_keys(group, BLOCK: tl.constexpr, I: tl.constexpr):
+    """The tokens of segment I with the split's numbers."""
+    counts, first, last = group
+    before, count = keys_before(counts, I), unpack(counts, I)
+    first = tl.minimum(tl.maximum(first - before, 0), count)
+    return whole_tiles(first, tl.minimum(tl.maximum(last - before, 0), count), BLOCK)
+
+
+@triton.jit
+def lanes(group, BLOCK: tl.constexpr):
+    """The lanes of a tile."""
+    return tl.arange(0, BLOCK)
+
+
+@triton.jit
+def locate_keys(start, lane, last, group, I: tl.constexpr, WHOLE: tl.constexpr):
+    """Keys of segment I."""
+    token = start + lane
+    return token, keys_before(group[0], I) + token
+
+
+@triton.jit
+def locate_queries(start, lane, last, group, I: tl.constexpr, WHOLE: tl.constexpr):
+    """Queries, which are their own numbers."""
+    return start + lane, start + lane
+
+
+@triton.jit
+def own_plain(first, last, group, BLOCK: tl.constexpr):
+    """Rows that are their own numbers."""
+    row = first + tl.arange(0, BLOCK)
+    return row, row
+
+
+@triton.jit
+def offsets(row, strides, SHAPE: tl.constexpr):
+    """Offsets of rows within their batch and head."""
+    return flash.index(row[0], SHAPE) * unpack(strides, 2)
+
+
+@triton.jit
+def number(row, group):
+    """What dropout and lse count."""
+    return row[1]
+
+
+QUERIES = attention.Itinerary(own_queries, span_keys, lanes, locate_keys, offsets, number, mine=own_plain)
+
+
+# A program that owns keys of one segment has the numbers (Lq, splits, its keys, keys before them), and key lengths.
+
+
+@triton.jit
+def own_keys(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """A tile of keys, and a split of the queries: ``(first query, last query, keys before, keys that are read)``."""
+    lengths_ptr = where[0][0]
+    Lq, splits, Lk, before, _, _, _, _ = where[1]
+    bh, split, first = own_tile(Lk, heads, BLOCK)
+    first_query, last_query = share(Lq, split, splits, OTHER)
+    length = keys_of_sample(Lk, lengths_ptr, bh // H)
+    last_query = tl.where(first < length, last_query, first_query)
+    return bh, split, (first_query, last_query, before, length), first, Lk
+
+
+@triton.jit
+def span_queries(group, BLOCK: tl.constexpr, I: tl.constexpr):
+    """The queries of the split."""
+    return whole_tiles(group[0], group[1], BLOCK)
+
+
+@triton.jit
+def own_segment(first, last, group, BLOCK: tl.constexpr):
+    """Keys of a segment."""
+    token = first + tl.arange(0, BLOCK)
+    return token, group[2] + token
+
+
+@triton.jit
+def reads(row, group):
+    """Which keys their sample reads: the others have a gradient of 0."""
+    return row[0] < group[3]
+
+
+KEYS = attention.Itinerary(own_keys, span_queries, lanes, locate_queries, offsets, number, mine=own_segment)
+KEYS_OF_LENGTH = dataclasses.replace(KEYS, reads=reads)
+
+
+@triton.jit
+def load_keys(kv, row, mask, SHAPE: tl.constexpr):
+    """Keys and values of rows, (keys, D) each."""
+    k_ptr, v_ptr, k_strides, v_strides = kv
+    k = flash.load_rows(k_ptr, offsets(row, k_strides, SHAPE), mask, SHAPE)
+    return k, flash.load_rows(v_ptr, offsets(row, v_strides, SHAPE), mask, SHAPE)
+
+
+@triton.jit
+def load_all_keys(kv, group, lane, SHAPE: tl.constexpr):
+    """The keys of all segments in one tile, with 0 from the last key on, and their values."""
+    counts, _, last = group
+    k, v = load_keys(kv[0], (lane, lane), lane < tl.minimum(unpack(counts, 0), last), SHAPE)
+    for i in tl.static_range(1, len(kv)):
+        before = keys_before(counts, i)
+        mask = (lane >= before) & (lane < tl.minimum(before + unpack(counts, i), last))
+        others = load_keys(kv[i], (lane - before, lane), mask, SHAPE)
+        k, v = flash.join_rows(k, others[0]), flash.join_rows(v, others[1])
+    return k, v
 
 
 @launch.kernel
 def decode_kernel(
-    q_ptr, k_ptrs, v_ptrs, kept_ptr, out_ptr, lse_ptr, lengths_ptr, seed_ptr,
-    q_strides, k_strides, v_strides, out_strides, counts, walk,
-    H, heads, Lq, scale, threshold, keep_scale,
-    SHAPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
+    q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, seed_ptr, pointers, Lq, walk,
+    q_strides, k_strides, v_strides, out_strides, H, scale, threshold, keep_scale,
+    SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, FULL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: batch and head x walk. A program owns `walk` tiles of BLOCK_Q queries: their out and lse.
 
-    Its only key tile has all keys.
+    Its only key tile has all keys, which stay on chip, as MeBT's latents do, and the softmax is a plain one::
+
+        walk      |       0       |       1       | ..       out of one tile of queries = softmax(q k^T) v
+        tile      |---|---|---|---|---|---|---|---| ..       k, v stay from tile to tile
+
+    FULL: the tile has no place without a key. A driver of its own, because it reads keys once for a whole walk.
     """
     walks = tl.cdiv(tl.cdiv(Lq, BLOCK_Q), walk)
     bh, first_tile = tl.program_id(0) // walks, tl.program_id(0) % walks * walk
     lane = tl.arange(0, BLOCK_K)
-    _, last = keys_of_split(counts, lengths_ptr, bh // H, 0, 1, BLOCK_K)
-    k, v, number = load_all_keys(k_ptrs, v_ptrs, k_strides, v_strides, kept_ptr, counts, last, lane, bh, H, SHAPE)
+    lengths_ptr, counts = pointers
+    last = keys_of_sample(keys_before(counts, len(counts)), lengths_ptr, bh // H)
+    kv = attention.heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
+    k, v = load_all_keys(kv, (counts, 0, last), lane, SHAPE)
     k_columns = flash.transpose_rows(k)
     q_ptr, out_ptr = head(q_ptr, q_strides, bh, H), head(out_ptr, out_strides, bh, H)
     lse_ptr += bh.to(tl.int64) * Lq
     for first in range(first_tile * BLOCK_Q, tl.minimum((first_tile + walk) * BLOCK_Q, Lq), BLOCK_Q):
         row = first + tl.arange(0, BLOCK_Q)
-        mask_q = row < Lq
-        dropout = None
-        if DROPOUT:
-            add, times = flash.dropout_query(seed_ptr, bh, row)
-            dropout = (add[:, None], times[:, None], threshold)
-        q = flash.load_rows(q_ptr, offsets(row, q_strides), mask_q, SHAPE)
-        s = tl.where((lane < last)[None, :], flash.products(q, k_columns, PRECISION, SIGN), float("-inf"))
-        out, lse = flash.forward_tile(s, scale, v, number, dropout, keep_scale, SHAPE, PRECISION)
-        tl.store(lse_ptr + row, lse, mask=mask_q)
-        flash.store_rows(out_ptr, offsets(row, out_strides), mask_q, out, SHAPE)
-
-
-@launch.kernel
-def backward_query_kernel(
-    do_ptr, dlse_ptr, q_ptr, k_ptrs, v_ptrs, kept_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, lengths_ptr, seed_ptr,
-    do_strides, dlse_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, split_stride, counts, splits,
-    H, heads, Lq, scale, threshold, keep_scale,
-    SHAPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Grid: split x batch and head x query tile. A program owns BLOCK_Q queries: their dq of its split, and delta.
-
-        delta = <dout, out> - dlse,   dq = scale * sum_k ds k
-
-    Every split needs delta, and the first one writes it.
-    """
-    bh, split, first_q = own_rows(Lq, heads, BLOCK_Q)
-    row = first_q + tl.arange(0, BLOCK_Q)
-    mask_q = row < Lq
-    dropout = None
-    if DROPOUT:
-        add, times = flash.dropout_query(seed_ptr, bh, row)
-        dropout = (add[:, None], times[:, None], threshold)
-
-    do = flash.load_rows(head(do_ptr, do_strides, bh, H), offsets(row, do_strides), mask_q, SHAPE)
-    out = flash.load_rows(head(out_ptr, out_strides, bh, H), offsets(row, out_strides), mask_q, SHAPE)
-    delta = flash.row_dot(do, out)
-    if dlse_ptr is not None:
-        delta -= tl.load(head(dlse_ptr, dlse_strides, bh, H) + offsets(row, dlse_strides), mask=mask_q, other=0.0)
-    offs_row = bh.to(tl.int64) * Lq + row
-    if split == 0:
-        tl.store(delta_ptr + offs_row, delta, mask=mask_q)
-    q = flash.load_rows(head(q_ptr, q_strides, bh, H), offsets(row, q_strides), mask_q, SHAPE)
-    query = (q, do, flash.load_lse(lse_ptr + offs_row, mask_q), delta)
-
-    dq = flash.zero_rows(BLOCK_Q, SHAPE)
-    lane = tl.arange(0, BLOCK_K)
-    kept_ptr = list_of_sample(kept_ptr, counts, bh // H)
-    numbers = keys_of_split(counts, lengths_ptr, bh // H, split, splits, BLOCK_K)
-    before = 0
-    for i in tl.static_range(len(counts)):
-        kv = key_head(k_ptrs[i], v_ptrs[i], k_strides[i], v_strides[i], bh, H)
-        first, whole, last = tokens_of_segment(numbers, before, unpack(counts, i), BLOCK_K)
-        for token in range(first, whole, BLOCK_K):
-            keys = load_keys(kv, kept_ptr, token, None, lane, before, SHAPE)
-            dq = flash.backward_keys(dq, query, scale, keys, None, dropout, keep_scale, PRECISION)
-        if whole < last:
-            mask = whole + lane < last
-            keys = load_keys(kv, kept_ptr, whole, mask, lane, before, SHAPE)
-            dq = flash.backward_keys(dq, query, scale, keys, mask, dropout, keep_scale, PRECISION)
-        before += unpack(counts, i)
-
-    dq_ptr = head(dq_ptr + split.to(tl.int64) * split_stride, dq_strides, bh, H)
-    flash.store_rows(dq_ptr, offsets(row, dq_strides), mask_q, flash.scale_rows(dq, scale), SHAPE)
-
-
-@launch.kernel
-def backward_key_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, kept_ptr, copies_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, lengths_ptr, seed_ptr,
-    do_strides, q_strides, k_strides, v_strides, grad_strides, split_stride, counts, before, splits,
-    H, heads, Lq, scale, threshold, keep_scale,
-    SHAPE: tl.constexpr, SCATTER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Grid: split x batch and head x key tile of one segment. A program owns BLOCK_K keys: dk and dv of its split.
-
-        dv = sum_q p^T dout,   dk = scale * sum_q ds^T q
-
-    `before` keys lie in the segments before this one. Queries past the split's end have lse = +inf, hence
-    p = ds = 0; keys that their sample does not read get a gradient of 0. Gradients of listed keys count their
-    `copies_ptr`, and lie in the order of the list or, if SCATTER, where the keys lie.
-    """
-    Lk = unpack(counts, 0)
-    bh, split, first_k = own_rows(Lk, heads, BLOCK_K)
-    lane = tl.arange(0, BLOCK_K)
-    mask_k = first_k + lane < Lk
-    first_q, last_q = share(Lq, split, splits, BLOCK_Q)
-    mask_read = None
-    mask_load = mask_k
-    if lengths_ptr is not None:
-        length = keys_of_sample(Lk, lengths_ptr, bh // H)
-        mask_read = first_k + lane < length
-        mask_load = mask_read
-        last_q = tl.where(first_k < length, last_q, first_q)
-    kv = key_head(k_ptr, v_ptr, k_strides, v_strides, bh, H)
-    kept_ptr, copies_ptr = list_of_sample(kept_ptr, counts, bh // H), list_of_sample(copies_ptr, counts, bh // H)
-    keys = load_keys(kv, kept_ptr, first_k, mask_load, lane, before, SHAPE)
-
-    do_ptr, q_ptr = head(do_ptr, do_strides, bh, H), head(q_ptr, q_strides, bh, H)
-    grads = flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)
-    for first in range(first_q, last_q, BLOCK_Q):
-        row = first + tl.arange(0, BLOCK_Q)
-        mask_q = row < last_q
-        q = flash.load_rows(q_ptr, offsets(row, q_strides), mask_q, SHAPE)
-        do = flash.load_rows(do_ptr, offsets(row, do_strides), mask_q, SHAPE)
-        offs_row = bh.to(tl.int64) * Lq + row
-        lse = flash.load_lse(lse_ptr + offs_row, mask_q)
-        delta = tl.load(delta_ptr + offs_row, mask=mask_q, other=0.0)
-        dropout = None
-        if DROPOUT:
-            add, times = flash.dropout_query(seed_ptr, bh, row)
-            dropout = (add[None, :], times[None, :], threshold)
-        query = (q, do, lse, delta)
-        grads = flash.backward_queries(grads, keys, scale, query, mask_read, dropout, keep_scale, PRECISION)
-
-    dk, dv = flash.scale_rows(grads[0], scale), flash.scale_rows(grads[1], keep_scale)
-    if copies_ptr is not None:
-        copies = tl.load(copies_ptr + first_k + lane, mask=mask_k, other=0).to(tl.float32)[:, None]
-        dk, dv = flash.scale_rows(dk, copies), flash.scale_rows(dv, copies)
-    offs_split = split.to(tl.int64) * split_stride
-    offs = offsets(keys[2] if SCATTER else first_k + lane, grad_strides)
-    flash.store_rows(head(dk_ptr + offs_split, grad_strides, bh, H), offs, mask_k, dk, SHAPE)
-    flash.store_rows(head(dv_ptr + offs_split, grad_strides, bh, H), offs, mask_k, dv, SHAPE)
+        mask = row < Lq
+        dropout = attention.dropout_of(seed_ptr, bh, row, threshold)
+        q = flash.load_rows(q_ptr, offsets((row,), q_strides, SHAPE), mask, SHAPE)
+        s = flash.products(q, k_columns, PRECISION, SIGN)
+        if not FULL:
+            s = tl.where((lane < last)[None, :], s, float("-inf"))
+        out, lse = flash.forward_tile(s, scale, v, lane, dropout, keep_scale, SHAPE, PRECISION)
+        tl.store(lse_ptr + row, lse, mask=mask)
+        flash.store_rows(out_ptr, offsets((row,), out_strides, SHAPE), mask, out, SHAPE)
 
 
 def forward(
-    query: Tensor, keys: list[Tensor], values: list[Tensor], key_lengths: Tensor | None,
-    dropout_p: float, seed: Tensor | None, scale: float, kept: Tensor | None = None,
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], key_lengths: Tensor | None,
+    dropout_p: float, seed: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, H, Lq, D), in memory as (B, Lq, H, D), and the float32 lse (B, H, Lq).
-
-    With `kept` (B, K) int64, over the keys it lists, of the one tensor that there is.
-    """
-    if query.numel() == 0:
-        return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-    sign, scale = flash.split_scale(scale)
-    work = _Work(query, keys, values, kept, key_lengths, dropout_p, scale)
-    Lq, Lk = query.shape[2], sum(work.counts)
-    reads = work.query, work.keys, work.values, work.kept
-    strides = launch.strides(work.query), work.key_strides, work.value_strides
-    if work.decode is not None:
-        out, lse = empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-        tiles = work.tiles("decode", Lq)
-        walk = configs.walk(tiles * work.heads, query)
-        work.run(
-            decode_kernel, "decode", triton.cdiv(tiles, walk), (out,), *reads, out, lse, work.key_lengths, seed,
-            *strides, launch.strides(out), launch.pack(work.counts), walk, SIGN=sign,
-        )  # fmt: skip
-        return out, lse
-    splits = work.splits("forward", Lq, Lk)
-    outs = launch.partial(query, splits)
-    lses = query.new_empty((splits, *query.shape[:-1]), dtype=torch.float32)
-    work.run(
-        forward_kernel, "forward", work.tiles("forward", Lq) * splits, (outs,), *reads, outs, lses, work.key_lengths,
-        seed, *strides, launch.strides(outs[0]), outs.stride(0), launch.pack(work.counts), splits, SIGN=sign,
-    )  # fmt: skip
-    return (outs[0], lses[0]) if splits == 1 else merge_attention.merge(list(outs), list(lses), query.dtype)
+    """out (B, H, Lq, D), in memory as (B, Lq, H, D), and the float32 lse (B, H, Lq)."""
+    call = Call(query, keys, values, key_lengths, dropout_p, seed, scale)
+    decode = configs.decode_tiles(query, dropout_p > 0, call.count)
+    if decode is not None:
+        return call.decode(decode)
+    return call.forward_splits(call.queries("forward"))
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, keys: list[Tensor], values: list[Tensor], out: Tensor,
-    lse: Tensor, key_lengths: Tensor | None, dropout_p: float, seed: Tensor | None, scale: float,
-    kept: Tensor | None = None,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
+    out: Tensor, lse: Tensor, key_lengths: Tensor | None, dropout_p: float, seed: Tensor | None, scale: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """The gradients of query, keys and values; memory beyond them is `delta`, as large as lse, and splits."""
-    work = _Work(query, keys, values, kept, key_lengths, dropout_p, scale)
-    grad_out, out, delta = launch.with_rows(grad_out), launch.with_rows(out), torch.empty_like(lse)
-    do_strides, q_strides = launch.strides(grad_out), launch.strides(work.query)
-    dlse_strides = None if grad_lse is None else launch.strides(grad_lse[..., None])
-    Lq, Lk = query.shape[2], sum(work.counts)
-
-    splits = work.splits("backward_query", Lq, Lk)
-    dq = launch.partial(query, splits)
-    work.run(
-        backward_query_kernel, "backward_query", work.tiles("backward_query", Lq) * splits, (grad_out, out, dq),
-        grad_out, grad_lse, work.query, work.keys, work.values, work.kept, out, lse, delta, dq, work.key_lengths, seed,
-        do_strides, dlse_strides, q_strides, work.key_strides, work.value_strides, launch.strides(out),
-        launch.strides(dq[0]), dq.stride(0), launch.pack(work.counts), splits,
-    )  # fmt: skip
-
-    grad_keys, grad_values, before = [], [], 0
-    for i, (key, value) in enumerate(zip(work.keys, work.values, strict=True)):
-        splits = work.splits("backward_key", work.counts[i], Lq)
-        dk, dv = (_key_gradients(x, work.kept, splits) for x in (key, value))
-        work.run(
-            backward_key_kernel, "backward_key", work.tiles("backward_key", work.counts[i]) * splits, (grad_out, dk),
-            grad_out, work.query, key, value, work.kept, work.copies(), lse, delta, dk, dv, work.key_lengths, seed,
-            do_strides, q_strides, work.key_strides[i], work.value_strides[i], launch.strides(dk[0]), dk.stride(0),
-            launch.pack(work.counts[i : i + 1]), before, splits, SCATTER=work.kept is not None and splits == 1,
-        )  # fmt: skip
-        grad_keys.append(_total(dk, key, work.kept))
-        grad_values.append(_total(dv, value, work.kept))
-        before += work.counts[i]
-    return launch.total(dq, query), grad_keys, grad_values
+    call = Call(query, keys, values, key_lengths, dropout_p, seed, scale)
+    delta = torch.empty_like(lse)
+    part, splits = call.queries("backward_query")
+    dqs = launch.partial(query, splits)
+    call.backward_query(part, grad_out, grad_lse, out, lse, delta, dqs)
+    grad_keys, grad_values = [], []
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        part, splits = call.segment(i)
+        dks, dvs = launch.partial(key, splits), launch.partial(value, splits)
+        call.backward_key(part, grad_out, lse, delta, dks, dvs, i)
+        grad_keys.append(launch.total(dks, key))
+        grad_values.append(launch.total(dvs, value))
+    return launch.total(dqs, query), grad_keys, grad_values
 
 
-def _key_gradients(key: Tensor, kept: Tensor | None, splits: int) -> Tensor:
-    """Where to write (partial) gradients of `key`: of all keys, or those of splits of the `kept` ones, as listed."""
-    if kept is None:
-        return launch.partial(key, splits)
-    if splits == 1:
-        return empty_rows(key).zero_()[None]
-    return launch.partial(key[:, :, :1].expand(-1, -1, kept.shape[1], -1), splits)
+def jvp(
+    query_tangent: Tensor, key_tangents: Sequence[Tensor], value_tangents: Sequence[Tensor], query: Tensor,
+    keys: Sequence[Tensor], values: Sequence[Tensor], out: Tensor, lse: Tensor, key_lengths: Tensor | None,
+    dropout_p: float, seed: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The tangents of out and lse."""
+    call = Call(query, keys, values, key_lengths, dropout_p, seed, scale)
+    return call.jvp_splits(call.queries("jvp"), query_tangent, key_tangents, value_tangents, out, lse)
 
 
-def _total(parts: Tensor, key: Tensor, kept: Tensor | None) -> Tensor:
-    """The gradient of `key`, of what :func:`_key_gradients` made room for."""
-    if kept is None or parts.shape[0] == 1:
-        return launch.total(parts, key)
-    grad = empty_rows(key).zero_()
-    samples = torch.arange(kept.shape[0], device=kept.device)[:, None]
-    # Copies of a key have the same gradient: whichever is written last, it is the same.
-    grad.transpose(1, 2)[samples, kept] = parts.sum(0).transpose(1, 2).to(grad.dtype)
-    return grad
+class SplitCall(attention.Call):
+    """A call whose queries share out their keys among splits."""
+
+    def splits(self, tiles: int, reads: int, other: int) -> int:
+        """Among how many programs to share out the `reads` rows that each of `tiles` reads, `other` at a time."""
+        return configs.splits(tiles * self.heads, triton.cdiv(reads, other), self.query)
+
+    def forward_splits(self, pass_: tuple[attention.Part, int]) -> tuple[Tensor, Tensor]:
+        """The output and lse, merged out of those of splits."""
+        part, splits = pass_
+        outs, lses = launch.partial(self.query, splits), launch.sums(self.query, splits)
+        self.forward(part, outs, lses)
+        return (outs[0], lses[0]) if splits == 1 else merge_attention.merge(list(outs), list(lses), self.query.dtype)
+
+    def jvp_splits(
+        self, pass_: tuple[attention.Part, int], query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
+        out: Tensor, lse: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The tangents of the output and lse, added up out of those of splits."""
+        part, splits = pass_
+        douts, dlses = launch.partial(self.query, splits), launch.sums(self.query, splits)
+        self.jvp(part, query, keys, values, out, lse, douts, dlses)
+        return launch.total(douts, self.query), dlses[0] if splits == 1 else dlses.sum(0)
 
 
-class _Work:
-    """What the kernels of one call share: tensors as they read them, the settings, and the tile shape."""
+class Call(SplitCall):
+    """A call with its segments and key lengths."""
 
     def __init__(
-        self, query: Tensor, keys: list[Tensor], values: list[Tensor], kept: Tensor | None, key_lengths: Tensor | None,
-        dropout_p: float, scale: float,
+        self, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], key_lengths: Tensor | None,
+        dropout_p: float, seed: Tensor | None, scale: float,
     ) -> None:  # fmt: skip
-        B, H, Lq, _ = query.shape
-        self.query = launch.with_rows(query)
-        self.keys, self.values = (tuple(launch.with_rows(x) for x in some) for some in (keys, values))
-        self.key_strides, self.value_strides = (
-            tuple(launch.strides(x) for x in some) for some in (self.keys, self.values)
-        )
-        self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
-        self.kept = None if kept is None else kept.contiguous()
-        self.counts = [x.shape[2] for x in keys] if kept is None else [kept.shape[1]]
-        self.heads = B * H
-        self.arguments = (H, B * H, Lq, scale, *flash.split_dropout(dropout_p))
-        self.dropout = dropout_p > 0
-        self.decode = configs.decode_tiles(query, self.dropout, sum(self.counts))  # where one tile has all keys
+        super().__init__(query, keys, values, dropout_p, seed, scale)
+        self.counts = [x.shape[2] for x in keys]
+        self.count = sum(self.counts)
+        self.lengths = None if key_lengths is None else key_lengths.contiguous()
 
-    def copies(self) -> Tensor | None:
-        """How often each listed key is listed, (B, K) int32: counted by adding integers, in any order."""
-        if self.kept is None:
-            return None
-        counts = self.kept.new_zeros(self.kept.shape[0], self.keys[0].shape[2], dtype=torch.int32)
-        samples = torch.arange(self.kept.shape[0], device=self.kept.device)[:, None]
-        counts.index_put_((samples, self.kept), counts.new_ones(()), accumulate=True)
-        return counts.gather(1, self.kept)
-
-    def tiles(self, phase: str, rows: int) -> int:
-        """Tiles of `rows` rows, each of which a program owns."""
-        return triton.cdiv(rows, self._blocks(phase)[0])
-
-    def splits(self, phase: str, rows: int, reads: int) -> int:
-        """Among how many programs to share out the `reads` rows that each tile of `rows` reads."""
-        other = self._blocks(phase)[1]
-        return configs.splits(self.tiles(phase, rows) * self.heads, triton.cdiv(reads, other), self.query)
-
-    def run(
-        self, kernel: Any, phase: str, programs: int, tensors: tuple[Tensor, ...], *args: Any, **settings: Any
-    ) -> None:
-        """Launch `kernel`, which also uses the rows of `tensors`, with `programs` programs for each batch and head."""
-        if programs * self.heads == 0:
-            return
-        alignment = launch.alignment(self.query, *self.keys, *self.values, *tensors)
-        launch.launch(
-            kernel, programs * self.heads, self.query, *args, *self.arguments, **settings,
-            SHAPE=flash.shape(self.query.shape[-1], alignment), DROPOUT=self.dropout, PRECISION=launch.precision(),
-            **self._tiles(phase),
-        )  # fmt: skip
-
-    def _tiles(self, phase: str) -> dict[str, int]:
-        if phase == "decode" and self.decode is not None:
-            return self.decode
-        tiles = configs.tiles(phase, self.query, self.dropout)
-        if phase == "forward" and len(self.keys) > 1:
+    def queries(self, phase: str) -> tuple[attention.Part, int]:
+        """A program for every tile of queries and every split of the keys, and how many splits there are."""
+        Lq, tiles = self.query.shape[2], configs.tiles(phase, self.query, self.extras)
+        if len(self.keys) > 1:
             tiles["num_warps"] = 8  # one loop for each segment costs registers that four warps have not
-        return tiles
+        count = triton.cdiv(Lq, tiles["BLOCK_Q"])
+        splits = self.splits(count, self.count, tiles["BLOCK_K"])
+        pointers = self.lengths, launch.pack(self.counts)
+        return attention.Part(QUERIES, tiles, count * splits * self.heads, (Lq, splits), pointers), splits
 
-    def _blocks(self, phase: str) -> tuple[int, int]:
-        """Rows of a tile that a program owns, and of those that it reads."""
-        return configs.own_and_other(phase, self._tiles(phase))
+    def segment(self, i: int) -> tuple[attention.Part, int]:
+        """A program for every tile of the keys of a segment and every split of the queries, and how many splits."""
+        Lq, tiles = self.query.shape[2], configs.tiles("backward_key", self.query, self.extras)
+        count = triton.cdiv(self.counts[i], tiles["BLOCK_K"])
+        splits = self.splits(count, Lq, tiles["BLOCK_Q"])
+        numbers = Lq, splits, self.counts[i], sum(self.counts[:i])
+        op = KEYS if self.lengths is None else KEYS_OF_LENGTH
+        return attention.Part(op, tiles, count * splits * self.heads, numbers, (self.lengths,)), splits
+
+    def decode(self, tiles: dict[str, int]) -> tuple[Tensor, Tensor]:
+        """The output and lse where all keys are one tile."""
+        out, lse = attention.empty_results(self.query)
+        count = triton.cdiv(self.query.shape[2], tiles["BLOCK_Q"])
+        walk = configs.walk(count * self.heads, self.query)
+        sign, scale = flash.split_scale(self.scale)
+        rows = self.query, self.keys, self.values, out
+        programs = triton.cdiv(count, walk) * self.heads
+        if programs > 0:
+            launch.launch(
+                decode_kernel, programs, self.query, self.query, self.keys, self.values, out, lse, self.seed,
+                (self.lengths, launch.pack(self.counts)), self.query.shape[2], walk, *map(attention.strides, rows),
+                self.query.shape[1], scale, self.threshold, self.keep_scale,
+                SHAPE=launch.shape(self.query, *self.keys, *self.values, out), PRECISION=launch.precision(), SIGN=sign,
+                FULL=self.count == tiles["BLOCK_K"] and self.lengths is None, **tiles,
+            )  # fmt: skip
+        return out, lse

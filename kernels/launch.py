@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vattn._library import empty_rows
+from vattn.kernels import flash
 
 VECTOR_BYTES = 16  # the widest load of every GPU here
 # Said aloud because Triton's default changes with its version: ``exp2(s * factor - m)`` wants one rounding.
@@ -55,6 +56,18 @@ def unpack(packed, I: tl.constexpr):
     return packed[I] >> 2
 
 
+def reciprocal(divisor: int) -> int:
+    """What :func:`quotient` multiplies with to divide by `divisor`, from 1 to below 2**31: a factor and a shift."""
+    shift = 31 + (divisor - 1).bit_length()
+    return -(-(1 << shift) // divisor) << 6 | shift
+
+
+@triton.jit
+def quotient(x, reciprocal):
+    """``x // divisor`` of an integer from 0 to below 2**31, exactly, and without the dozens of steps of a division."""
+    return ((x * (reciprocal >> 6)) >> (reciprocal & 63)).to(tl.int32)
+
+
 @triton.jit
 def head(ptr, strides, bh, H):
     """Where a batch and head begin."""
@@ -79,12 +92,28 @@ def alignment(*tensors: Tensor) -> int:
     return vector if aligned else 1
 
 
+def shape(*tensors: Tensor) -> flash.Shape:
+    """How the rows of `tensors`, which have one head dim, are cut and aligned, and how far apart they may be."""
+    far = any(_reach(x) >= 2**31 for x in tensors)
+    return flash.shape(tensors[0].shape[-1], alignment(*tensors), far)
+
+
+def _reach(x: Tensor) -> int:
+    """From the first to the last row of a batch and head, in elements."""
+    return sum((size - 1) * abs(step) for size, step in zip(x.shape[2:-1], x.stride()[2:-1], strict=True) if size > 1)
+
+
 def partial(like: Tensor, splits: int) -> Tensor:
     """Results (splits, B, H, tokens, D), each in memory as :func:`empty_rows`; in float32 where there are several."""
     if splits == 1:
         return empty_rows(like)[None]
     B, H, L, D = like.shape
     return like.new_empty((splits, B, L, H, D), dtype=torch.float32).transpose(2, 3)
+
+
+def sums(like: Tensor, splits: int) -> Tensor:
+    """A number for each row and split, (splits, B, H, tokens) float32."""
+    return like.new_empty((splits, *like.shape[:-1]), dtype=torch.float32)
 
 
 def total(parts: Tensor, like: Tensor) -> Tensor:

@@ -1,30 +1,193 @@
-"""Node-sparse attention on the GPU: latent attention over keys that are listed, and gathered where they lie.
+"""Node-sparse attention on the GPU: the itinerary of queries over keys that are listed, and gathered where they lie.
 
     key      0   1   2   3   4   5   6   7         kept = [5, 1, 2]
     number       1   2           5                 tiles of three keys; the others are not read, and their gradient is 0
 
-The kernels are those of latent attention, with their splits of many keys over few queries and of many queries over few
-keys. SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023).
+Few queries share out their keys among splits, and few keys their queries, as in latent attention. The gradient of a
+key that is listed twice is twice that of a copy, because the copies are equal, dropout included. An index out of range
+is never read: another key takes its place, and the device reports it at the end, without the host waiting for it.
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023).
 """
 
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from vattn.kernels import latent_attention
+from vattn._library import empty_rows
+from vattn.kernels import attention, configs, flash, launch
+from vattn.kernels.latent_attention import (
+    SplitCall,
+    lanes,
+    locate_queries,
+    number,
+    offsets,
+    own_plain,
+    own_tile,
+    share,
+    span_queries,
+    whole_tiles,
+)
+from vattn.kernels.launch import unpack
+
+# Numbers (Lq, splits, K, Lk), pointers (kept, how often a kept key is listed); a row is (place in its tensor, number,
+# place in the list)
+
+
+@triton.jit
+def listed(kept_ptr, place, mask, Lk):
+    """Keys at places of the list."""
+    key = flash.load_numbers(kept_ptr + place, mask, 0)
+    key = tl.minimum(tl.maximum(key, 0), Lk - 1).to(tl.int32)
+    return key, key, place
+
+
+@triton.jit
+def own_queries(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """A tile of queries, and a split of the list: ``(first place, last place, list of the sample, Lk)``."""
+    Lq, splits, K, Lk, _, _, _, _ = where[1]
+    bh, split, first = own_tile(Lq, heads, BLOCK)
+    first_place, last_place = share(K, split, splits, OTHER)
+    kept_ptr = where[0][0] + (bh // H).to(tl.int64) * K
+    return bh, split, (first_place, last_place, kept_ptr, Lk), first, Lq
+
+
+@triton.jit
+def span_list(group, BLOCK: tl.constexpr, I: tl.constexpr):
+    """The places of the split."""
+    return whole_tiles(group[0], group[1], BLOCK)
+
+
+@triton.jit
+def locate_listed(start, lane, last, group, I: tl.constexpr, WHOLE: tl.constexpr):
+    """Keys at the places from `start` on."""
+    place = start + lane
+    if WHOLE:
+        return listed(group[2], place, None, group[3])
+    else:
+        return listed(group[2], place, place < last, group[3])
+
+
+QUERIES = attention.Itinerary(own_queries, span_list, lanes, locate_listed, offsets, number, mine=own_plain)
+
+
+@triton.jit
+def own_keys(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """A tile of listed keys, and a split of the queries: ``(first query, last query, list, Lk, sample)``."""
+    Lq, splits, K, Lk, _, _, _, _ = where[1]
+    bh, split, first = own_tile(K, heads, BLOCK)
+    first_query, last_query = share(Lq, split, splits, OTHER)
+    before = (bh // H).to(tl.int64) * K
+    return bh, split, (first_query, last_query, where[0][0] + before, Lk, before), first, K
+
+
+@triton.jit
+def own_listed(first, last, group, BLOCK: tl.constexpr):
+    """Keys at the places owned."""
+    place = first + tl.arange(0, BLOCK)
+    return listed(group[2], place, place < last, group[3])
+
+
+@triton.jit
+def times_listed(where, row, mask, group):
+    """How often a key is listed."""
+    return tl.load(where[0][1] + group[4] + row[2], mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def offsets_in_list(row, strides, SHAPE: tl.constexpr):
+    """Offsets of gradients that lie in the order of the list."""
+    return flash.index(row[2], SHAPE) * unpack(strides, 2)
+
+
+KEYS = attention.Itinerary(
+    own_keys, span_queries, lanes, locate_queries, offsets, number, mine=own_listed, times=times_listed
+)
+KEYS_AS_LISTED = dataclasses.replace(KEYS, grad_offsets=offsets_in_list)
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, kept: Tensor, dropout_p: float, seed: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B, H, Lq, D), in memory as (B, Lq, H, D), and the float32 lse (B, H, Lq)."""
-    return latent_attention.forward(query, [key], [value], None, dropout_p, seed, scale, kept)
+    call = Call(query, key, value, kept, dropout_p, seed, scale)
+    return call.forward_splits(call.queries("forward"))
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     kept: Tensor, dropout_p: float, seed: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value, alike every time: nothing is added by atomics but integers."""
-    dq, (dk,), (dv,) = latent_attention.backward(
-        grad_out, grad_lse, query, [key], [value], out, lse, None, dropout_p, seed, scale, kept
-    )
-    return dq, dk, dv
+    """The gradients of query, key and value, the same every time: nothing is added by atomics but integers."""
+    call = Call(query, key, value, kept, dropout_p, seed, scale)
+    delta = torch.empty_like(lse)
+    part, splits = call.queries("backward_query")
+    dqs = launch.partial(query, splits)
+    call.backward_query(part, grad_out, grad_lse, out, lse, delta, dqs)
+    part, splits = call.listed_keys()
+    dk, dv = empty_rows(key).zero_(), empty_rows(value).zero_()
+    if splits == 1:
+        call.backward_key(part, grad_out, lse, delta, dk[None], dv[None])
+    else:
+        like = key[:, :, :1].expand(-1, -1, kept.shape[1], -1)
+        dks, dvs = launch.partial(like, splits), launch.partial(like, splits)
+        call.backward_key(part, grad_out, lse, delta, dks, dvs)
+        samples = torch.arange(kept.shape[0], device=kept.device)[:, None]
+        # Copies of a key have the same gradient: whichever is written last, it is the same.
+        for grad, parts in ((dk, dks), (dv, dvs)):
+            grad.transpose(1, 2)[samples, call.kept] = parts.sum(0).transpose(1, 2).to(grad.dtype)
+    return launch.total(dqs, query), dk, dv
+
+
+def jvp(
+    query_tangent: Tensor, key_tangent: Tensor, value_tangent: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    out: Tensor, lse: Tensor, kept: Tensor, dropout_p: float, seed: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The tangents of out and lse."""
+    call = Call(query, key, value, kept, dropout_p, seed, scale)
+    return call.jvp_splits(call.queries("jvp"), query_tangent, [key_tangent], [value_tangent], out, lse)
+
+
+class Call(SplitCall):
+    """A call with its list of keys."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, dropout_p: float, seed: Tensor | None,
+        scale: float,
+    ) -> None:  # fmt: skip
+        super().__init__(query, [key], [value], dropout_p, seed, scale)
+        Lk = key.shape[2]
+        if kept.device.type != "meta":
+            torch._assert_async(
+                ((kept >= 0) & (kept < Lk)).all(),
+                f"node_sparse_attention: kept must be from 0 to below the number of keys ({Lk})",
+            )
+        self.kept = kept.clamp(0, max(Lk - 1, 0)).contiguous()
+        self.K = kept.shape[1] if Lk > 0 else 0
+
+    def queries(self, phase: str) -> tuple[attention.Part, int]:
+        """A program for every tile of queries and every split of the list, and how many splits there are."""
+        Lq, tiles = self.query.shape[2], configs.tiles(phase, self.query, self.extras)
+        count = triton.cdiv(Lq, tiles["BLOCK_Q"])
+        splits = self.splits(count, self.K, tiles["BLOCK_K"])
+        numbers = Lq, splits, self.K, self.keys[0].shape[2]
+        return attention.Part(QUERIES, tiles, count * splits * self.heads, numbers, (self.kept, None)), splits
+
+    def listed_keys(self) -> tuple[attention.Part, int]:
+        """A program for every tile of the list and every split of the queries, and how many splits there are."""
+        Lq, tiles = self.query.shape[2], configs.tiles("backward_key", self.query, self.extras)
+        count = triton.cdiv(self.K, tiles["BLOCK_K"])
+        splits = self.splits(count, Lq, tiles["BLOCK_Q"])
+        numbers = Lq, splits, self.K, self.keys[0].shape[2]
+        op = KEYS if splits == 1 else KEYS_AS_LISTED
+        pointers = self.kept, self._times()
+        return attention.Part(op, tiles, count * splits * self.heads, numbers, pointers), splits
+
+    def _times(self) -> Tensor:
+        """How often each kept key is listed, (B, K) int32: counted by adding integers, in any order."""
+        counts = self.kept.new_zeros(self.kept.shape[0], self.keys[0].shape[2], dtype=torch.int32)
+        samples = torch.arange(self.kept.shape[0], device=self.kept.device)[:, None]
+        counts.index_put_((samples, self.kept), counts.new_ones(()), accumulate=True)
+        return counts.gather(1, self.kept)

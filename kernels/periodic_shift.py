@@ -37,7 +37,8 @@ def moved(offs_d, frame, num_frames, stride_frame, SHAPE: tl.constexpr, FOLD: tl
     """Where the shift moves channels (1, D) of rows of `frame`: offsets (1, D), and whether in the clip (rows, D)."""
     step = steps(offs_d, FOLD)
     target = frame[:, None] + step
-    move = tl.multiple_of(step.to(tl.int64) * stride_frame, (1, SHAPE.alignment))
+    ALIGNMENT: tl.constexpr = SHAPE.alignment  # Triton 3.6 takes no attribute here
+    move = tl.multiple_of(step.to(tl.int64) * stride_frame, (1, ALIGNMENT))
     return move + offs_d, (target >= 0) & (target < num_frames)
 
 
@@ -51,7 +52,9 @@ def load_moved(
     for i in tl.static_range(len(SHAPE.chunks)):
         offs_d = flash.columns(SHAPE, i)[None, :]
         offs, mask = moved(offs_d, frame, num_frames, stride_frame, SHAPE, FOLD)
-        mask = mask & mask_row[:, None] & (offs_d < SHAPE.head_dim)
+        mask = mask & (offs_d < SHAPE.head_dim)
+        if mask_row is not None:
+            mask = mask & mask_row[:, None]
         tiles = tiles + (tl.load(ptrs + offs, mask=mask, other=0.0),)
     return tiles
 

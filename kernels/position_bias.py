@@ -86,19 +86,12 @@ def arguments(
 
 
 @triton.jit
-def of_head(table_ptr, code_ptr, R, code_step, bh, H):
-    """Where the table of a head and the codes of a sample begin; None for what there is not."""
-    if table_ptr is not None:
-        table_ptr += bh % H * R
-    if code_ptr is not None:
-        code_ptr += (bh // H).to(tl.int64) * code_step
-    return table_ptr, code_ptr
-
-
-@triton.jit
 def load_codes(code_ptr, row, mask, G):
-    """The codes of rows, of which the first G are global and have none."""
-    return tl.load(code_ptr + row - G, mask=mask & (row >= G), other=0)
+    """The codes of rows, of which the first G are global and have none; `mask` is None where all rows exist."""
+    has_code = row >= G
+    if mask is not None:
+        has_code = has_code & mask
+    return tl.load(code_ptr + row - G, mask=has_code, other=0)
 
 
 @triton.jit
@@ -131,6 +124,16 @@ def other_queries(row, code, is_global, S, G):
     return times, tl.where(from_global, of_global, tl.where(is_global, S + G, (S >> 1) + code))
 
 
+@triton.jit
+def place(own, row, code, is_global, S, G, OF_KEYS: tl.constexpr):
+    """Where in the table of a head the bias of pairs (own, others) stands."""
+    if OF_KEYS:
+        times, plus = other_queries(row, code, is_global, S, G)
+    else:
+        times, plus = other_keys(row, code, is_global, S, G)
+    return own[:, None] * times[None, :] + plus[None, :]
+
+
 @triton.constexpr_function
 def assembles_ptx():
     """Whether a kernel may contain PTX."""
@@ -138,19 +141,17 @@ def assembles_ptx():
 
 
 @triton.jit
-def lookup(table_ptr, own, times, plus):
-    """The bias (own, others) of one head, whose table is at `table_ptr`, and the index of every pair.
+def lookup(table_ptr, place):
+    """The bias (own, others) of one head, whose table is at `table_ptr`.
 
     Triton would load it in a layout of its own and pass it on through shared memory: for a forward of 64 x 64 tiles on
     sm_90, 16 KiB more of it, and 84 bytes spilled where now none are. What an assembler instruction loads stays where
     it is used.
     """
-    index = own[:, None] * times[None, :] + plus[None, :]
-    ptrs = table_ptr + index
+    ptrs = table_ptr + place
     if assembles_ptx():
-        bias = tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];", "=f,l", [ptrs.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        bias = tl.load(ptrs)
-    return bias, index
+        return tl.load(ptrs)

@@ -12,6 +12,7 @@ Both share out what they read among splits where few programs would own rows. SV
 Learning of Sparse Video-Text Transformers" (CVPR 2023).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,91 +21,152 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vattn.kernels import configs, flash, launch, position_bias
-from vattn.kernels.latent_attention import keys_of_sample, offsets, share
+from vattn.kernels import attention, configs, flash, launch, position_bias
+from vattn.kernels.latent_attention import (
+    keys_of_sample,
+    lanes,
+    locate_queries,
+    number,
+    offsets,
+    own_plain,
+    share,
+    whole_tiles,
+)
 from vattn.kernels.launch import head
+
+# Numbers: rows owned, rows read, splits, G, from sample to sample of the codes, S of the table. Pointers: table, codes,
+# key lengths. A row is its number, twice.
 
 
 @triton.jit
-def own_rows(rows, heads, G, BLOCK: tl.constexpr):
-    """What this program owns: batch * H + head, the split, rows and which exist, and whether they are global."""
+def own(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """A tile of rows, global or not, and a split: ``(bh, H, is global, first, whole, last)``."""
+    rows, reads, splits, G, _, _, _, _ = where[1]
     global_tiles, tiles = tl.cdiv(G, BLOCK), tl.cdiv(G, BLOCK) + tl.cdiv(rows - G, BLOCK)
-    pid = tl.program_id(0)
-    component, tile = pid // tiles, pid % tiles
+    component, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     is_global = tile < global_tiles
     first = tl.where(is_global, tile * BLOCK, G + (tile - global_tiles) * BLOCK)
-    row = first + tl.arange(0, BLOCK)
-    return component % heads, component // heads, row, row < tl.where(is_global, G, rows), is_global
+    bh, split = component % heads, component // heads
+    first_read, last_read = share(reads, split, splits, OTHER)
+    first_read, whole, last_read = whole_tiles(first_read, last_read, OTHER)
+    return bh, split, (bh, H, is_global, first_read, whole, last_read), first, tl.where(is_global, G, rows)
+
+
+@triton.jit
+def own_queries(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """Likewise where samples read some of their keys."""
+    bh, split, group, first, last = own(where, H, heads, BLOCK, OTHER)
+    count = keys_of_sample(where[1][1], where[0][2], bh // H)
+    first_read, last_read = share(count, split, where[1][2], OTHER)
+    first_read, whole, last_read = whole_tiles(first_read, last_read, OTHER)
+    return bh, split, (bh, H, group[2], first_read, whole, last_read), first, last
+
+
+@triton.jit
+def span(group, BLOCK: tl.constexpr, I: tl.constexpr):
+    """The rows of the split."""
+    return group[3], group[4], group[5]
+
+
+@triton.jit
+def own_part(where, row, mask, group, OF_KEYS: tl.constexpr):
+    """What own rows tell of the pairs they are in: their part of a place in the table."""
+    code = codes_of(where, row, mask, group)
+    if OF_KEYS:
+        return (position_bias.own_key(row[0], code, mask, group[2]),)
+    else:
+        return (position_bias.own_query(row[0], code, mask, group[2]),)
+
+
+@triton.jit
+def codes_of(where, row, mask, group):
+    """The codes of tokens."""
+    code_ptr = where[0][1] + (group[0] // group[1]).to(tl.int64) * where[1][4]
+    return position_bias.load_codes(code_ptr, row[0], mask, where[1][3])
+
+
+@triton.jit
+def bias_of(where, pair, row, mask, group, OF_KEYS: tl.constexpr, WHOLE: tl.constexpr):
+    """The bias of pairs, and its place in the table of the head."""
+    G, S = where[1][3], where[1][5]
+    place = position_bias.place(pair[0], row[0], codes_of(where, row, mask, group), group[2], S, G, OF_KEYS)
+    return position_bias.lookup(where[0][0] + group[0] % group[1] * (S + (2 + G) * G), place), place
+
+
+PLAIN = attention.Itinerary(own_queries, span, lanes, locate_queries, offsets, number, mine=own_plain)
+BIASED = dataclasses.replace(PLAIN, pair=own_part, bias=bias_of)
+KEYS = dataclasses.replace(PLAIN, own=own)
+BIASED_KEYS = dataclasses.replace(BIASED, own=own)
+
+
+@triton.jit
+def lse_step(
+    state, own, other, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    q, scale = own
+    k_ptr, k_strides = other
+    k = flash.load_rows(k_ptr, OP.offsets(row, k_strides, SHAPE), mask, SHAPE)
+    s = flash.key_scores(q, k, scale, bias, allowed, PRECISION, SIGN)
+    return flash.forward_scores(state, s, flash.scale_left(scale, bias), (), row[0], (), PRECISION)
 
 
 @launch.kernel
 def lse_kernel(
-    q_ptr, k_ptr, table_ptr, code_ptr, lengths_ptr, lse_ptr, q_strides, k_strides,
-    code_step, R, S, splits, H, heads, G, Lq, Lk, scale,
-    SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, pointers, n0, n1, n2, n3, n4, n5, q_strides, k_strides, H, heads, scale,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: split x batch and head x query tile. A program owns BLOCK_Q queries: their lse of its split."""
-    bh, split, row, mask_q, is_global = own_rows(Lq, heads, G, BLOCK_Q)
-    table_ptr, code_ptr = position_bias.of_head(table_ptr, code_ptr, R, code_step, bh, H)
-    own = None
-    if table_ptr is not None:
-        own = position_bias.own_query(row, position_bias.load_codes(code_ptr, row, mask_q, G), mask_q, is_global)
-
-    q = flash.load_rows(head(q_ptr, q_strides, bh, H), offsets(row, q_strides), mask_q, SHAPE)
-    k_ptr = head(k_ptr, k_strides, bh, H)
-    state = flash.forward_start(BLOCK_Q, None)
-    first_k, last_k = share(keys_of_sample(Lk, lengths_ptr, bh // H), split, splits, BLOCK_K)
-    for first in range(first_k, last_k, BLOCK_K):
-        row_k = first + tl.arange(0, BLOCK_K)
-        mask_k = row_k < last_k
-        k = flash.load_rows(k_ptr, offsets(row_k, k_strides), mask_k, SHAPE)
-        bias = None
-        if table_ptr is not None:
-            code = position_bias.load_codes(code_ptr, row_k, mask_k, G)
-            times, plus = position_bias.other_keys(row_k, code, is_global, S, G)
-            bias, _ = position_bias.lookup(table_ptr, own, times, plus)
-        s = flash.key_scores(q, k, scale, bias, mask_k, PRECISION, SIGN)
-        state = flash.forward_scores(state, s, flash.scale_left(scale, bias), (), row_k, None, PRECISION)
-    if table_ptr is not None:
+    where = (pointers, (n0, n1, n2, n3, n4, n5, 0, 0))
+    bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
+    row, mask = OP.mine(first, last, group, BLOCK_Q), first + tl.arange(0, BLOCK_Q) < last
+    pair = attention.pair_of(where, row, mask, group, OP, False)
+    q = flash.load_rows(head(q_ptr, q_strides, bh, H), OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
+    state = attention.walk(
+        flash.forward_start(BLOCK_Q, None), (q, scale), ((head(k_ptr, k_strides, bh, H), k_strides),), pair, where,
+        group, OP, lse_step, False, SHAPE, PRECISION, SIGN, BLOCK_K,
+    )  # fmt: skip
+    if OP.bias is not None:
         scale = 1.0
     _, lse = flash.forward_finish(state, scale, 1.0)
-    tl.store(lse_ptr + (split * heads + bh).to(tl.int64) * Lq + row, lse, mask=mask_q)
+    tl.store(lse_ptr + (split * heads + bh).to(tl.int64) * n0 + row[0], lse, mask=mask)
+
+
+@triton.jit
+def sum_step(
+    total, own, other, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    k, scale = own
+    q_ptr, q_strides, lse_ptr = other
+    q = flash.load_rows(q_ptr, OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
+    lse = flash.load_lse(lse_ptr + row[0], mask)
+    s = flash.key_scores(k, q, scale, bias, None, PRECISION)  # (keys, queries)
+    return total + tl.sum(flash.probabilities(s, flash.scale_left(scale, bias), lse[None, :], None), 1)
 
 
 @launch.kernel
 def sum_kernel(
-    q_ptr, k_ptr, table_ptr, code_ptr, lengths_ptr, lse_ptr, sum_ptr, q_strides, k_strides,
-    code_step, R, S, splits, H, heads, G, Lq, Lk, scale,
-    SHAPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, sum_ptr, pointers, n0, n1, n2, n3, n4, n5, q_strides, k_strides, H, heads, scale,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: split x batch and head x key tile. A program owns BLOCK_K keys: what its split of the queries gives them.
 
     Queries past the split's end have lse = +inf, and give nothing; keys that their sample does not read get 0.
     """
-    bh, split, row, mask_k, is_global = own_rows(Lk, heads, G, BLOCK_K)
-    table_ptr, code_ptr = position_bias.of_head(table_ptr, code_ptr, R, code_step, bh, H)
-    own = None
-    if table_ptr is not None:
-        own = position_bias.own_key(row, position_bias.load_codes(code_ptr, row, mask_k, G), mask_k, is_global)
-
-    k = flash.load_rows(head(k_ptr, k_strides, bh, H), offsets(row, k_strides), mask_k, SHAPE)
-    q_ptr = head(q_ptr, q_strides, bh, H)
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    first_q, last_q = share(Lq, split, splits, BLOCK_Q)
-    for first in range(first_q, last_q, BLOCK_Q):
-        row_q = first + tl.arange(0, BLOCK_Q)
-        mask_q = row_q < last_q
-        q = flash.load_rows(q_ptr, offsets(row_q, q_strides), mask_q, SHAPE)
-        lse = flash.load_lse(lse_ptr + bh.to(tl.int64) * Lq + row_q, mask_q)
-        bias = None
-        if table_ptr is not None:
-            code = position_bias.load_codes(code_ptr, row_q, mask_q, G)
-            times, plus = position_bias.other_queries(row_q, code, is_global, S, G)
-            bias, _ = position_bias.lookup(table_ptr, own, times, plus)
-        s = flash.key_scores(k, q, scale, bias, None, PRECISION)  # (keys, queries)
-        total += tl.sum(flash.probabilities(s, flash.scale_left(scale, bias), lse[None, :], None), 1)
-    is_read = row < keys_of_sample(Lk, lengths_ptr, bh // H)
-    tl.store(sum_ptr + (split * heads + bh).to(tl.int64) * Lk + row, tl.where(is_read, total, 0.0), mask=mask_k)
+    where = (pointers, (n0, n1, n2, n3, n4, n5, 0, 0))
+    bh, split, group, first, last = OP.own(where, H, heads, BLOCK_K, BLOCK_Q)
+    row, mask = OP.mine(first, last, group, BLOCK_K), first + tl.arange(0, BLOCK_K) < last
+    pair = attention.pair_of(where, row, mask, group, OP, True)
+    k = flash.load_rows(head(k_ptr, k_strides, bh, H), OP.offsets(row, k_strides, SHAPE), mask, SHAPE)
+    other = (head(q_ptr, q_strides, bh, H), q_strides, lse_ptr + bh.to(tl.int64) * n1)
+    total = attention.walk(
+        tl.zeros((BLOCK_K,), tl.float32), (k, scale), (other,), pair, where, group, OP, sum_step, True, SHAPE,
+        PRECISION, 1, BLOCK_Q,
+    )  # fmt: skip
+    is_read = row[0] < keys_of_sample(n0, pointers[2], bh // H)
+    tl.store(sum_ptr + (split * heads + bh).to(tl.int64) * n0 + row[0], tl.where(is_read, total, 0.0), mask=mask)
 
 
 def forward(
@@ -115,9 +177,10 @@ def forward(
     work = _Work(query, key, bias_table, window, num_global, positions, key_lengths)
     (_, H, Lq, _), Lk = query.shape, key.shape[2]
     sign, positive = flash.split_scale(scale)
-    lse = work.run(lse_kernel, "BLOCK_Q", Lq, Lk, positive, SIGN=sign)
+    ops = (PLAIN, KEYS) if bias_table is None else (BIASED, BIASED_KEYS)
+    lse = work.run(lse_kernel, "BLOCK_Q", Lq, Lk, positive, OP=ops[0], SIGN=sign)
     lse = lse[0] if lse.shape[0] == 1 else lse.logsumexp(0)
-    return work.run(sum_kernel, "BLOCK_K", Lk, Lq, scale, lse).sum((0, 2)) / max(H * Lq, 1)
+    return work.run(sum_kernel, "BLOCK_K", Lk, Lq, scale, lse, OP=ops[1]).sum((0, 2)) / max(H * Lq, 1)
 
 
 class _Work:
@@ -130,10 +193,9 @@ class _Work:
         self.query, self.key = launch.with_rows(query), launch.with_rows(key)
         self.num_global = 0 if bias_table is None else num_global
         tokens = query.shape[2] - num_global
-        table, codes, self.bias_values = position_bias.arguments(bias_table, window, positions, tokens, query)
-        lengths = None if key_lengths is None else key_lengths.contiguous()
-        self.tensors = (self.query, self.key, table, codes, lengths)
-        self.strides = (launch.strides(self.query), launch.strides(self.key))
+        table, codes, (code_step, _, S) = position_bias.arguments(bias_table, window, positions, tokens, query)
+        self.numbers = self.num_global, code_step, S
+        self.pointers = table, codes, None if key_lengths is None else key_lengths.contiguous()
         self.tiles = configs.tiles("forward", query, extras=int(table is not None))
 
     def run(self, kernel: Any, side: str, rows: int, reads: int, scale: float, *args: Any, **settings: Any) -> Tensor:
@@ -141,7 +203,7 @@ class _Work:
 
         `side` is that of the tiles that the kernel owns: as large as the queries of a forward.
         """
-        B, H, Lq, D = self.query.shape
+        B, H, _, _ = self.query.shape
         tiles = self.tiles if side == "BLOCK_Q" else self._turned()
         own, G = tiles[side], self.num_global
         other = tiles["BLOCK_K" if side == "BLOCK_Q" else "BLOCK_Q"]
@@ -150,10 +212,9 @@ class _Work:
         results = self.query.new_empty((splits, B, H, rows), dtype=torch.float32)
         if programs > 0:
             launch.launch(
-                kernel, programs * splits, self.query, *self.tensors, *args, results, *self.strides,
-                *self.bias_values, splits, H, B * H, G, Lq, self.key.shape[2], scale,
-                SHAPE=flash.shape(D, launch.alignment(self.query, self.key)), PRECISION=launch.precision(),
-                **tiles, **settings,
+                kernel, programs * splits, self.query, self.query, self.key, *args, results, self.pointers, rows, reads,
+                splits, *self.numbers, launch.strides(self.query), launch.strides(self.key), H, B * H, scale,
+                SHAPE=launch.shape(self.query, self.key), PRECISION=launch.precision(), **tiles, **settings,
             )  # fmt: skip
         return results
 

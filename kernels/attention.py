@@ -1,0 +1,536 @@
+"""Attention over an itinerary: the only loops over the flash core.
+
+An operator says, in one :class:`Itinerary`, which rows a program owns, which it reads next and where they lie; the
+four kernels here do the rest: forward, the gradients of queries and of keys, and the tangent. They take it as a
+compile-time value: every hook is inlined, and an operator's kernels are as if they had been written out::
+
+    own           the tile of rows that a program owns, and what it shares: `group`
+    span          the places that it reads, of each tensor of keys
+      locate      the rows at the next places        tile     |-------|-------|-------|--- :
+      offsets     where they lie                     places   first              whole  last
+      number      their numbers
+
+A `row` is whatever the operator makes of it, a tuple of tensors; so is `group`. The rows that a program reads are keys
+of the rows that it owns, or queries: an operator may have an itinerary for either.
+
+What an operator does not do is a hook that is None, and no hook returns None: Triton 3.6 has no such value.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vattn._library import empty_rows
+from vattn.kernels import flash, launch
+from vattn.kernels.launch import head
+
+NUMBERS = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # Triton looks kernels up by it: an address is compared in no time
+class Itinerary:
+    """Functions of ``@triton.jit``. `where` is what the launcher hands over: pointers, and eight numbers.
+
+    `OF_KEYS` tells whether the program owns keys and reads queries, `WHOLE` whether all places of the tile exist.
+    """
+
+    own: Any  # (where, H, heads, BLOCK, OTHER) -> bh, split, group, first, last: of the rows it owns
+    span: Any  # (group, BLOCK, I) -> first, whole, last: of tensor I, and how far tiles need no mask
+    lanes: Any  # (group, BLOCK) -> what `locate` wants of lanes, once for all tiles
+    locate: Any  # (start, lanes, last, group, I, WHOLE) -> row
+    offsets: Any  # (row, strides, SHAPE) -> offsets within a batch and head
+    number: Any  # (row, group) -> token numbers, for dropout, and of queries for lse and delta
+    exists: Any = None  # (row) -> mask; None: the places before the last, at most one tile of which is not whole
+    mine: Any = None  # (first, last, group, BLOCK) -> row: those owned, where they are not located as those read
+    reads: Any = None  # (row, group) -> mask: which of the keys owned are read at all
+    load: Any = None  # (ptr, row, mask, strides, group, SHAPE, OP) -> rows, of tensors that lie as the output
+    store: Any = None  # (ptr, row, mask, rows, strides, group, SHAPE, OP): the output
+    pair: Any = None  # (where, row, mask, group, OF_KEYS) -> what the own rows tell of pairs
+    bias: Any = None  # (where, pair, row, mask, group, OF_KEYS, WHOLE) -> bias (own, others), and its place in a table
+    bias_tangent: Any = None  # (where, pair, place) -> its tangent
+    allowed: Any = None  # (where, pair, row, mask, group, OF_KEYS) -> mask (own, others)
+    tap: Any = None  # (where, scores, own_row, row, mask, group): looks at the final scores of the forward
+    grad_start: Any = None  # (BLOCK) -> state of the bias's gradient
+    grad_step: Any = None  # (where, state, ds, place, pair, row, mask, own_mask, group, WHOLE) -> state
+    grad_finish: Any = None  # (where, state, own_row, mask, pair, group)
+    grad_offsets: Any = None  # (row, strides, SHAPE) -> offsets of gradients of keys that do not lie as the keys do
+    times: Any = None  # (where, row, mask, group) -> how often a key is read: a factor of its gradients
+    constants: Any = None  # of the hooks, known when a kernel is compiled
+
+    @property
+    def cache_key(self) -> str:
+        """Of the sources of all hooks. Without it Triton's cache on disk would know them by their names alone."""
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return "-".join(str(getattr(field, "cache_key", field)) for field in fields)
+
+    def __repr__(self) -> str:
+        return self.cache_key
+
+
+@triton.jit
+def own_rows(first, last, group, OP: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows that a program owns."""
+    if OP.mine is not None:
+        return OP.mine(first, last, group, BLOCK)
+    else:
+        return OP.locate(first, OP.lanes(group, BLOCK), last, group, 0, False)
+
+
+@triton.jit
+def dropout_of(seed_ptr, bh, number, threshold):
+    """What dropout knows of the queries owned (queries, 1), or ()."""
+    if seed_ptr is not None:
+        add, times = flash.dropout_query(seed_ptr, bh, number)
+        return add[:, None], times[:, None], threshold
+    else:
+        return ()
+
+
+@triton.jit
+def pair_of(where, row, mask, group, OP: tl.constexpr, OF_KEYS: tl.constexpr):
+    """What the own rows tell of the pairs they are in, or ()."""
+    if OP.pair is not None:
+        return OP.pair(where, row, mask, group, OF_KEYS)
+    else:
+        return ()
+
+
+@triton.jit
+def load_out(ptr, strides, bh, H, row, mask, group, OP: tl.constexpr, SHAPE: tl.constexpr):
+    """Rows of the output, or of its gradient."""
+    ptr = head(ptr, strides, bh, H)
+    if OP.load is not None:
+        return OP.load(ptr, row, mask, strides, group, SHAPE, OP)
+    else:
+        return flash.load_rows(ptr, OP.offsets(row, strides, SHAPE), mask, SHAPE)
+
+
+@triton.jit
+def store_out(ptr, strides, bh, H, row, mask, rows, group, OP: tl.constexpr, SHAPE: tl.constexpr):
+    """Rows of the output, or of its tangent."""
+    ptr = head(ptr, strides, bh, H)
+    if OP.store is not None:
+        OP.store(ptr, row, mask, rows, strides, group, SHAPE, OP)
+    else:
+        flash.store_rows(ptr, OP.offsets(row, strides, SHAPE), mask, rows, SHAPE)
+
+
+@triton.jit
+def load_two(pair, row, mask, OP: tl.constexpr, SHAPE: tl.constexpr):
+    """Rows of two tensors, ``(rows, D)`` each: keys and values, or their tangents."""
+    k_ptr, v_ptr, k_strides, v_strides = pair
+    k = flash.load_rows(k_ptr, OP.offsets(row, k_strides, SHAPE), mask, SHAPE)
+    return k, flash.load_rows(v_ptr, OP.offsets(row, v_strides, SHAPE), mask, SHAPE)
+
+
+@triton.jit
+def heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H):
+    """What :func:`load_two` reads, for each segment: where a batch and head begin, and strides."""
+    segments = ()
+    for i in tl.static_range(len(k_ptrs)):
+        k_ptr, v_ptr = head(k_ptrs[i], k_strides[i], bh, H), head(v_ptrs[i], v_strides[i], bh, H)
+        segments = segments + ((k_ptr, v_ptr, k_strides[i], v_strides[i]),)
+    return segments
+
+
+@triton.jit
+def walk(
+    state, own, others, pair, where, group, OP: tl.constexpr, STEP: tl.constexpr, OF_KEYS: tl.constexpr,
+    SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The state after `STEP` has seen all tiles that a program reads: the one pair of loops."""
+    lanes = OP.lanes(group, BLOCK)
+    for i in tl.static_range(len(others)):
+        first, whole, last = OP.span(group, BLOCK, i)
+        for start in range(first, whole, BLOCK):
+            state = visit(
+                state, own, others[i], pair, where, group, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION,
+                SIGN, BLOCK, i, True,
+            )  # fmt: skip
+        if OP.exists is None:
+            if whole < last:
+                state = visit(
+                    state, own, others[i], pair, where, group, whole, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION,
+                    SIGN, BLOCK, i, False,
+                )  # fmt: skip
+        else:
+            for start in range(whole, last, BLOCK):
+                state = visit(
+                    state, own, others[i], pair, where, group, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION,
+                    SIGN, BLOCK, i, False,
+                )  # fmt: skip
+    return state
+
+
+@triton.jit
+def visit(
+    state, own, other, pair, where, group, start, lanes, last, OP: tl.constexpr, STEP: tl.constexpr,
+    OF_KEYS: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+    I: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The state after the tile of rows at the places from `start` on."""
+    row = OP.locate(start, lanes, last, group, I, WHOLE)
+    mask, bias, place = None, None, None
+    if not WHOLE:
+        if OP.exists is None:
+            mask = start + tl.arange(0, BLOCK) < last
+        else:
+            mask = OP.exists(row)
+    allowed = None
+    if not OF_KEYS:
+        allowed = mask
+    if OP.bias is not None:
+        bias, place = OP.bias(where, pair, row, mask, group, OF_KEYS, WHOLE)
+    if OP.allowed is not None:
+        allowed = OP.allowed(where, pair, row, mask, group, OF_KEYS)
+    return STEP(
+        state, own, other, row, mask, bias, place, allowed, pair, where, group, OP, SHAPE, PRECISION, SIGN, WHOLE
+    )
+
+
+@triton.jit
+def forward_step(
+    state, own, kv, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    q, scale, own_row, dropout = own
+    k, v = load_two(kv, row, mask, OP, SHAPE)
+    s = flash.key_scores(q, k, scale, bias, allowed, PRECISION, SIGN)
+    factor = flash.scale_left(scale, bias)
+    if OP.tap is not None:
+        OP.tap(where, s * factor, own_row, row, mask, group)
+    return flash.forward_scores(state, s, factor, v, OP.number(row, group), dropout, PRECISION)
+
+
+@launch.kernel
+def forward_kernel(
+    q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, seed_ptr, pointers, n0, n1, n2, n3, n4, n5, n6, n7,
+    q_strides, k_strides, v_strides, out_strides, split_stride, lse_rows, H, heads, scale, threshold, keep_scale,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_Q queries: their out and lse, of its split."""
+    where = (pointers, (n0, n1, n2, n3, n4, n5, n6, n7))
+    bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
+    if first >= last:
+        return
+    row, mask = own_rows(first, last, group, OP, BLOCK_Q), first + tl.arange(0, BLOCK_Q) < last
+    number = OP.number(row, group)
+    dropout = dropout_of(seed_ptr, bh, number, threshold)
+    pair = pair_of(where, row, mask, group, OP, False)
+    q = flash.load_rows(head(q_ptr, q_strides, bh, H), OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
+
+    kv = heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
+    state = walk(
+        flash.forward_start(BLOCK_Q, SHAPE), (q, scale, row, dropout), kv, pair, where, group, OP, forward_step, False,
+        SHAPE, PRECISION, SIGN, BLOCK_K,
+    )  # fmt: skip
+
+    if OP.bias is not None:
+        scale = 1.0
+    out, lse = flash.forward_finish(state, scale, keep_scale)
+    tl.store(lse_ptr + (split * heads + bh).to(tl.int64) * lse_rows + number, lse, mask=mask)
+    out_ptr += split * split_stride.to(tl.int64)
+    store_out(out_ptr, out_strides, bh, H, row, mask, out, group, OP, SHAPE)
+
+
+@triton.jit
+def query_step(
+    grads, own, kv, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    dq, more = grads
+    query, scale, own_mask, dropout, keep_scale = own
+    k, v = load_two(kv, row, mask, OP, SHAPE)
+    keys = (k, v, OP.number(row, group))
+    ds = flash.backward_keys(query, scale, keys, bias, allowed, dropout, keep_scale, PRECISION)
+    if OP.grad_step is not None:
+        more = OP.grad_step(where, more, ds, place, pair, row, mask, own_mask, group, WHOLE)
+    return flash.accumulate(dq, ds, k, PRECISION), more
+
+
+@launch.kernel
+def backward_query_kernel(
+    do_ptr, dlse_ptr, q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, delta_ptr, dq_ptr, seed_ptr,
+    pointers, n0, n1, n2, n3, n4, n5, n6, n7,
+    do_strides, dlse_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, split_stride, lse_rows,
+    H, heads, scale, threshold, keep_scale,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_Q queries: their dq, of its split, and delta, which the first split writes.
+
+        delta = <dout, out> - dlse,   dq = scale * sum_k ds k
+
+    A shift moves out and dout alike, so that delta is the same sum over the moved channels.
+    """
+    where = (pointers, (n0, n1, n2, n3, n4, n5, n6, n7))
+    bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
+    if first >= last:
+        return
+    row, mask = own_rows(first, last, group, OP, BLOCK_Q), first + tl.arange(0, BLOCK_Q) < last
+    number = OP.number(row, group)
+    dropout = dropout_of(seed_ptr, bh, number, threshold)
+    pair = pair_of(where, row, mask, group, OP, False)
+
+    do = load_out(do_ptr, do_strides, bh, H, row, mask, group, OP, SHAPE)
+    delta = flash.row_dot(do, load_out(out_ptr, out_strides, bh, H, row, mask, group, OP, SHAPE))
+    if dlse_ptr is not None:
+        dlse_ptrs = head(dlse_ptr, dlse_strides, bh, H) + OP.offsets(row, dlse_strides, SHAPE)
+        delta -= tl.load(dlse_ptrs, mask=mask, other=0.0)
+    offs_row = bh.to(tl.int64) * lse_rows + number
+    if split == 0:
+        tl.store(delta_ptr + offs_row, delta, mask=mask)
+    q = flash.load_rows(head(q_ptr, q_strides, bh, H), OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
+    query = (q, do, flash.load_lse(lse_ptr + offs_row, mask), delta)
+
+    more = ()
+    if OP.grad_start is not None:
+        more = OP.grad_start(BLOCK_Q)
+    kv = heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
+    dq, more = walk(
+        (flash.zero_rows(BLOCK_Q, SHAPE), more), (query, scale, mask, dropout, keep_scale), kv, pair, where, group, OP,
+        query_step, False, SHAPE, PRECISION, 1, BLOCK_K,
+    )  # fmt: skip
+
+    if OP.grad_finish is not None:
+        OP.grad_finish(where, more, row, mask, pair, group)
+    dq_ptr = head(dq_ptr + split * split_stride.to(tl.int64), dq_strides, bh, H)
+    flash.store_rows(dq_ptr, OP.offsets(row, dq_strides, SHAPE), mask, flash.scale_rows(dq, scale), SHAPE)
+
+
+@triton.jit
+def key_step(
+    grads, own, other, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    keys, scale, read, seed_ptr, bh, H, threshold, keep_scale = own
+    q_ptr, do_ptr, q_strides, do_strides, lse_ptr, delta_ptr = other
+    number = OP.number(row, group)
+    q = flash.load_rows(q_ptr, OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
+    do = load_out(do_ptr, do_strides, bh, H, row, mask, group, OP, SHAPE)
+    lse = flash.load_lse(lse_ptr + number, mask)
+    delta = flash.load_numbers(delta_ptr + number, mask, 0.0)
+    dropout = ()
+    if seed_ptr is not None:
+        add, times = flash.dropout_query(seed_ptr, bh, number)
+        dropout = (add[None, :], times[None, :], threshold)
+    if OP.reads is not None:
+        allowed = read
+    return flash.backward_queries(
+        grads, keys, scale, (q, do, lse, delta), bias, allowed, dropout, keep_scale, PRECISION
+    )  # fmt: skip
+
+
+@launch.kernel
+def backward_key_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr,
+    pointers, n0, n1, n2, n3, n4, n5, n6, n7,
+    do_strides, q_strides, k_strides, v_strides, grad_strides, split_stride, lse_rows,
+    H, heads, scale, threshold, keep_scale,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_K keys: their dk and dv, of its split.
+
+        dv = sum_q p^T dout,   dk = scale * sum_q ds^T q
+
+    Tiles are (keys, queries). Places without a query have lse = +inf, hence p = ds = 0.
+    """
+    where = (pointers, (n0, n1, n2, n3, n4, n5, n6, n7))
+    bh, split, group, first, last = OP.own(where, H, heads, BLOCK_K, BLOCK_Q)
+    if first >= last:
+        return
+    row, mask = own_rows(first, last, group, OP, BLOCK_K), first + tl.arange(0, BLOCK_K) < last
+    read = mask
+    if OP.reads is not None:
+        read = OP.reads(row, group)
+    pair = pair_of(where, row, mask, group, OP, True)
+    kv = (head(k_ptr, k_strides, bh, H), head(v_ptr, v_strides, bh, H), k_strides, v_strides)
+    k, v = load_two(kv, row, read, OP, SHAPE)
+    own = ((k, v, OP.number(row, group)), scale, read, seed_ptr, bh, H, threshold, keep_scale)
+
+    before = bh.to(tl.int64) * lse_rows
+    others = ((head(q_ptr, q_strides, bh, H), do_ptr, q_strides, do_strides, lse_ptr + before, delta_ptr + before),)
+    dk, dv = walk(
+        (flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)), own, others, pair, where, group, OP,
+        key_step, True, SHAPE, PRECISION, 1, BLOCK_Q,
+    )  # fmt: skip
+
+    dk, dv = flash.scale_rows(dk, scale), flash.scale_rows(dv, keep_scale)
+    if OP.times is not None:
+        times = OP.times(where, row, mask, group)[:, None]
+        dk, dv = flash.scale_rows(dk, times), flash.scale_rows(dv, times)
+    if OP.grad_offsets is not None:
+        offs = OP.grad_offsets(row, grad_strides, SHAPE)
+    else:
+        offs = OP.offsets(row, grad_strides, SHAPE)
+    offs_split = split * split_stride.to(tl.int64)
+    flash.store_rows(head(dk_ptr + offs_split, grad_strides, bh, H), offs, mask, dk, SHAPE)
+    flash.store_rows(head(dv_ptr + offs_split, grad_strides, bh, H), offs, mask, dv, SHAPE)
+
+
+@triton.jit
+def tangent_step(
+    sums, own, other, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    query, scale, dropout = own
+    kv, tangents = other
+    k, v = load_two(kv, row, mask, OP, SHAPE)
+    tangents = load_two(tangents, row, mask, OP, SHAPE)
+    dbias = None
+    if OP.bias_tangent is not None:
+        dbias = OP.bias_tangent(where, pair, place)
+    keys = (k, v, OP.number(row, group))
+    return flash.tangent_keys(sums, query, scale, keys, tangents, bias, dbias, allowed, dropout, PRECISION)
+
+
+@launch.kernel
+def jvp_kernel(
+    q_ptr, k_ptrs, v_ptrs, dq_ptr, dk_ptrs, dv_ptrs, out_ptr, lse_ptr, dout_ptr, dlse_ptr, seed_ptr,
+    pointers, n0, n1, n2, n3, n4, n5, n6, n7,
+    q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides, out_strides, dout_strides,
+    split_stride, lse_rows, H, heads, scale, threshold, keep_scale,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_Q queries: the tangents of their out and lse, of its split; those of splits add up.
+
+    ds = scale * (dq k^T + q dk^T),   dlse = sum_k p ds,   dout = sum_k p dv + (p ds) v - dlse * out
+    """
+    where = (pointers, (n0, n1, n2, n3, n4, n5, n6, n7))
+    bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
+    if first >= last:
+        return
+    row, mask = own_rows(first, last, group, OP, BLOCK_Q), first + tl.arange(0, BLOCK_Q) < last
+    number = OP.number(row, group)
+    dropout = dropout_of(seed_ptr, bh, number, threshold)
+    pair = pair_of(where, row, mask, group, OP, False)
+    q = flash.load_rows(head(q_ptr, q_strides, bh, H), OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
+    dq = flash.load_rows(head(dq_ptr, dq_strides, bh, H), OP.offsets(row, dq_strides, SHAPE), mask, SHAPE)
+    lse = flash.load_lse(lse_ptr + bh.to(tl.int64) * lse_rows + number, mask)
+
+    kv = heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
+    tangents = heads_of(dk_ptrs, dv_ptrs, dk_strides, dv_strides, bh, H)
+    others = ()
+    for i in tl.static_range(len(kv)):
+        others = others + ((kv[i], tangents[i]),)
+    acc, dlse = walk(
+        (flash.zero_rows(BLOCK_Q, SHAPE), tl.zeros((BLOCK_Q,), tl.float32)), ((q, dq, lse), scale, dropout), others,
+        pair, where, group, OP, tangent_step, False, SHAPE, PRECISION, 1, BLOCK_K,
+    )  # fmt: skip
+
+    tl.store(dlse_ptr + (split * heads + bh).to(tl.int64) * lse_rows + number, dlse, mask=mask)
+    out = load_out(out_ptr, out_strides, bh, H, row, mask, group, OP, SHAPE)
+    dout = flash.add_rows(flash.scale_rows(acc, keep_scale), out, -dlse[:, None])
+    dout_ptr += split * split_stride.to(tl.int64)
+    store_out(dout_ptr, dout_strides, bh, H, row, mask, dout, group, OP, SHAPE)
+
+
+class Part(NamedTuple):
+    """One launch of a pass."""
+
+    op: Itinerary
+    tiles: dict[str, int]
+    programs: int  # of all batches and heads
+    numbers: tuple[int, ...]  # of `where`
+    pointers: tuple[Any, ...] = ()  # likewise
+
+
+class Call:
+    """The tensors of one call, as the kernels read them, and its settings.
+
+    Results have a leading axis of the splits among which what a program reads is shared out.
+    """
+
+    def __init__(
+        self, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], dropout_p: float, seed: Tensor | None,
+        scale: float,
+    ) -> None:  # fmt: skip
+        self.query = launch.with_rows(query)
+        self.keys, self.values = _with_rows(keys), _with_rows(values)
+        self.seed = seed if dropout_p > 0 else None
+        self.threshold, self.keep_scale = flash.split_dropout(dropout_p)
+        self.scale = scale
+        self.heads = query.shape[0] * query.shape[1]
+
+    @property
+    def extras(self) -> int:
+        """What :func:`configs.tiles` counts beside rows."""
+        return int(self.seed is not None)
+
+    def forward(self, part: Part, outs: Tensor, lses: Tensor) -> None:
+        """Write the output and lse."""
+        sign, scale = flash.split_scale(self.scale)
+        rows = self.query, self.keys, self.values, outs[0]
+        tensors = self.query, self.keys, self.values, outs, lses, self.seed
+        self._launch(forward_kernel, part, rows, lses, scale, tensors, (*map(strides, rows), outs.stride(0)), SIGN=sign)
+
+    def backward_query(
+        self, part: Part, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, delta: Tensor,
+        dqs: Tensor,
+    ) -> None:  # fmt: skip
+        """Write the gradient of the queries, and delta."""
+        grad_out, out = launch.with_rows(grad_out), launch.with_rows(out)
+        rows = grad_out, self.query, self.keys, self.values, out, dqs[0]
+        tensors = grad_out, grad_lse, self.query, self.keys, self.values, out, lse, delta, dqs, self.seed
+        first, *others = map(strides, rows)
+        dlse_strides = None if grad_lse is None else launch.strides(grad_lse[..., None])
+        steps = (first, dlse_strides, *others, dqs.stride(0))
+        self._launch(backward_query_kernel, part, rows, lse[None], self.scale, tensors, steps)
+
+    def backward_key(
+        self, part: Part, grad_out: Tensor, lse: Tensor, delta: Tensor, dks: Tensor, dvs: Tensor, segment: int = 0
+    ) -> None:  # fmt: skip
+        """Write the gradients of the keys and values of a segment, which lie alike."""
+        grad_out, key, value = launch.with_rows(grad_out), self.keys[segment], self.values[segment]
+        rows = grad_out, self.query, key, value, dks[0]
+        tensors = grad_out, self.query, key, value, lse, delta, dks, dvs, self.seed
+        steps = (*map(strides, rows), dks.stride(0))
+        self._launch(backward_key_kernel, part, (*rows, dvs[0]), lse[None], self.scale, tensors, steps)
+
+    def jvp(
+        self, part: Part, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], out: Tensor, lse: Tensor,
+        douts: Tensor, dlses: Tensor,
+    ) -> None:  # fmt: skip
+        """Write the tangents of the output and lse, from those of `query`, `keys` and `values`."""
+        query, keys, values, out = launch.with_rows(query), _with_rows(keys), _with_rows(values), launch.with_rows(out)
+        rows = self.query, self.keys, self.values, query, keys, values, out, douts[0]
+        tensors = self.query, self.keys, self.values, query, keys, values, out, lse, douts, dlses, self.seed
+        self._launch(jvp_kernel, part, rows, dlses, self.scale, tensors, (*map(strides, rows), douts.stride(0)))
+
+    def _launch(
+        self, kernel: Any, part: Part, rows: tuple[Any, ...], lses: Tensor, scale: float, tensors: tuple[Any, ...],
+        steps: tuple[Any, ...], **settings: Any,
+    ) -> None:  # fmt: skip
+        """`rows` are the tensors of rows among `tensors`, and some tuples of them; `lses` has splits."""
+        if part.programs == 0:
+            return
+        flat = [x for some in rows for x in ((some,) if isinstance(some, Tensor) else some)]
+        numbers = (*part.numbers, *[0] * (NUMBERS - len(part.numbers)))
+        H, lse_rows = self.query.shape[1], math.prod(lses.shape[3:])
+        launch.launch(
+            kernel, part.programs, self.query, *tensors, part.pointers, *numbers, *steps, lse_rows, H, self.heads,
+            scale, self.threshold, self.keep_scale, OP=part.op, SHAPE=launch.shape(*flat), PRECISION=launch.precision(),
+            **settings, **part.tiles,
+        )  # fmt: skip
+
+
+def _with_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(launch.with_rows(x) for x in tensors)
+
+
+def strides(x: Tensor | Sequence[Tensor]) -> tuple[Any, ...]:
+    """Those of a tensor, or of each of several."""
+    return launch.strides(x) if isinstance(x, Tensor) else tuple(launch.strides(y) for y in x)
+
+
+def empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, laid out as :func:`empty_rows`, and lse in float32; or their tangents."""
+    return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
