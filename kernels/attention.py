@@ -310,7 +310,8 @@ def key_step(
     grads, own, other, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
     PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    keys, scale, read, seed_ptr, bh, H, threshold, keep_scale = own
+    grads, more = grads
+    keys, scale, own_mask, seed_ptr, bh, H, threshold, keep_scale = own
     q_ptr, do_ptr, q_strides, do_strides, lse_ptr, delta_ptr = other
     number = OP.number(row, group)
     q = flash.load_rows(q_ptr, OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
@@ -322,10 +323,12 @@ def key_step(
         add, times = flash.dropout_query(seed_ptr, bh, number)
         dropout = (add[None, :], times[None, :], threshold)
     if OP.reads is not None:
-        allowed = read
-    return flash.backward_queries(
-        grads, keys, scale, (q, do, lse, delta), bias, allowed, dropout, keep_scale, PRECISION
-    )  # fmt: skip
+        allowed = own_mask
+    query = (q, do, lse, delta)
+    grads, ds = flash.backward_queries(grads, keys, scale, query, bias, allowed, dropout, keep_scale, PRECISION)
+    if OP.grad_step is not None:
+        more = OP.grad_step(where, more, ds, place, pair, row, mask, own_mask, group, WHOLE)
+    return grads, more
 
 
 @launch.kernel
@@ -357,11 +360,16 @@ def backward_key_kernel(
 
     before = bh.to(tl.int64) * lse_rows
     others = ((head(q_ptr, q_strides, bh, H), do_ptr, q_strides, do_strides, lse_ptr + before, delta_ptr + before),)
-    dk, dv = walk(
-        (flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)), own, others, pair, where, group, OP,
-        key_step, True, SHAPE, PRECISION, 1, BLOCK_Q,
-    )  # fmt: skip
+    more = ()
+    if OP.grad_start is not None:
+        more = OP.grad_start(BLOCK_K)
+    grads = flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)
+    (dk, dv), more = walk(
+        (grads, more), own, others, pair, where, group, OP, key_step, True, SHAPE, PRECISION, 1, BLOCK_Q
+    )
 
+    if OP.grad_finish is not None:
+        OP.grad_finish(where, more, row, mask, pair, group)
     dk, dv = flash.scale_rows(dk, scale), flash.scale_rows(dv, keep_scale)
     if OP.times is not None:
         times = OP.times(where, row, mask, group)[:, None]

@@ -54,27 +54,27 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
     },
     "sm90": {
         "forward": {
-            128: Tiles(128, 64, 4, 3), 192: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 3),
+            128: Tiles(128, 64, 8, 3), 192: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 3),
             384: Tiles(128, 64, 8, 2), 512: Tiles(64, 64, 8, 2), 1024: Tiles(32, 32, 8, 1),
         },
         "backward_query": {
-            128: Tiles(128, 64, 8, 2), 192: Tiles(128, 64, 8, 2), 256: Tiles(128, 64, 8, 2),
+            128: Tiles(128, 64, 8, 3), 192: Tiles(128, 64, 8, 2), 256: Tiles(128, 64, 8, 2),
             384: Tiles(128, 64, 8, 2), 512: Tiles(128, 32, 8, 1), 1024: Tiles(32, 32, 8, 1),
         },
         "backward_key": {
-            128: Tiles(64, 128, 8, 2), 192: Tiles(32, 128, 8, 2), 256: Tiles(32, 128, 8, 2),
+            128: Tiles(32, 64, 4, 3), 192: Tiles(32, 128, 8, 2), 256: Tiles(32, 128, 8, 2),
             384: Tiles(32, 64, 8, 2), 512: Tiles(32, 64, 8, 2), 1024: Tiles(16, 32, 8, 1),
         },
         "forward_group": {
-            128: Tiles(64, 64, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
+            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
             384: Tiles(64, 32, 4, 2), 512: Tiles(64, 32, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "backward_query_group": {
-            128: Tiles(64, 64, 4, 2), 192: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2),
+            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 16, 4, 4), 256: Tiles(64, 32, 8, 2),
             384: Tiles(64, 32, 8, 2), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "backward_key_group": {
-            128: Tiles(32, 64, 4, 2), 192: Tiles(32, 64, 8, 2), 256: Tiles(16, 64, 4, 2),
+            128: Tiles(32, 64, 4, 3), 192: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 2),
             384: Tiles(16, 64, 4, 2), 512: Tiles(16, 64, 8, 2), 1024: Tiles(16, 64, 8, 2),
         },
     },
@@ -136,7 +136,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
 # The shared memory of gfx942 has no room for them, nor have the registers for those of float32.
 DECODE: dict[str, dict[int, Tiles]] = {
     "sm80": {128: Tiles(64, 256, 8, 1)},
-    "sm90": {128: Tiles(128, 256, 8, 2), 256: Tiles(128, 256, 8, 1)},
+    "sm90": {128: Tiles(64, 256, 4, 3), 256: Tiles(128, 256, 8, 1)},
     "sm100": {128: Tiles(128, 256, 8, 1), 256: Tiles(64, 256, 8, 1)},
     "gfx942": {},
 }

@@ -17,7 +17,8 @@ merged, and partial gradients and tangents added, always in the same order.
 
 The gradient of the bias table is added up by atomics, since a row of the table collects pairs from everywhere. They
 add floats, in any order; or, if the result must be the same every time, whole multiples of a unit, which add up to the
-same in every order (see :func:`_unit`). Pairs with a global token share rows of the table: they are summed before.
+same in every order (see :func:`_unit`). Pairs with a global token share rows of the table: a program of global
+queries, or of global keys, sums them up before.
 
 SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023).
 """
@@ -235,47 +236,64 @@ def add_to_table(where, group, place, ds, mask):
 
 @triton.jit
 def grad_block(where, state, ds, place, pair, row, mask, own_mask, group, WHOLE: tl.constexpr):
-    """Own queries of a block add what they find; pairs with one global key share a place, and are summed before."""
-    if WHOLE:
-        add_to_table(where, group, place, ds, own_mask[:, None])
-    else:
-        to_global = row[0] < group[2]
-        # Of a pair that is not there ds is 0, and its place in the table.
-        add_to_table(where, group, place, ds, (ds != 0) & ~to_global[None, :])
-        if row[2]:
-            ds_global = tl.sum(tl.where(to_global[None, :], ds, 0.0), 0)
-            add_to_table(where, group, where[1][3] + group[2] + row[0], ds_global, to_global & mask)
+    """Own queries of a block add what they find with tokens of blocks; global keys do it for pairs with them."""
+    # By value: a mask of the addition costs a branch for each pair. Also of a pair that is not there the place exists.
+    ds = tl.where(own_mask[:, None], ds, 0.0)
+    if not WHOLE:
+        ds = tl.where((row[0] >= group[2])[None, :], ds, 0.0)
+    add_to_table(where, group, place, ds, None)
     return state
 
 
 @triton.jit
 def grad_start(BLOCK: tl.constexpr):
-    """The sum of a global query over its pairs with tokens of blocks, which share a place."""
+    """The sum of a global query or key over its pairs with tokens of blocks, which share a place."""
     return tl.zeros((BLOCK,), tl.float32)
 
 
 @triton.jit
-def grad_globals(where, ds_local, ds, place, pair, row, mask, own_mask, group, WHOLE: tl.constexpr):
+def grad_global_queries(where, ds_local, ds, place, pair, row, mask, own_mask, group, WHOLE: tl.constexpr):
     """Own global queries sum up what they find, and add pairs of two global tokens."""
-    to_global = row[0] < group[2]
+    is_global = row[0] < group[2]
     if row[2]:
-        add_to_table(where, group, place, ds, own_mask[:, None] & to_global[None, :])
-    return ds_local + tl.sum(tl.where(to_global[None, :], 0.0, ds), 1)
+        add_to_table(where, group, place, ds, own_mask[:, None] & is_global[None, :])
+    return ds_local + tl.sum(tl.where(is_global[None, :], 0.0, ds), 1)
 
 
 @triton.jit
-def grad_finish(where, ds_local, own_row, mask, pair, group):
-    """Add the sums."""
+def grad_global_keys(where, ds_local, ds, place, pair, row, mask, own_mask, group, WHOLE: tl.constexpr):
+    """Own global keys sum up what queries of blocks find."""
+    return ds_local + tl.sum(tl.where((row[0] < group[2])[None, :], 0.0, ds), 1)
+
+
+@triton.jit
+def add_global_queries(where, ds_local, own_row, mask, pair, group):
+    """Add the sums of global queries."""
     add_to_table(where, group, where[1][3] + own_row[0], ds_local, mask)
+
+
+@triton.jit
+def add_global_keys(where, ds_local, own_row, mask, pair, group):
+    """Add the sums of global keys."""
+    add_to_table(where, group, where[1][3] + group[2] + own_row[0], ds_local, mask)
 
 
 BLOCKS = attention.Itinerary(own_block, span, lanes_listed, locate_listed, offsets, number, exists, mine)
 GLOBALS = attention.Itinerary(own_globals, span, lanes_alone, locate_all, offsets, number, mine=mine)
 
 
+GRADS = {
+    "queries": {"grad_step": grad_block},
+    "global queries": {
+        "grad_start": grad_start, "grad_step": grad_global_queries, "grad_finish": add_global_queries,
+    },
+    "global keys": {"grad_start": grad_start, "grad_step": grad_global_keys, "grad_finish": add_global_keys},
+}  # fmt: skip
+
+
 @functools.cache
-def itinerary(is_global: bool, bias: bool, causal: bool, taps: bool, grad: bool, tangent: bool) -> attention.Itinerary:
-    """Of the blocks or of the global tokens, with what a call asks for."""
+def itinerary(is_global: bool, bias: bool, causal: bool, taps: bool, grad: str, tangent: bool) -> attention.Itinerary:
+    """Of the blocks or of the global tokens, with what a call asks for; `grad` is that of the table, of whose rows."""
     changes: dict[str, Any] = {}
     if bias:
         changes["bias"] = bias_globals if is_global else bias_block
@@ -285,12 +303,9 @@ def itinerary(is_global: bool, bias: bool, causal: bool, taps: bool, grad: bool,
         changes["pair"] = pair_globals if is_global else pair_block
     if taps and is_global:
         changes["tap"] = keep_scores
-    if grad and is_global:
-        changes |= {"grad_start": grad_start, "grad_step": grad_globals, "grad_finish": grad_finish}
-    elif grad:
-        changes["grad_step"] = grad_block
     if tangent:
         changes["bias_tangent"] = bias_tangent
+    changes |= GRADS.get(f"global {grad}" if is_global else grad, {})
     return dataclasses.replace(GLOBALS if is_global else BLOCKS, **changes)
 
 
@@ -333,11 +348,13 @@ def backward(
         unit, worth = _unit(grad_out, grad_lse, value, dropout_p) if deterministic else (None, None)
         dtable = torch.zeros_like(call.table, dtype=torch.float32 if unit is None else torch.int64)
 
-    for part, splits in call.parts("backward_query", grad=dtable is not None, table_grad=dtable, unit=unit):
+    table = {"table_grad": dtable, "unit": unit}
+    for part, splits in call.parts("backward_query", "" if dtable is None else "queries", **table):
         dqs = call.partial(dq, splits)
         call.backward_query(part, grad_out, grad_lse, out, lse, delta, dqs)
         call.add_up(dqs, dq)
-    for part, splits in call.parts("backward_key", starts=column_offsets, columns=rows):
+    table |= {"starts": column_offsets, "columns": rows}
+    for part, splits in call.parts("backward_key", "" if dtable is None else "keys", **table):
         dks, dvs = call.partial(dk, splits), call.partial(dv, splits)
         call.backward_key(part, grad_out, lse, delta, dks, dvs)
         call.add_up(dks, dk)
@@ -395,7 +412,7 @@ class Call(attention.Call):
         return super().extras + (self.table is not None)
 
     def parts(
-        self, phase: str, taps: bool = False, grad: bool = False, tangent: bool = False, **pointers: Tensor | None
+        self, phase: str, grad: str = "", taps: bool = False, tangent: bool = False, **pointers: Tensor | None
     ) -> Iterator[tuple[attention.Part, int]]:
         """The launches that a pass wants, for blocks and for global tokens, and the splits of what those read."""
         for is_global, rows in ((False, self.tokens), (True, self.num_global)):

@@ -394,7 +394,7 @@ def backward_keys(query, scale, keys, bias, mask, dropout, keep_scale, PRECISION
 
 @triton.jit
 def backward_queries(grads, keys, scale, query, bias, mask, dropout, keep_scale, PRECISION: tl.constexpr):
-    """What the next query tile adds to the gradients of a key tile: dk += ds^T q, dv += p^T dout.
+    """The gradients of a key tile after the next query tile, dk += ds^T q and dv += p^T dout; and ds^T.
 
     `mask` (keys,) or (keys, queries) tells which keys are read (None: all that exist), `dropout` broadcasts to
     (keys, queries) unless it is (), as does `bias`, unless it is None.
@@ -411,7 +411,7 @@ def backward_queries(grads, keys, scale, query, bias, mask, dropout, keep_scale,
             mask = mask[:, None]
     p, ds = backward_step(s, scale_left(scale, bias), lse[None, :], dp, delta[None, :], mask, keep, keep_scale)
     dv = accumulate(dv, p, do, PRECISION)
-    return accumulate(dk, ds, q, PRECISION), dv
+    return (accumulate(dk, ds, q, PRECISION), dv), ds
 
 
 @triton.jit
