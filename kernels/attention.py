@@ -364,13 +364,11 @@ def backward_key_kernel(
     if OP.grad_start is not None:
         more = OP.grad_start(BLOCK_K)
     grads = flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)
-    (dk, dv), more = walk(
-        (grads, more), own, others, pair, where, group, OP, key_step, True, SHAPE, PRECISION, 1, BLOCK_Q
-    )
+    grads, more = walk((grads, more), own, others, pair, where, group, OP, key_step, True, SHAPE, PRECISION, 1, BLOCK_Q)
 
     if OP.grad_finish is not None:
         OP.grad_finish(where, more, row, mask, pair, group)
-    dk, dv = flash.scale_rows(dk, scale), flash.scale_rows(dv, keep_scale)
+    dk, dv = flash.scale_rows(grads[0], scale), flash.scale_rows(grads[1], keep_scale)
     if OP.times is not None:
         times = OP.times(where, row, mask, group)[:, None]
         dk, dv = flash.scale_rows(dk, times), flash.scale_rows(dv, times)

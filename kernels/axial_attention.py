@@ -157,7 +157,7 @@ def forward(
     out, lse = attention.empty_results(query)
     if lse.numel() > 0:
         call = attention.Call(query, [key], [value], dropout_p, seed, scale)
-        call.forward(_part(call, "forward"), out[None], lse[None])
+        call.forward(_part(call, "forward", _lines(call, "forward")), out[None], lse[None])
     return out, lse
 
 
@@ -170,13 +170,14 @@ def backward(
     if lse.numel() == 0:
         return dq, dk, dv
     call = attention.Call(query, [key], [value], dropout_p, seed, scale)
-    part = _part(call, "backward_query")
-    if part.op is LINES:
+    lines = _lines(call, "backward")
+    part = _part(call, "backward_query", lines)
+    if lines is not None:
         _backward_lines(call, part, grad_out, grad_lse, out, lse, (dq, dk, dv))
     else:
         delta = torch.empty_like(lse)
         call.backward_query(part, grad_out, grad_lse, out, lse, delta, dq[None])
-        call.backward_key(_part(call, "backward_key"), grad_out, lse, delta, dk[None], dv[None])
+        call.backward_key(_part(call, "backward_key", None), grad_out, lse, delta, dk[None], dv[None])
     return dq, dk, dv
 
 
@@ -188,27 +189,26 @@ def jvp(
     dout, dlse = attention.empty_results(query)
     if lse.numel() > 0:
         call = attention.Call(query, [key], [value], dropout_p, seed, scale)
-        call.jvp(_part(call, "jvp"), query_tangent, [key_tangent], [value_tangent], out, lse, dout[None], dlse[None])
+        part = _part(call, "jvp", _lines(call, "jvp"))
+        call.jvp(part, query_tangent, [key_tangent], [value_tangent], out, lse, dout[None], dlse[None])
     return dout, dlse
 
 
-def _part(call: attention.Call, phase: str) -> attention.Part:
-    """A program for every tile of whole lines, or of a part of one."""
+def _part(call: attention.Call, phase: str, lines: dict[str, int] | None) -> attention.Part:
+    """A program for every tile of whole lines, of which `lines` are the tiles, or of a part of one."""
     outer, L, inner = call.query.shape[2:-1]
-    square = _square(configs.tiles("backward_query" if phase == "backward_key" else phase, call.query, call.extras))
-    if L <= square["BLOCK_Q"]:
-        op, tiles, lines, parts = LINES, square, square["BLOCK_Q"] // L, 1
+    if lines is not None:
+        op, tiles, count, parts = LINES, lines, lines["BLOCK_Q"] // L, 1
     else:
         tiles = configs.tiles(phase, call.query, call.extras)
-        op, lines, parts = PARTS, 1, triton.cdiv(L, configs.own_and_other(phase, tiles)[0])
-    programs = call.heads * triton.cdiv(outer * inner, lines) * parts
-    return attention.Part(op, tiles, programs, (outer, L, inner, lines, parts))
+        op, count, parts = PARTS, 1, triton.cdiv(L, configs.own_and_other(phase, tiles)[0])
+    programs = call.heads * triton.cdiv(outer * inner, count) * parts
+    return attention.Part(op, tiles, programs, (outer, L, inner, count, parts))
 
 
-def _square(tiles: dict[str, int]) -> dict[str, int]:
-    """Tiles for whole lines, with as many keys as queries, and no loop to be staged."""
-    block = min(tiles["BLOCK_Q"], tiles["BLOCK_K"])
-    return tiles | {"BLOCK_Q": block, "BLOCK_K": block, "num_stages": 1}
+def _lines(call: attention.Call, phase: str) -> dict[str, int] | None:
+    """Tiles of whole lines, if one has room for a line."""
+    return configs.line_tiles(phase, call.query, call.extras, call.query.shape[3])
 
 
 def _backward_lines(

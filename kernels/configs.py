@@ -5,6 +5,7 @@ whose state fits the registers, where there are such, with the warps that the ma
 been compiled, not timed: no GPU was at hand.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -54,27 +55,36 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
     },
     "sm90": {
         "forward": {
-            128: Tiles(128, 64, 8, 3), 192: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 3),
-            384: Tiles(128, 64, 8, 2), 512: Tiles(64, 64, 8, 2), 1024: Tiles(32, 32, 8, 1),
+            128: Tiles(128, 64, 8, 3), 192: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 4, 3),
+            384: Tiles(64, 32, 4, 3), 512: Tiles(64, 32, 4, 2), 1024: Tiles(32, 32, 8, 1),
         },
         "backward_query": {
-            128: Tiles(128, 64, 8, 3), 192: Tiles(128, 64, 8, 2), 256: Tiles(128, 64, 8, 2),
-            384: Tiles(128, 64, 8, 2), 512: Tiles(128, 32, 8, 1), 1024: Tiles(32, 32, 8, 1),
+            128: Tiles(128, 64, 8, 3), 192: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 4, 3),
+            384: Tiles(64, 32, 4, 3), 512: Tiles(64, 16, 4, 2), 1024: Tiles(32, 32, 8, 1),
+        },
+        "jvp": {
+            128: Tiles(128, 32, 8, 3), 192: Tiles(128, 32, 8, 3), 256: Tiles(64, 16, 4, 3),
+            384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 4, 1), 1024: Tiles(32, 16, 8, 1),
         },
         "backward_key": {
-            128: Tiles(32, 64, 4, 3), 192: Tiles(32, 128, 8, 2), 256: Tiles(32, 128, 8, 2),
-            384: Tiles(32, 64, 8, 2), 512: Tiles(32, 64, 8, 2), 1024: Tiles(16, 32, 8, 1),
+            128: Tiles(32, 64, 4, 3), 192: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 3),
+            384: Tiles(16, 64, 4, 3), 512: Tiles(32, 64, 8, 2), 1024: Tiles(16, 32, 8, 1),
         },
         "forward_group": {
             128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
-            384: Tiles(64, 32, 4, 2), 512: Tiles(64, 32, 8, 2), 1024: Tiles(64, 16, 8, 2),
+            384: Tiles(64, 32, 4, 3), 512: Tiles(64, 32, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "backward_query_group": {
-            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 16, 4, 4), 256: Tiles(64, 32, 8, 2),
-            384: Tiles(64, 32, 8, 2), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
+            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
+            384: Tiles(64, 16, 4, 3), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
+        },
+        "backward_query_bias": {128: Tiles(64, 16, 4, 4)},
+        "jvp_group": {
+            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 16, 4, 3), 256: Tiles(64, 16, 4, 3),
+            384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "backward_key_group": {
-            128: Tiles(32, 64, 4, 3), 192: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 2),
+            128: Tiles(32, 64, 4, 3), 192: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 3),
             384: Tiles(16, 64, 4, 2), 512: Tiles(16, 64, 8, 2), 1024: Tiles(16, 64, 8, 2),
         },
     },
@@ -141,6 +151,17 @@ DECODE: dict[str, dict[int, Tiles]] = {
     "gfx942": {},
 }
 
+# Where a program owns whole lines: by architecture and pass the tiles from the smallest on, for rows up to a width. A
+# backward has three accumulators beside two tiles of scores, and does best with few rows.
+LINES: dict[str, dict[str, tuple[Tiles, ...]]] = {
+    "sm90": {
+        "forward": (Tiles(64, 64, 4, 1),),
+        "backward": (Tiles(32, 32, 4, 1), Tiles(64, 64, 4, 1)),
+        "jvp": (Tiles(32, 32, 4, 1), Tiles(64, 64, 4, 1)),
+    },
+}
+LINES_WIDEST = 256
+
 # The interpreter pays for each tile, not for its size, and tests want several tiles of unequal sides.
 INTERPRETER = Tiles(16, 32, 4, 1)
 INTERPRETER_DECODE = Tiles(16, 256, 4, 1)
@@ -162,15 +183,30 @@ def architecture(device: torch.device) -> str:
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
-def tiles(phase: str, like: Tensor, extras: int) -> dict[str, int]:
+def tiles(phase: str, like: Tensor, extras: int, kind: str = "") -> dict[str, int]:
     """Tile sizes, warps and stages for `phase` on rows of the last axis of `like`.
 
     `extras` counts what wants registers beside the rows, as half as wide rows again do: the hash of dropout, a bias.
+    `kind` is "group" where a program owns some of a group of gathered rows, and "bias" where such rows have a bias.
     """
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
-    table = TABLE[architecture(like.device)][phase.replace("jvp", "backward_query")]
-    return (_narrowest(table, like, extras) or table[max(table)])._asdict()
+    table, found, last = TABLE[architecture(like.device)], None, {}
+    for name, more in _names(phase, kind):
+        last = table.get(name, last)
+        found = found or _narrowest(table.get(name, {}), like, extras + more)
+    return (found or last[max(last)])._asdict()
+
+
+def _names(phase: str, kind: str) -> Iterator[tuple[str, int]]:
+    """Where to look for tiles, the most special first, and the extras that count there in addition.
+
+    A tangent takes what the gradient of queries takes, and a bias counts like dropout, unless the table knows better.
+    """
+    for name in (phase, "backward_query") if phase == "jvp" else (phase,):
+        if kind == "bias":
+            yield f"{name}_bias", 0
+        yield (f"{name}_group" if kind else name), int(kind == "bias")
 
 
 def decode_tiles(like: Tensor, dropout: bool, keys: int) -> dict[str, int] | None:
@@ -194,13 +230,28 @@ def _narrowest(table: dict[int, Tiles], like: Tensor, extras: int) -> Tiles | No
     return next((found for widest, found in table.items() if width <= widest), None)
 
 
-def group_tiles(phase: str, like: Tensor, extras: int, rows: int) -> dict[str, int]:
+def group_tiles(phase: str, like: Tensor, extras: int, rows: int, kind: str = "group") -> dict[str, int]:
     """:func:`tiles` where a program owns some of a group of `rows` rows, which may be few."""
-    found = tiles(f"{phase}_group", like, extras)
+    found = tiles(phase, like, extras, kind)
     if like.device.type != "cpu":
         side = "BLOCK_K" if phase == "backward_key" else "BLOCK_Q"
         found[side] = min(found[side], max(MATRIX_ROWS, triton.next_power_of_2(rows)))
     return found
+
+
+def line_tiles(phase: str, like: Tensor, extras: int, line: int) -> dict[str, int] | None:
+    """Tiles for whole lines of `line` tokens, with as many keys as queries, and no loop to be staged; or None.
+
+    `phase` is "forward", "backward" or "jvp".
+    """
+    table = {} if like.device.type == "cpu" else LINES.get(architecture(like.device), {})
+    if phase in table and _narrowest({LINES_WIDEST: Tiles(0, 0, 0, 0)}, like, extras) is not None:
+        squares = [found._asdict() for found in table[phase]]
+    else:
+        found = tiles(phase.replace("backward", "backward_query"), like, extras)
+        block = min(found["BLOCK_Q"], found["BLOCK_K"])
+        squares = [found | {"BLOCK_Q": block, "BLOCK_K": block, "num_stages": 1}]
+    return next((square for square in squares if line <= square["BLOCK_Q"]), None)
 
 
 def own_and_other(phase: str, tiles: dict[str, int]) -> tuple[int, int]:

@@ -406,11 +406,6 @@ class Call(attention.Call):
         inverse = launch.reciprocal(max(block_size, 1))
         self.numbers = layout_step, code_step, S, num_global, self.tokens, block_size, inverse
 
-    @property
-    def extras(self) -> int:
-        """Dropout, and a bias."""
-        return super().extras + (self.table is not None)
-
     def parts(
         self, phase: str, grad: str = "", taps: bool = False, tangent: bool = False, **pointers: Tensor | None
     ) -> Iterator[tuple[attention.Part, int]]:
@@ -418,7 +413,8 @@ class Call(attention.Call):
         for is_global, rows in ((False, self.tokens), (True, self.num_global)):
             if rows == 0:
                 continue
-            tiles = configs.group_tiles(phase, self.query, self.extras, rows if is_global else self.block_size)
+            size, kind = rows if is_global else self.block_size, "group" if self.table is None else "bias"
+            tiles = configs.group_tiles(phase, self.query, self.extras, size, kind)
             own, other = configs.own_and_other(phase, tiles)
             splits, programs = 1, triton.cdiv(min(self.block_size, rows), own) * triton.cdiv(rows, self.block_size)
             if is_global:
