@@ -191,11 +191,14 @@ def tiles(phase: str, like: Tensor, extras: int, kind: str = "") -> dict[str, in
     """
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
-    table, found, last = TABLE[architecture(like.device)], None, {}
-    for name, more in _names(phase, kind):
-        last = table.get(name, last)
-        found = found or _narrowest(table.get(name, {}), like, extras + more)
-    return (found or last[max(last)])._asdict()
+    table = TABLE[architecture(like.device)]
+    names = [(name, more) for name, more in _names(phase, kind) if name in table]
+    for name, more in names:
+        found = _narrowest(table[name], like, extras + more)
+        if found is not None:
+            return found._asdict()
+    widest = table[names[-1][0]]
+    return widest[max(widest)]._asdict()
 
 
 def _names(phase: str, kind: str) -> Iterator[tuple[str, int]]:
@@ -225,9 +228,14 @@ def decode_tiles(like: Tensor, dropout: bool, keys: int) -> dict[str, int] | Non
 
 def _narrowest(table: dict[int, Tiles], like: Tensor, extras: int) -> Tiles | None:
     """The entry of the narrowest rows that are as wide as those of `like` with their `extras`."""
-    width = shape(like.shape[-1], alignment=1).width * like.element_size()
-    width += extras * width // 2
+    width = _width(like, extras)
     return next((found for widest, found in table.items() if width <= widest), None)
+
+
+def _width(like: Tensor, extras: int) -> int:
+    """The bytes of a row of `like`, with its `extras`."""
+    width = shape(like.shape[-1], alignment=1).width * like.element_size()
+    return width + extras * width // 2
 
 
 def group_tiles(phase: str, like: Tensor, extras: int, rows: int, kind: str = "group") -> dict[str, int]:
@@ -245,7 +253,7 @@ def line_tiles(phase: str, like: Tensor, extras: int, line: int) -> dict[str, in
     `phase` is "forward", "backward" or "jvp".
     """
     table = {} if like.device.type == "cpu" else LINES.get(architecture(like.device), {})
-    if phase in table and _narrowest({LINES_WIDEST: Tiles(0, 0, 0, 0)}, like, extras) is not None:
+    if phase in table and _width(like, extras) <= LINES_WIDEST:
         squares = [found._asdict() for found in table[phase]]
     else:
         found = tiles(phase.replace("backward", "backward_query"), like, extras)

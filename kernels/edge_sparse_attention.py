@@ -319,11 +319,8 @@ def forward(
     call = Call(query, key, value, row_offsets, columns, block_size, num_global, bias, dropout_p, seed, scale)
     out, lse = attention.empty_results(query)
     scores = lse.new_empty(lse[:, :, num_global:].shape) if importance else None
-    for part, splits in call.parts("forward", taps=importance, scores=scores):
-        outs, lses = (
-            call.partial(out, splits),
-            lse[None] if splits == 1 else launch.sums(query[:, :, :num_global], splits),
-        )
+    for part, splits in call.parts("forward", {"scores": scores}, taps=importance):
+        outs, lses = call.partial(out, splits), call.partial_sums(lse, splits)
         call.forward(part, outs, lses)
         if splits > 1:
             merged = merge_attention.merge(list(outs), list(lses), query.dtype)
@@ -348,13 +345,13 @@ def backward(
         unit, worth = _unit(grad_out, grad_lse, value, dropout_p) if deterministic else (None, None)
         dtable = torch.zeros_like(call.table, dtype=torch.float32 if unit is None else torch.int64)
 
-    table = {"table_grad": dtable, "unit": unit}
-    for part, splits in call.parts("backward_query", "" if dtable is None else "queries", **table):
+    table: dict[str, Tensor | None] = {"table_grad": dtable, "unit": unit}
+    for part, splits in call.parts("backward_query", table, "" if dtable is None else "queries"):
         dqs = call.partial(dq, splits)
         call.backward_query(part, grad_out, grad_lse, out, lse, delta, dqs)
         call.add_up(dqs, dq)
     table |= {"starts": column_offsets, "columns": rows}
-    for part, splits in call.parts("backward_key", "" if dtable is None else "keys", **table):
+    for part, splits in call.parts("backward_key", table, "" if dtable is None else "keys"):
         dks, dvs = call.partial(dk, splits), call.partial(dv, splits)
         call.backward_key(part, grad_out, lse, delta, dks, dvs)
         call.add_up(dks, dk)
@@ -376,11 +373,8 @@ def jvp(
     call = Call(query, key, value, row_offsets, columns, block_size, num_global, bias, dropout_p, seed, scale)
     dout, dlse = attention.empty_results(query)
     dtable = None if table_tangent is None else table_tangent.t().contiguous()
-    for part, splits in call.parts("jvp", tangent=dtable is not None, table_tangent=dtable):
-        douts, dlses = (
-            call.partial(dout, splits),
-            dlse[None] if splits == 1 else launch.sums(query[:, :, :num_global], splits),
-        )
+    for part, splits in call.parts("jvp", {"table_tangent": dtable}, tangent=dtable is not None):
+        douts, dlses = call.partial(dout, splits), call.partial_sums(dlse, splits)
         call.jvp(part, query_tangent, [key_tangent], [value_tangent], out, lse, douts, dlses)
         call.add_up(douts, dout)
         call.add_up(dlses, dlse)
@@ -407,7 +401,7 @@ class Call(attention.Call):
         self.numbers = layout_step, code_step, S, num_global, self.tokens, block_size, inverse
 
     def parts(
-        self, phase: str, grad: str = "", taps: bool = False, tangent: bool = False, **pointers: Tensor | None
+        self, phase: str, pointers: dict[str, Tensor | None], grad: str = "", taps: bool = False, tangent: bool = False
     ) -> Iterator[tuple[attention.Part, int]]:
         """The launches that a pass wants, for blocks and for global tokens, and the splits of what those read."""
         for is_global, rows in ((False, self.tokens), (True, self.num_global)):
@@ -422,8 +416,8 @@ class Call(attention.Call):
                 reads = triton.cdiv(self.num_global + self.tokens, other)
                 splits = configs.splits(programs * self.heads, reads, self.query)
             op = itinerary(is_global, self.table is not None, self.causal, taps, grad, tangent)
-            given = self.pointers._replace(**(pointers if is_global or not taps else {}))
-            yield attention.Part(op, tiles, programs * splits * self.heads, (splits, *self.numbers), given), splits
+            where = (splits, *self.numbers), self.pointers._replace(**pointers)
+            yield attention.Part(op, tiles, programs * splits * self.heads, *where), splits
 
     def partial(self, x: Tensor, splits: int) -> Tensor:
         """Where to write results: to `x` (1, B, H, G+N, D), or partial ones of its global rows (splits, B, H, G, D)."""
