@@ -85,16 +85,17 @@ def runs_reference(x: Tensor, op: str | None = None) -> bool:
     return x.device.type not in KERNEL_DEVICES or (x.device.type == "cpu" and op in _without_cpu_kernel)
 
 
-def no_double_backward(name: str) -> None:
-    """Make differentiating the backward operator `name` an error rather than a silent zero."""
+def no_second_derivatives(*names: str) -> None:
+    """Make differentiating these derivatives of an operator an error rather than a silent zero."""
+    for name in names:
 
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{name.removesuffix('_backward')}: second derivatives need float64 inputs, which run the "
-            "reference; the kernels have first derivatives only"
-        )
+        def backward(ctx: Any, *grads: Tensor, op: str = name.rpartition("_")[0]) -> None:
+            raise RuntimeError(
+                f"{op}: second derivatives need float64 inputs, which run the reference; the kernels have first "
+                "derivatives only"
+            )
 
-    torch.library.register_autograd(f"vattn::{name}", backward, lib=library)
+        torch.library.register_autograd(f"vattn::{name}", backward, lib=library)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

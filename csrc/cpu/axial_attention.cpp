@@ -1,4 +1,4 @@
-// vattn::axial_attention and its backward on the CPU.
+// vattn::axial_attention, its backward and its tangent on the CPU.
 #include <torch/library.h>
 
 #include "host.h"
@@ -57,11 +57,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_query, grad_key, grad_value};
 }
 
+std::tuple<at::Tensor, at::Tensor> tangent(
+    const at::Tensor& query_tangent, const at::Tensor& key_tangent_, const at::Tensor& value_tangent_,
+    const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_, const at::Tensor& out,
+    const at::Tensor& lse, double dropout_p,
+    const std::optional<at::Tensor>& seed, double scale) {
+  at::Tensor query = with_rows(query_), key = with_rows(key_), value = with_rows(value_);
+  AxialAttention a = arguments(query, key, value, dropout_p, seed, scale);
+  QueryTangents of("axial_attention", a, query_tangent, query, out, lse);
+  at::Tensor key_tangent = tangent_rows("axial_attention", "key_tangent", key_tangent_, "key", key);
+  at::Tensor value_tangent = tangent_rows("axial_attention", "value_tangent", value_tangent_, "value", value);
+  if (query.numel() == 0) return {of.out_tangent, of.lse_tangent};
+  a.query_tangent = grid(of.query), a.key_tangent = grid(key_tangent), a.value_tangent = grid(value_tangent);
+  a.out = grid(of.out), a.out_tangent = grid(of.out_tangent);
+  a.panels = panels_of_tangent(a, kernels().tile);
+  run_tangent(kernels().axial_attention, a);
+  return {of.out_tangent, of.lse_tangent};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vattn, CPU, m) {
   m.impl("axial_attention", forward);
   m.impl("axial_attention_backward", backward);
+  m.impl("axial_attention_jvp", tangent);
 }
 
 }  // namespace vattn
