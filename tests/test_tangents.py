@@ -26,7 +26,7 @@ class Problem(NamedTuple):
     """One call of an operator."""
 
     primals: list[Tensor]
-    reference: Callable[..., Results]
+    reference: Callable[..., Any]
     forward: Callable[..., Results]
     backward: Callable[..., Any]  # of (grad_out, grad_lse, primals, out, lse)
     jvp: Callable[..., Results]  # of (tangents, primals, out, lse)
@@ -46,10 +46,16 @@ def leap(
 ) -> Problem:
     p, seed = dropout(p)
     settings = (step, group_size, fold_div, p, seed, 0.3)
-    keywords = {"group_size": group_size, "fold_div": fold_div, "dropout_p": p, "scale": 0.3, "seed": seed}
+    keywords: dict[str, Any] = {
+        "group_size": group_size,
+        "fold_div": fold_div,
+        "dropout_p": p,
+        "scale": 0.3,
+        "seed": seed,
+    }
     return Problem(
         random(*[(B, H, T, N, D)] * 3),
-        lambda *x: reference.leap_attention(*x, step, return_lse=True, **keywords),
+        lambda q, k, v: reference.leap_attention(q, k, v, step, return_lse=True, **keywords),
         lambda *x: OPS.leap_attention(*x, *settings),
         lambda grad_out, grad_lse, x, *results: OPS.leap_attention_backward(
             grad_out, grad_lse, *x, *results, *settings
@@ -63,7 +69,7 @@ def axial(B: int, H: int, outer: int, line: int, inner: int, D: int, p: float = 
     settings = (p, seed, 0.3)
     return Problem(
         random(*[(B, H, outer, line, inner, D)] * 3),
-        lambda *x: reference.axial_attention(*x, 1, dropout_p=p, scale=0.3, seed=seed, return_lse=True),
+        lambda q, k, v: reference.axial_attention(q, k, v, 1, dropout_p=p, scale=0.3, seed=seed, return_lse=True),
         lambda *x: OPS.axial_attention(*x, *settings),
         lambda grad_out, grad_lse, x, *results: OPS.axial_attention_backward(
             grad_out, grad_lse, *x, *results, *settings
@@ -78,7 +84,9 @@ def node(B: int, H: int, Lq: int, Lk: int, D: int, kept: list[list[int]], p: flo
     settings = (index, p, seed, 0.3)
     return Problem(
         random((B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D)),
-        lambda *x: reference.node_sparse_attention(*x, index, dropout_p=p, scale=0.3, seed=seed, return_lse=True),
+        lambda q, k, v: reference.node_sparse_attention(
+            q, k, v, index, dropout_p=p, scale=0.3, seed=seed, return_lse=True
+        ),
         lambda *x: OPS.node_sparse_attention(*x, *settings),
         lambda grad_out, grad_lse, x, *results: OPS.node_sparse_attention_backward(
             grad_out, grad_lse, *x, *results, *settings
@@ -93,7 +101,7 @@ def latent(
     p, seed = dropout(p)
     lengths = None if key_lengths is None else torch.tensor(key_lengths)
     settings = (lengths, p, seed, 0.3)
-    keywords = {"key_lengths": lengths, "dropout_p": p, "scale": 0.3, "seed": seed}
+    keywords: dict[str, Any] = {"key_lengths": lengths, "dropout_p": p, "scale": 0.3, "seed": seed}
 
     def split(x: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         return x[0], list(x[1 : 1 + len(Lks)]), list(x[1 + len(Lks) :])
@@ -118,17 +126,17 @@ def edge(
     p, seed = dropout(p)
     G, sizes = layout.num_global, [] if window is None else list(window)
     graph = (layout.row_offsets, layout.columns)
-    keywords = {"positions": positions, "causal": causal, "dropout_p": p, "scale": 0.3, "seed": seed}
+    keywords: dict[str, Any] = {"positions": positions, "causal": causal, "dropout_p": p, "scale": 0.3, "seed": seed}
     end = (sizes, positions, causal, p, seed, 0.3)
 
     def table(x: Any) -> Tensor | None:
         return None if window is None else x[3]
 
-    def bias(x: Any) -> Any:
+    def bias(table: Any = None) -> Any:
         if window is None:
             return None
         module = bias_without_table(window, H, G)
-        module.table = x[3]
+        module.table = table
         return module
 
     def backward(grad_out: Tensor, grad_lse: Tensor, x: list[Tensor], *results: Tensor) -> list[Tensor]:
@@ -147,7 +155,9 @@ def edge(
         tables = [((2 * T - 1) * (2 * height - 1) * (2 * width - 1) + 2 * G + G * G, H)]
     return Problem(
         random(*[shape] * 3, *tables),
-        lambda *x: reference.edge_sparse_attention(*x[:3], layout, position_bias=bias(x), return_lse=True, **keywords),
+        lambda q, k, v, *table: reference.edge_sparse_attention(
+            q, k, v, layout, position_bias=bias(*table), return_lse=True, **keywords
+        ),
         lambda *x: OPS.edge_sparse_attention(*x[:3], *graph, None, None, layout.block_size, G, table(x), *end, False)[
             :2
         ],
