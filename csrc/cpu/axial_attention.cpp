@@ -58,21 +58,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 }
 
 std::tuple<at::Tensor, at::Tensor> tangent(
-    const at::Tensor& query_tangent, const at::Tensor& key_tangent_, const at::Tensor& value_tangent_,
+    const at::Tensor& query_tangent, const at::Tensor& key_tangent, const at::Tensor& value_tangent,
     const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_, const at::Tensor& out,
-    const at::Tensor& lse, double dropout_p,
-    const std::optional<at::Tensor>& seed, double scale) {
+    const at::Tensor& lse, double dropout_p, const std::optional<at::Tensor>& seed, double scale) {
   at::Tensor query = with_rows(query_), key = with_rows(key_), value = with_rows(value_);
   AxialAttention a = arguments(query, key, value, dropout_p, seed, scale);
-  QueryTangents of("axial_attention", a, query_tangent, query, out, lse);
-  at::Tensor key_tangent = tangent_rows("axial_attention", "key_tangent", key_tangent_, "key", key);
-  at::Tensor value_tangent = tangent_rows("axial_attention", "value_tangent", value_tangent_, "value", value);
-  if (query.numel() == 0) return {of.out_tangent, of.lse_tangent};
-  a.query_tangent = grid(of.query), a.key_tangent = grid(key_tangent), a.value_tangent = grid(value_tangent);
-  a.out = grid(of.out), a.out_tangent = grid(of.out_tangent);
-  a.panels = panels_of_tangent(a, kernels().tile);
-  run_tangent(kernels().axial_attention, a);
-  return {of.out_tangent, of.lse_tangent};
+  return run_tangent("axial_attention", kernels().axial_attention, a, grid, query_tangent, key_tangent, value_tangent,
+                     query, key, value, out, lse);
 }
 
 }  // namespace

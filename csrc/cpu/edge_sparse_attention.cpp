@@ -116,7 +116,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
 }
 
 std::tuple<at::Tensor, at::Tensor> tangent(
-    const at::Tensor& query_tangent, const at::Tensor& key_tangent_, const at::Tensor& value_tangent_,
+    const at::Tensor& query_tangent, const at::Tensor& key_tangent, const at::Tensor& value_tangent,
     const std::optional<at::Tensor>& table_tangent, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& row_offsets,
     const at::Tensor& columns, int64_t block_size, int64_t num_global, const std::optional<at::Tensor>& bias_table,
@@ -125,21 +125,14 @@ std::tuple<at::Tensor, at::Tensor> tangent(
   Call call(query, key, value, row_offsets, columns, block_size, num_global, bias_table, window, positions, causal,
             dropout_p, seed, scale);
   EdgeSparseAttention& a = call.a;
-  QueryTangents of(OP, a, query_tangent, call.query, out, lse);
-  at::Tensor key_tangent = tangent_rows(OP, "key_tangent", key_tangent_, "key", call.key);
-  at::Tensor value_tangent = tangent_rows(OP, "value_tangent", value_tangent_, "value", call.value);
   if (table_tangent.has_value()) {
     TORCH_CHECK_VALUE(bias_table.has_value(), OP, ": table_tangent must come with a bias_table, got bias_table=None");
     check_like(OP, "table_tangent", *table_tangent, "bias_table", bias_table->sizes(), bias_table->scalar_type());
     call.positions.set_tangent(*table_tangent);
     a.positions = call.positions.args;
   }
-  if (query.numel() == 0) return {of.out_tangent, of.lse_tangent};
-  a.query_tangent = video(of.query), a.key_tangent = video(key_tangent), a.value_tangent = video(value_tangent);
-  a.out = video(of.out), a.out_tangent = video(of.out_tangent);
-  a.panels = panels_of_tangent(a, kernels().tile);
-  run_tangent(kernels().edge_sparse_attention, a);
-  return {of.out_tangent, of.lse_tangent};
+  return run_tangent(OP, kernels().edge_sparse_attention, a, video, query_tangent, key_tangent, value_tangent,
+                     call.query, call.key, call.value, out, lse);
 }
 
 }  // namespace

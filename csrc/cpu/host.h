@@ -126,6 +126,25 @@ void run_tangent(const AttentionKernels<Args>& kernel, const Args& a) {
   run(kernel.tangent, a, a.components * parts(a.max_queries, a.panels * k.tile), k.tangent_workspace(a.D, a.panels));
 }
 
+// The tangents of out and lse of an operator with one tensor of keys and one of values. `a` was made of the primals;
+// `view` is what its kernels take of a tensor.
+template <class Args, class View>
+std::tuple<at::Tensor, at::Tensor> run_tangent(const char* op, const AttentionKernels<Args>& kernel, Args& a, View view,
+                                               const at::Tensor& query_tangent, const at::Tensor& key_tangent_,
+                                               const at::Tensor& value_tangent_, const at::Tensor& query,
+                                               const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
+                                               const at::Tensor& lse) {
+  QueryTangents of(op, a, query_tangent, query, out, lse);
+  at::Tensor key_tangent = tangent_rows(op, "key_tangent", key_tangent_, "key", key);
+  at::Tensor value_tangent = tangent_rows(op, "value_tangent", value_tangent_, "value", value);
+  if (query.numel() == 0) return {of.out_tangent, of.lse_tangent};
+  a.query_tangent = view(of.query), a.key_tangent = view(key_tangent), a.value_tangent = view(value_tangent);
+  a.out = view(of.out), a.out_tangent = view(of.out_tangent);
+  a.panels = panels_of_tangent(a, kernels().tile);
+  run_tangent(kernel, a);
+  return {of.out_tangent, of.lse_tangent};
+}
+
 template <class Args>
 void run_delta(const AttentionKernels<Args>& kernel, const Args& a) {
   const Kernels& k = kernels();

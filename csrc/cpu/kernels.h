@@ -64,7 +64,7 @@ struct LatentAttention : Attention {
 struct Positions {
   int64_t G = 0;
   const float* table = nullptr;         // of head 0, in units of log2, turned around; null if there is no bias
-  const float* table_tangent = nullptr; // as the table lies, not in units of log2; null if there is none
+  const float* table_tangent = nullptr;  // as the table lies, not in units of log2; null if there is none
   int64_t table_head = 0;               // from head to head
   int64_t differences = 0, middle = 0;  // entries of differences of codes, and the one of equal codes
   const int32_t* codes = nullptr;       // of the N tokens; `codes_batch` from sample to sample

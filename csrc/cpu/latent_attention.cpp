@@ -49,7 +49,7 @@ struct Call {
     a.splits = 1;
   }
 
-  // Where there are too few queries for the threads, each range of keys is an item of its own, and their results are put
+  // Where there are too few queries for the threads, each range of keys is an item of its own, and results are put
   // together in the end. Panels are known.
   void split_keys() {
     constexpr int64_t KEYS_WORTH_A_SPLIT = 1024;

@@ -57,21 +57,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 }
 
 std::tuple<at::Tensor, at::Tensor> tangent(
-    const at::Tensor& query_tangent, const at::Tensor& key_tangent_, const at::Tensor& value_tangent_,
+    const at::Tensor& query_tangent, const at::Tensor& key_tangent, const at::Tensor& value_tangent,
     const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_, const at::Tensor& out,
     const at::Tensor& lse, int64_t leap,
     int64_t group_size, int64_t fold_div, double dropout_p, const std::optional<at::Tensor>& seed, double scale) {
   at::Tensor query = with_rows(query_), key = with_rows(key_), value = with_rows(value_);
   LeapAttention a = arguments(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale);
-  QueryTangents of("leap_attention", a, query_tangent, query, out, lse);
-  at::Tensor key_tangent = tangent_rows("leap_attention", "key_tangent", key_tangent_, "key", key);
-  at::Tensor value_tangent = tangent_rows("leap_attention", "value_tangent", value_tangent_, "value", value);
-  if (query.numel() == 0) return {of.out_tangent, of.lse_tangent};
-  a.query_tangent = video(of.query), a.key_tangent = video(key_tangent), a.value_tangent = video(value_tangent);
-  a.out = video(of.out), a.out_tangent = video(of.out_tangent);
-  a.panels = panels_of_tangent(a, kernels().tile);
-  run_tangent(kernels().leap_attention, a);
-  return {of.out_tangent, of.lse_tangent};
+  return run_tangent("leap_attention", kernels().leap_attention, a, video, query_tangent, key_tangent, value_tangent,
+                     query, key, value, out, lse);
 }
 
 }  // namespace

@@ -82,21 +82,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 }
 
 std::tuple<at::Tensor, at::Tensor> tangent(
-    const at::Tensor& query_tangent, const at::Tensor& key_tangent_, const at::Tensor& value_tangent_,
+    const at::Tensor& query_tangent, const at::Tensor& key_tangent, const at::Tensor& value_tangent,
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
     const at::Tensor& lse, const at::Tensor& kept, double dropout_p, const std::optional<at::Tensor>& seed,
     double scale) {
   Call call(query, key, value, kept, dropout_p, seed, scale);
   NodeSparseAttention& a = call.a;
-  QueryTangents of("node_sparse_attention", a, query_tangent, call.query, out, lse);
-  at::Tensor key_tangent = tangent_rows("node_sparse_attention", "key_tangent", key_tangent_, "key", call.key);
-  at::Tensor value_tangent = tangent_rows("node_sparse_attention", "value_tangent", value_tangent_, "value", call.value);
-  if (query.numel() == 0) return {of.out_tangent, of.lse_tangent};
-  a.query_tangent = video(of.query), a.key_tangent = video(key_tangent), a.value_tangent = video(value_tangent);
-  a.out = video(of.out), a.out_tangent = video(of.out_tangent);
-  a.panels = panels_of_tangent(a, kernels().tile);
-  run_tangent(kernels().node_sparse_attention, a);
-  return {of.out_tangent, of.lse_tangent};
+  return run_tangent("node_sparse_attention", kernels().node_sparse_attention, a, video, query_tangent, key_tangent,
+                     value_tangent, call.query, call.key, call.value, out, lse);
 }
 
 }  // namespace

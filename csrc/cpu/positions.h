@@ -30,8 +30,7 @@ struct PositionedItinerary : TokenItinerary<T, Args> {
   }
   // Of the tile that adjust_scores has seen last.
   void adjust_tangents(int64_t, int64_t count, int64_t, int64_t, float* tangents) const {
-    if (a.positions.table_tangent)
-      keys_across.add(of_head(a.positions.table_tangent), tangents, query_rows, count);
+    if (a.positions.table_tangent) keys_across.add(of_head(a.positions.table_tangent), tangents, query_rows, count);
   }
 
  protected:
