@@ -9,7 +9,7 @@ import torch
 
 import vattn
 from benchmarks import measure as measuring
-from benchmarks import plots, records, report
+from benchmarks import plots, records, report, tangents
 from benchmarks.__main__ import main
 from benchmarks.gate import Gate
 from benchmarks.harness import Session
@@ -358,3 +358,19 @@ def test_the_command_line_prints_stores_and_draws(tmp_path, capsys):
     assert len(records.load("leap_attention", tmp_path)) == 4
     assert main(["plot", "leap_attention", "--results", str(tmp_path)]) == 0
     assert capsys.readouterr().out.split() == [str(path) for path in sorted(tmp_path.glob("*.png"), reverse=True)]
+
+
+@pytest.mark.skipif("cpu" not in KERNEL_DEVICES, reason="the extension is not built")
+def test_the_table_of_tangents(capsys):
+    """Of one operator, printed; a tangent that is wrong is refused."""
+    tangents.main(["--device", "cpu", "--operators", "node_sparse_attention", "--rounds", "1"])
+    title, name, cells = capsys.readouterr().out.splitlines()
+    assert name == "node_sparse_attention B=1 Lq=512 Lk=3137 K=1000 H=12 D=64 float32"
+    assert len(cells.split("  ")) >= len(tangents.COLUMNS) and "peer / (f + t)" in title
+
+    (example,) = (x for x in tangents.examples(torch.float32, CPU) if x.name.startswith("node"))
+    wrong = dataclasses.replace(
+        example, tangent=lambda tangents, *args: [1.01 * x for x in example.tangent(tangents, *args)]
+    )
+    with pytest.raises(RuntimeError, match=r"node_sparse_attention .*: the tangent is off by .*, allowed"):
+        tangents.measure(wrong, CPU, rounds=1)

@@ -119,6 +119,9 @@ def test_opcheck():
         for grad_lse in (None, torch.randn_like(lse)):
             args = (torch.randn_like(out), grad_lse, plain, plain_keys, plain_keys, out, lse, *options)
             torch.library.opcheck(torch.ops.vattn.latent_attention_backward.default, args)
+        primals = (plain, plain_keys, plain_keys)
+        args = (torch.randn_like(plain), plain_keys, plain_keys, *primals, out, lse, *options)
+        torch.library.opcheck(torch.ops.vattn.latent_attention_jvp.default, args)
 
 
 @needs_kernels

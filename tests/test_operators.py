@@ -153,16 +153,25 @@ def test_opcheck():
     outs, lses = parts(4, 6)
     merged = [x.detach() for x in torch.ops.vattn.merge_attention(outs, lses)]
     plain, plain_lses = [x.detach() for x in outs], [x.detach() for x in lses]
+    primals = [x.detach() for x in (q, k, v)]
+    lines = video(1, 2, 2, 3, 2, 6)
+    plain_lines = [x.detach() for x in lines]
+    out_lines, lse_lines = torch.ops.vattn.axial_attention(*plain_lines, 0.2, seed, 0.5)
     for op, args in [
+        ("axial_attention", (*lines, 0.2, seed, 0.5)),
+        ("axial_attention_backward", (out_lines, None, *plain_lines, out_lines, lse_lines, 0.2, seed, 0.5)),
+        ("axial_attention_jvp", (*plain_lines[::-1], *plain_lines, out_lines, lse_lines, 0.2, seed, 0.5)),
         ("leap_attention", (q, k, v, 2, 2, 3, 0.2, seed, 0.5)),
         ("leap_attention", (q, k, v, 1, 5, 0, 0.0, None, 0.5)),
-        ("leap_attention_backward", (out, lse, *(x.detach() for x in (q, k, v)), out, lse, 2, 2, 3, 0.2, seed, 0.5)),
-        ("leap_attention_backward", (out, None, *(x.detach() for x in (q, k, v)), out, lse, 2, 2, 3, 0.2, seed, 0.5)),
+        ("leap_attention_backward", (out, lse, *primals, out, lse, 2, 2, 3, 0.2, seed, 0.5)),
+        ("leap_attention_backward", (out, None, *primals, out, lse, 2, 2, 3, 0.2, seed, 0.5)),
+        ("leap_attention_jvp", (*primals[::-1], *primals, out, lse, 2, 2, 3, 0.2, seed, 0.5)),
         ("periodic_shift", (q, 3, False)),
         ("periodic_shift", (q, 3, True)),
         ("merge_attention", (outs, lses)),
         ("merge_attention_backward", (merged[0], merged[1], plain, plain_lses, *merged)),
         ("merge_attention_backward", (merged[0], None, plain, plain_lses, *merged)),
+        ("merge_attention_jvp", (plain[::-1], plain_lses[::-1], plain, plain_lses, *merged)),
     ]:
         torch.library.opcheck(getattr(torch.ops.vattn, op).default, args)
 

@@ -2,3 +2,6 @@
 
 def cpu_capability() -> str:
     """The instruction set that the kernels were chosen for: "avx512", "avx2" or "generic"."""
+
+def cpu_capabilities() -> list[str]:
+    """The instruction sets that they could use on this processor, the fastest first."""

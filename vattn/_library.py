@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 
 def build_record() -> dict[str, Any]:
@@ -85,16 +88,29 @@ def runs_reference(x: Tensor, op: str | None = None) -> bool:
     return x.device.type not in KERNEL_DEVICES or (x.device.type == "cpu" and op in _without_cpu_kernel)
 
 
-def no_double_backward(name: str) -> None:
-    """Make differentiating the backward operator `name` an error rather than a silent zero."""
+def no_second_derivatives(*names: str) -> None:
+    """Make differentiating these derivatives of an operator, in either mode, an error rather than a silent zero."""
+    for name in names:
+        op = name.rpartition("_")[0]
 
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{name.removesuffix('_backward')}: second derivatives need float64 inputs, which run the "
-            "reference; the kernels have first derivatives only"
-        )
+        def refuse(*args: Any, op: str = op) -> None:
+            raise RuntimeError(
+                f"{op}: second derivatives need float64 inputs, which run the reference; the kernels have first "
+                "derivatives only"
+            )
 
-    torch.library.register_autograd(f"vattn::{name}", backward, lib=library)
+        reverse_mode = make_autograd_impl(getattr(torch.ops.vattn, name).default, Info(refuse, None))
+        rule = functools.partial(_run_without_tangents, reverse_mode, refuse)
+        library.impl(name, rule, "Autograd", with_keyset=True)
+
+
+def _run_without_tangents(run: Callable[..., Any], refuse: Callable[[], None], keyset: Any, *args: Any) -> Any:
+    # Forward mode has no entry in torch.library: what has a tangent would lose it.
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tree_leaves(args) if isinstance(x, Tensor)
+    ):
+        refuse()
+    return run(keyset, *args)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

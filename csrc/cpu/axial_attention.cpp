@@ -1,4 +1,4 @@
-// vattn::axial_attention and its backward on the CPU.
+// vattn::axial_attention, its backward and its tangent on the CPU.
 #include <torch/library.h>
 
 #include "host.h"
@@ -57,11 +57,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_query, grad_key, grad_value};
 }
 
+std::tuple<at::Tensor, at::Tensor> tangent(
+    const at::Tensor& query_tangent, const at::Tensor& key_tangent, const at::Tensor& value_tangent,
+    const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_, const at::Tensor& out,
+    const at::Tensor& lse, double dropout_p, const std::optional<at::Tensor>& seed, double scale) {
+  at::Tensor query = with_rows(query_), key = with_rows(key_), value = with_rows(value_);
+  AxialAttention a = arguments(query, key, value, dropout_p, seed, scale);
+  return run_tangent("axial_attention", kernels().axial_attention, a, grid, query_tangent, key_tangent, value_tangent,
+                     query, key, value, out, lse);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vattn, CPU, m) {
   m.impl("axial_attention", forward);
   m.impl("axial_attention_backward", backward);
+  m.impl("axial_attention_jvp", tangent);
 }
 
 }  // namespace vattn

@@ -91,6 +91,15 @@ struct AxialLines : Itinerary<AxialAttention> {
   void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     load_rows(a.value, first, count, rows, ld, times);
   }
+  void load_query_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.query_tangent, first, count, rows, ld, times);
+  }
+  void load_key_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.key_tangent, first, count, rows, ld, times);
+  }
+  void load_value_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.value_tangent, first, count, rows, ld, times);
+  }
   void load_out(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     load_rows(a.out, first, count, rows, ld, times);
   }
@@ -99,6 +108,9 @@ struct AxialLines : Itinerary<AxialAttention> {
   }
   void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     store_rows(a.out, first, count, rows, ld, times);
+  }
+  void store_out_tangent(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows(a.out_tangent, first, count, rows, ld, times);
   }
   void store_grad_query(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     store_rows(a.grad_query, first, count, rows, ld, times);
@@ -117,9 +129,12 @@ struct AxialLines : Itinerary<AxialAttention> {
   }
   void load_lse(int64_t first, int64_t count, float* x) const { load_sums(sums(a.lse), first, count, x); }
   void load_delta(int64_t first, int64_t count, float* x) const { load_sums(sums(a.delta), first, count, x); }
-  void store_lse(int64_t first, int64_t count, const float* x) const {
-    float* to = sums(a.lse);
+  void store_sums(float* to, int64_t first, int64_t count, const float* x) const {
     each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { to[number(o, t, i)] = x[row]; });
+  }
+  void store_lse(int64_t first, int64_t count, const float* x) const { store_sums(sums(a.lse), first, count, x); }
+  void store_lse_tangent(int64_t first, int64_t count, const float* x) const {
+    store_sums(sums(a.lse_tangent), first, count, x);
   }
   void add_delta(int64_t first, int64_t count, const float* x) const {
     float* to = sums(a.delta);
@@ -136,6 +151,7 @@ struct AxialLines : Itinerary<AxialAttention> {
     }
   }
   void adjust_grads(int64_t, int64_t, int64_t, int64_t, const float*) const {}
+  void adjust_tangents(int64_t, int64_t, int64_t, int64_t, float*) const {}
 };
 
 }  // namespace VATTN_ISA

@@ -1,4 +1,4 @@
-// vattn::edge_sparse_attention and its backward on the CPU.
+// vattn::edge_sparse_attention, its backward and its tangent on the CPU.
 #include <torch/library.h>
 
 #include "host_positions.h"
@@ -115,11 +115,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_query, grad_key, grad_value, grad_table};
 }
 
+std::tuple<at::Tensor, at::Tensor> tangent(
+    const at::Tensor& query_tangent, const at::Tensor& key_tangent, const at::Tensor& value_tangent,
+    const std::optional<at::Tensor>& table_tangent, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& row_offsets,
+    const at::Tensor& columns, int64_t block_size, int64_t num_global, const std::optional<at::Tensor>& bias_table,
+    at::IntArrayRef window, const std::optional<at::Tensor>& positions, bool causal, double dropout_p,
+    const std::optional<at::Tensor>& seed, double scale) {
+  Call call(query, key, value, row_offsets, columns, block_size, num_global, bias_table, window, positions, causal,
+            dropout_p, seed, scale);
+  EdgeSparseAttention& a = call.a;
+  if (table_tangent.has_value()) {
+    TORCH_CHECK_VALUE(bias_table.has_value(), OP, ": table_tangent must come with a bias_table, got bias_table=None");
+    check_like(OP, "table_tangent", *table_tangent, "bias_table", bias_table->sizes(), bias_table->scalar_type());
+    call.positions.set_tangent(*table_tangent);
+    a.positions = call.positions.args;
+  }
+  return run_tangent(OP, kernels().edge_sparse_attention, a, video, query_tangent, key_tangent, value_tangent,
+                     call.query, call.key, call.value, out, lse);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vattn, CPU, m) {
   m.impl("edge_sparse_attention", forward);
   m.impl("edge_sparse_attention_backward", backward);
+  m.impl("edge_sparse_attention_jvp", tangent);
 }
 
 }  // namespace vattn

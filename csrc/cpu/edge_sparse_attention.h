@@ -57,15 +57,22 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
     while (place - read.before >= a.length(*read.entry)) read.before += a.length(*read.entry++);
     return place - read.before;
   }
-  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  void load_pieces(const Video& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
-      this->load_rows(a.key, row, n, rows + done * ld, ld, times);
+      this->load_rows(x, row, n, rows + done * ld, ld, times);
     });
   }
+  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_pieces(a.key, first, count, rows, ld, times);
+  }
   void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
-      this->load_rows(a.value, row, n, rows + done * ld, ld, times);
-    });
+    load_pieces(a.value, first, count, rows, ld, times);
+  }
+  void load_key_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_pieces(a.key_tangent, first, count, rows, ld, times);
+  }
+  void load_value_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_pieces(a.value_tangent, first, count, rows, ld, times);
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
     pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {

@@ -1,18 +1,24 @@
-// The library's one online-softmax core in C++: attention of a tile of queries, and its gradients.
+// The library's one online-softmax core in C++: attention of a tile of queries, its gradients and its tangent.
 //
 //     s = scale * q k^T,   p = exp(s - lse),   out = p v
 //     dv = p^T do,   dp = do v^T,   ds = p * (dp - delta),   dq = scale * ds k,   dk = scale * ds^T q
+//
+// and forward-mode, from tangents q', k', v' of the inputs:
+//
+//     s' = scale * (q' k^T + q k'^T),   lse' = sum of p * s' over keys,   out' = p v' + (p * s') v - lse' * out
 //
 // It knows tiles, not tensors. Where rows live is told by an itinerary:
 //
 //     int64_t head_dim, queries, keys;  float scale;  const Dropout* dropout;
 //     load_query / load_key / load_value / load_out / load_grad_out (first, count, rows, ld, times)   to float rows
 //     store_out / store_grad_query / store_grad_key / store_grad_value (first, count, rows, ld, times)
-//     store_lse / load_lse / load_delta / add_delta (first, count, floats)
+//     load_query_tangent / load_key_tangent / load_value_tangent / store_out_tangent (first, count, rows, ld, times)
+//     store_lse / load_lse / load_delta / add_delta / store_lse_tangent (first, count, floats)
 //     query_tokens / key_tokens (first, count, integers)      the operator's own numbers of rows, for dropout
 //     ADJUSTS      whether scores are more than products; if so, on a tile of them, a row of TILE for each query:
 //         adjust_scores (first query, count, first key, count, scores)      in units of log2
 //         adjust_grads (likewise)                                           gradients of those, to take a share of
+//         adjust_tangents (likewise)                                        tangents of those, not in units of log2
 //     HAS_VALUES   whether there are values and an output; without, the forward ends with, and add_weights begins with,
 //         store_softmax / load_softmax (first, count, maximum, sum)     of the powers of 2
 //
@@ -23,7 +29,7 @@
 //     D   [ K^T panel      ]               k [ V              ]
 //     q   [ S   (then P)   ]  <- queries   q [ O              ]  <- P V
 //
-// Backward likewise:  dK += dS^T Q,  dV += P^T dO,  dQ += dS K.
+// Backward likewise:  dK += dS^T Q,  dV += P^T dO,  dQ += dS K.  Tangent:  O' += P V',  O' += (P * S') V.
 #pragma once
 
 #include "dropout.h"
@@ -227,12 +233,20 @@ struct BackwardWorkspace {
   }
 };
 
+// The lse of a query in units of log2, in two parts, since one rounding of it would be in all weights of the query. A
+// query without keys has no weights.
+struct Lse2 {
+  float shift, rest;
+  VATTN_INLINE explicit Lse2(float lse) {
+    const double exact = (double)lse * LOG2E_EXACT;
+    shift = lse == -INFINITE ? INFINITE : (float)exact, rest = lse == -INFINITE ? 0 : (float)(exact - shift);
+  }
+};
+
 // Scores and their gradients, a row of either for one query, become weights and gradients of scores.
 VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse, float delta, const Dropout* dropout,
                         uint32_t query_token, const uint32_t* key_tokens) {
-  // In two parts, since one rounding of it would be in all weights of the query. A query without keys has no weights.
-  const double exact = (double)lse * LOG2E_EXACT;
-  const float shift = lse == -INFINITE ? INFINITE : (float)exact, rest = lse == -INFINITE ? 0 : (float)(exact - shift);
+  const auto [shift, rest] = Lse2(lse);
   uint32_t times = 0, add = 0;
   if (dropout) dropout->query(query_token, times, add);
   for (int64_t j = 0; j < columns; j += VL) {
@@ -330,6 +344,114 @@ void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t q
     if constexpr (QUERY) it.store_grad_query(q0, held, w.grad_query, ld, it.scale);
     q0 += held;
   } while (q0 < query_end);
+}
+
+// Of the tangent: as many queries as share a load of the keys and their tangents, and one tile of those.
+struct TangentWorkspace {
+  int64_t ld, size;
+  float *query, *query_tangent, *out_tangent, *lse, *lse_tangent;  // of all queries; tangents of lse lane by lane
+  float *rows, *key_panel, *key_tangent_panel, *value, *value_tangent;  // rows: of keys, then of out
+  float *weights, *score_tangents;                                      // of TILE queries
+  uint32_t *query_tokens, *key_tokens;
+
+  TangentWorkspace(int64_t head_dim, int64_t panels, float* base) : ld(round_up(head_dim, VL)) {
+    const int64_t queries = panels * TILE;
+    Pieces p{base};
+    for (float** piece : {&query, &query_tangent, &out_tangent}) *piece = p.take(queries * ld);
+    lse = p.take(queries);
+    lse_tangent = p.take(queries * VL);
+    for (float** piece : {&rows, &key_panel, &key_tangent_panel, &value, &value_tangent}) *piece = p.take(TILE * ld);
+    for (float** piece : {&weights, &score_tangents}) *piece = p.take(TILE * TILE);
+    query_tokens = (uint32_t*)p.take(queries);
+    key_tokens = (uint32_t*)p.take(TILE);
+    size = p.used;
+  }
+};
+
+// Scores and their tangents, a row of either for one query, become weights and the products of both, which are returned
+// summed over the tile, lane by lane. Dropout leaves those sums, which are the tangent of lse, as they are.
+VATTN_INLINE Vec weigh_tangents(float* weights, float* tangents, int64_t columns, float lse, const Dropout* dropout,
+                                uint32_t query_token, const uint32_t* key_tokens) {
+  const auto [shift, rest] = Lse2(lse);
+  uint32_t times = 0, add = 0;
+  if (dropout) dropout->query(query_token, times, add);
+  Vec sum{};
+  for (int64_t j = 0; j < columns; j += VL) {
+    Vec score = load(weights + j), p = exp2(score - shift - rest);
+    // Keys that are not read may have any tangent, also one that is not finite.
+    Vec product = p * select(score == -INFINITE, Vec{}, load(tangents + j));
+    sum += product;
+    if (dropout) {
+      Vec factor = dropout->factors(load(key_tokens + j), times, add);
+      p *= factor;
+      product *= factor;
+    }
+    store(weights + j, p);
+    store(tangents + j, product);
+  }
+  return sum;
+}
+
+// The tangents of out and lse from those of the inputs: five products, of which two are for the tangents of scores.
+template <class Itinerary>
+void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
+  const int64_t D = it.head_dim;
+  const TangentWorkspace w(D, (count + TILE - 1) / TILE, workspace);
+  const int64_t ld = w.ld;
+
+  it.load_query(first, count, w.query, ld, it.scale * LOG2E);
+  it.load_query_tangent(first, count, w.query_tangent, ld, it.scale);
+  it.load_lse(first, count, w.lse);
+  if (it.dropout) it.query_tokens(first, count, w.query_tokens);
+  zero(w.lse_tangent, count * VL);
+  if (it.keys == 0) zero(w.out_tangent, count * ld);
+
+  for (int64_t k0 = 0; k0 < it.keys; k0 += TILE) {
+    const int64_t keys = least(TILE, it.keys - k0), columns = round_up(keys, VL);
+    it.load_key(k0, keys, w.rows, ld, 1);
+    zero(w.rows + keys * ld, (columns - keys) * ld);
+    transpose(w.key_panel, TILE, w.rows, ld, columns, ld);
+    it.load_key_tangent(k0, keys, w.rows, ld, LN2);  // the queries carry scale * log2(e): scale is left
+    transpose(w.key_tangent_panel, TILE, w.rows, ld, columns, ld);
+    it.load_value(k0, keys, w.value, ld, 1);
+    it.load_value_tangent(k0, keys, w.value_tangent, ld, 1);
+    if (it.dropout) it.key_tokens(k0, keys, w.key_tokens);
+
+    for (int64_t q0 = 0; q0 < count; q0 += TILE) {
+      const int64_t queries = least(TILE, count - q0);
+      const Matrix query{w.query + q0 * ld, ld, 1}, query_tangent{w.query_tangent + q0 * ld, ld, 1};
+      multiply(false, queries, columns, D, query, w.key_panel, TILE, w.weights, TILE);
+      multiply(false, queries, columns, D, query_tangent, w.key_panel, TILE, w.score_tangents, TILE);
+      multiply(true, queries, columns, D, query, w.key_tangent_panel, TILE, w.score_tangents, TILE);
+      if constexpr (Itinerary::ADJUSTS) {
+        it.adjust_scores(first + q0, queries, k0, keys, w.weights);
+        it.adjust_tangents(first + q0, queries, k0, keys, w.score_tangents);
+      }
+      for (int64_t q = 0; q < queries; ++q) {
+        float *weights = w.weights + q * TILE, *lse_tangent = w.lse_tangent + (q0 + q) * VL;
+        for (int64_t j = keys; j < columns; ++j) weights[j] = -INFINITE;
+        Vec sum = weigh_tangents(weights, w.score_tangents + q * TILE, columns, w.lse[q0 + q], it.dropout,
+                                 w.query_tokens[q0 + q], w.key_tokens);
+        store(lse_tangent, load(lse_tangent) + sum);
+      }
+      float* out_tangent = w.out_tangent + q0 * ld;
+      multiply(k0 > 0, queries, ld, keys, {w.weights, TILE, 1}, w.value_tangent, ld, out_tangent, ld);
+      multiply(true, queries, ld, keys, {w.score_tangents, TILE, 1}, w.value, ld, out_tangent, ld);
+    }
+  }
+
+  for (int64_t q = 0; q < count; ++q) w.lse_tangent[q] = total(load(w.lse_tangent + q * VL));
+  for (int64_t q0 = 0; q0 < count; q0 += TILE) {
+    const int64_t queries = least(TILE, count - q0);
+    it.load_out(first + q0, queries, w.rows, ld, 1);
+    for (int64_t q = 0; q < queries; ++q)
+      for (int64_t d = 0; d < ld; d += VL) {
+        float* out_tangent = w.out_tangent + (q0 + q) * ld + d;
+        store(out_tangent, load(out_tangent) - w.lse_tangent[q0 + q] * load(w.rows + q * ld + d));
+      }
+  }
+  it.store_out_tangent(first, count, w.out_tangent, ld, 1);
+  it.store_lse_tangent(first, count, w.lse_tangent);
 }
 
 }  // namespace VATTN_ISA

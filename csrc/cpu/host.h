@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "kernels.h"
@@ -54,6 +55,37 @@ inline void set_attention(const char* op, Attention& a, const at::Tensor& query,
   if (seed.has_value()) a.seed = seed->item<int64_t>();
 }
 
+// Argument `name` must have the shape and the dtype of argument `of`, or those that it would have.
+inline void check_like(const char* op, const std::string& name, const at::Tensor& x, const std::string& of,
+                       at::IntArrayRef sizes, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(x.sizes() == sizes, op, ": ", name, " must have the shape of ", of, " (", sizes, "), got ", name,
+                    ".shape=", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == dtype, op, ": ", name, " must have dtype ", dtype, ", got ", name,
+                   ".dtype=", x.scalar_type());
+}
+
+// A tangent of argument `of`, as the kernels read it.
+inline at::Tensor tangent_rows(const char* op, const std::string& name, const at::Tensor& tangent,
+                               const std::string& of, const at::Tensor& primal) {
+  check_like(op, name, tangent, of, primal.sizes(), primal.scalar_type());
+  return with_rows(tangent);
+}
+
+// What the tangent of any attention reads and writes for each query, kept alive beside what the kernels take of it.
+struct QueryTangents {
+  at::Tensor query, out, lse, out_tangent, lse_tangent;  // query: its tangent
+
+  // Of a primal whose rows are contiguous, and what the forward gave for it.
+  QueryTangents(const char* op, Attention& a, const at::Tensor& tangent, const at::Tensor& primal,
+                const at::Tensor& out_, const at::Tensor& lse_)
+      : query(tangent_rows(op, "query_tangent", tangent, "query", primal)), out(with_rows(out_)),
+        lse(lse_.contiguous()), out_tangent(empty_rows(primal)), lse_tangent(empty_sums(primal)) {
+    check_like(op, "out", out, "query", primal.sizes(), primal.scalar_type());
+    check_like(op, "lse", lse, "query without its last axis", lse_tangent.sizes(), at::kFloat);
+    a.lse = lse.data_ptr<float>(), a.lse_tangent = lse_tangent.data_ptr<float>();
+  }
+};
+
 // Runs items [0, items) on PyTorch's threads, each of which gets `floats` of workspace.
 template <class Kernel, class Args>
 void run(Kernel kernel, const Args& args, int64_t items, int64_t floats) {
@@ -70,18 +102,47 @@ constexpr int64_t CACHED_FLOATS = 1 << 16;  // what an item keeps in the second-
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Panels of queries to an item: as many as share one load of the keys and still leave work for every thread.
-inline int64_t panels_of_item(const Attention& a, int64_t tile) {
+// Panels of queries to an item: as many as share one load of the keys and still leave work for every thread. For each
+// query `rows` rows are kept: the forward has that of the query and that of its output.
+inline int64_t panels_of_item(const Attention& a, int64_t tile, int64_t rows = 2) {
   int64_t panels = parts(a.max_queries, tile), items = 1;
-  int64_t most = std::max<int64_t>(1, CACHED_FLOATS / (2 * tile * a.D));  // for their queries and outputs
+  int64_t most = std::max<int64_t>(1, CACHED_FLOATS / (rows * tile * a.D));
   while (parts(panels, items) > most || (a.components * items < 2 * at::get_num_threads() && items < panels)) ++items;
   return parts(panels, items);
 }
+
+// The tangent has the tangent of the query besides.
+inline int64_t panels_of_tangent(const Attention& a, int64_t tile) { return panels_of_item(a, tile, 3); }
 
 template <class Args>
 void run_forward(const AttentionKernels<Args>& kernel, const Args& a) {
   const Kernels& k = kernels();
   run(kernel.forward, a, a.components * parts(a.max_queries, a.panels * k.tile), k.forward_workspace(a.D, a.panels));
+}
+
+template <class Args>
+void run_tangent(const AttentionKernels<Args>& kernel, const Args& a) {
+  const Kernels& k = kernels();
+  run(kernel.tangent, a, a.components * parts(a.max_queries, a.panels * k.tile), k.tangent_workspace(a.D, a.panels));
+}
+
+// The tangents of out and lse of an operator with one tensor of keys and one of values. `a` was made of the primals;
+// `view` is what its kernels take of a tensor.
+template <class Args, class View>
+std::tuple<at::Tensor, at::Tensor> run_tangent(const char* op, const AttentionKernels<Args>& kernel, Args& a, View view,
+                                               const at::Tensor& query_tangent, const at::Tensor& key_tangent_,
+                                               const at::Tensor& value_tangent_, const at::Tensor& query,
+                                               const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
+                                               const at::Tensor& lse) {
+  QueryTangents of(op, a, query_tangent, query, out, lse);
+  at::Tensor key_tangent = tangent_rows(op, "key_tangent", key_tangent_, "key", key);
+  at::Tensor value_tangent = tangent_rows(op, "value_tangent", value_tangent_, "value", value);
+  if (query.numel() == 0) return {of.out_tangent, of.lse_tangent};
+  a.query_tangent = view(of.query), a.key_tangent = view(key_tangent), a.value_tangent = view(value_tangent);
+  a.out = view(of.out), a.out_tangent = view(of.out_tangent);
+  a.panels = panels_of_tangent(a, kernels().tile);
+  run_tangent(kernel, a);
+  return {of.out_tangent, of.lse_tangent};
 }
 
 template <class Args>

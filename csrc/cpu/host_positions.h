@@ -7,7 +7,7 @@ namespace vattn {
 
 class HostPositions {
   static constexpr int64_t PAD = 32;  // floats before and after a table, which vectors at its ends read or write
-  at::Tensor causal, codes, table;
+  at::Tensor causal, codes, table, table_tangent;
 
   // The position of each of N tokens, (N,) or (B, N), checked.
   static at::Tensor checked(const char* op, const at::Tensor& positions, int64_t B, int64_t N, int64_t cells) {
@@ -21,17 +21,16 @@ class HostPositions {
     return p;
   }
 
-  // The table (R, H) as (H, R) in units of log2, its differences turned around.
-  at::Tensor turned(const at::Tensor& bias) const {
+  // The table (R, H) as (H, R), its differences turned around.
+  at::Tensor turned(const at::Tensor& bias, float times) const {
     const int64_t H = bias.size(1), differences = args.differences, table_head = args.table_head;
     at::Tensor result = at::empty({H, table_head}, at::kFloat), from = bias.to(at::kFloat).contiguous();
     const float* entry = from.data_ptr<float>();
     float* row = result.data_ptr<float>() + PAD;
-    constexpr float LOG2E = 1.44269504088896340736f;
     at::parallel_for(0, bias.size(0), 4096, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         int64_t to = i < differences ? differences - 1 - i : i;
-        for (int64_t h = 0; h < H; ++h) row[h * table_head + to] = LOG2E * entry[i * H + h];
+        for (int64_t h = 0; h < H; ++h) row[h * table_head + to] = times * entry[i * H + h];
       }
     });
     return result;
@@ -60,7 +59,8 @@ class HostPositions {
     TORCH_CHECK_VALUE(bias->dim() == 2 && bias->size(0) == entries && bias->size(1) == H, op,
                       ": the bias table must have shape (", entries, ", ", H, "), got ", bias->sizes());
     args.table_head = entries + 2 * PAD;
-    table = turned(*bias), args.table = table.data_ptr<float>() + PAD;
+    constexpr float LOG2E = 1.44269504088896340736f;
+    table = turned(*bias, LOG2E), args.table = table.data_ptr<float>() + PAD;
     codes = at::empty(place.sizes(), at::kInt);
     args.codes = codes.data_ptr<int32_t>(), args.codes_batch = batch;
     const int64_t* from = place.data_ptr<int64_t>();
@@ -71,6 +71,11 @@ class HostPositions {
     }
   }
   HostPositions(const HostPositions&) = delete;  // `args` points to the tensors
+
+  // Adds the tangent of the table, of whose shape it must be.
+  void set_tangent(const at::Tensor& tangent) {
+    table_tangent = turned(tangent, 1), args.table_tangent = table_tangent.data_ptr<float>() + PAD;
+  }
 
   // Zeros for the gradients of `tables` tables, and where the first begins.
   at::Tensor start_grads(int64_t tables) const { return at::zeros({tables, args.table_head}, at::kFloat); }

@@ -50,6 +50,9 @@ struct TokenItinerary : Itinerary<Args> {
   void load_query(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     load_rows(a.query, query_begin + first, count, rows, ld, times);
   }
+  void load_query_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.query_tangent, query_begin + first, count, rows, ld, times);
+  }
   void load_out(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     load_rows(a.out, query_begin + first, count, rows, ld, times);
   }
@@ -59,6 +62,9 @@ struct TokenItinerary : Itinerary<Args> {
   void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     store_rows<T>(a.out, query_begin + first, count, rows, ld, times);
   }
+  void store_out_tangent(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows<T>(a.out_tangent, query_begin + first, count, rows, ld, times);
+  }
   void store_grad_query(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     store_rows<T>(a.grad_query, query_begin + first, count, rows, ld, times);
   }
@@ -67,6 +73,9 @@ struct TokenItinerary : Itinerary<Args> {
   float* sums(float* of, int64_t first) const { return of + (b * a.H + h) * a.Lq + query_begin + first; }
   void load_lse(int64_t first, int64_t count, float* x) const { copy(x, sums(a.lse, first), count); }
   void store_lse(int64_t first, int64_t count, const float* x) const { copy(sums(a.lse, first), x, count); }
+  void store_lse_tangent(int64_t first, int64_t count, const float* x) const {
+    copy(sums(a.lse_tangent, first), x, count);
+  }
   void load_delta(int64_t first, int64_t count, float* x) const { copy(x, sums(a.delta, first), count); }
   void add_delta(int64_t first, int64_t count, const float* x) const {
     for (int64_t i = 0; i < count; ++i) sums(a.delta, first)[i] += x[i];

@@ -27,14 +27,16 @@ struct Attention {
   int64_t seed;
   float* lse;    // a number for each query; `delta` likewise, and comes in as minus the gradient of lse, or 0
   float* delta;  // backward only, as are the gradients of an operator
+  float* lse_tangent;  // forward-mode only, as are the tangents of an operator
   int64_t components, max_queries, max_keys;
-  int64_t panels;  // of queries to an item of the forward
+  int64_t panels;  // of queries to an item of the forward and of the tangent
   int64_t chunk;   // of queries held at once by the backward
 };
 
 struct LeapAttention : Attention {
   int64_t T, N, leap, group_size, fold;
   Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+  Video query_tangent, key_tangent, value_tangent, out_tangent;
 
   int64_t groups() const {
     int64_t span = leap * group_size, rest = T % span;
@@ -45,16 +47,16 @@ struct LeapAttention : Attention {
 // A piece of the keys that lies somewhere by itself.
 struct Segment {
   int64_t first, count;
-  Video key, value, grad_key, grad_value;
+  Video key, value, grad_key, grad_value, key_tangent, value_tangent;
 };
 
 struct LatentAttention : Attention {
   int64_t Lq;
-  Video query, out, grad_out, grad_query;
+  Video query, out, grad_out, grad_query, query_tangent, out_tangent;
   const Segment* segments;
   int64_t num_segments;
   const int64_t* key_lengths;  // (B,), or null
-  // Forward over `splits` ranges of the keys: `out` is then float, and it and lse have a leading axis of that size.
+  // Over `splits` ranges of the keys, what forward or tangent gives is float, and has a leading axis of that size.
   int64_t splits, split_out, split_lse;
 };
 
@@ -62,6 +64,7 @@ struct LatentAttention : Attention {
 struct Positions {
   int64_t G = 0;
   const float* table = nullptr;         // of head 0, in units of log2, turned around; null if there is no bias
+  const float* table_tangent = nullptr;  // as the table lies, not in units of log2; null if there is none
   int64_t table_head = 0;               // from head to head
   int64_t differences = 0, middle = 0;  // entries of differences of codes, and the one of equal codes
   const int32_t* codes = nullptr;       // of the N tokens; `codes_batch` from sample to sample
@@ -74,6 +77,7 @@ struct EdgeSparseAttention : Attention {
   int64_t Lq, G, block_size, blocks, layouts;  // Lq = G + N; layouts: 1, or one for each head
   const int32_t *row_offsets, *columns;
   Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+  Video query_tangent, key_tangent, value_tangent, out_tangent;
   Positions positions;
   float* importance;  // the scores (B, H, N) of the first global query, in units of log2, or null
   // Backward over `slices` shares of the queries: gradients of keys then are float, and they and grad_bias have a
@@ -97,11 +101,13 @@ struct AxialAttention : Attention {
   int64_t outer, line, inner;
   int64_t lines;  // of a component
   Grid query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+  Grid query_tangent, key_tangent, value_tangent, out_tangent;
 };
 
 struct NodeSparseAttention : Attention {
   int64_t Lq;
   Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+  Video query_tangent, key_tangent, value_tangent, out_tangent;
   const int64_t* kept;  // (B, max_keys): which keys are read
   bool compact;         // the gradients are those of kept keys, in float, and not of all
 };
@@ -143,6 +149,11 @@ struct MergeAttention {
   const float* grad_lse;
   const Rows* grad_outs;
   float* const* grad_lses;
+  // Tangent only.
+  const Rows* out_tangents;
+  const float* const* lse_tangents;
+  Rows out_tangent;
+  float* lse_tangent;
 };
 
 struct NearestCode {
@@ -163,6 +174,7 @@ template <class Args>
 struct AttentionKernels {
   using Kernel = void (*)(const Args&, int64_t begin, int64_t end, float* workspace);
   Kernel forward;         // items: panels of a component
+  Kernel tangent;         // likewise
   Kernel delta;           // tiles of a component
   Kernel backward;        // components
   Kernel backward_query;  // chunks of a component
@@ -176,6 +188,7 @@ struct Kernels {
   int64_t long_sum;   // terms of a score of nearest_code that are added up in one register
   int64_t (*forward_workspace)(int64_t head_dim, int64_t panels);
   int64_t (*backward_workspace)(int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys);
+  int64_t (*tangent_workspace)(int64_t head_dim, int64_t panels);
   AttentionKernels<LeapAttention> leap_attention;
   AttentionKernels<LatentAttention> latent_attention;
   AttentionKernels<EdgeSparseAttention> edge_sparse_attention;  // backward only whole: items are (slice, b, h)
@@ -190,6 +203,7 @@ struct Kernels {
   void (*periodic_shift)(const PeriodicShift&, int64_t begin, int64_t end);
   void (*merge_forward)(const MergeAttention&, int64_t begin, int64_t end);
   void (*merge_backward)(const MergeAttention&, int64_t begin, int64_t end);
+  void (*merge_tangent)(const MergeAttention&, int64_t begin, int64_t end);
 };
 
 // All kernels that this processor runs, the fastest first.

@@ -1,4 +1,4 @@
-// vattn::latent_attention and its backward on the CPU.
+// vattn::latent_attention, its backward and its tangent on the CPU.
 #include <torch/library.h>
 
 #include <vector>
@@ -7,6 +7,8 @@
 
 namespace vattn {
 namespace {
+
+constexpr const char* OP = "latent_attention";
 
 // The arguments of the kernels, and what they point to.
 struct Call {
@@ -19,16 +21,16 @@ struct Call {
        const std::optional<at::Tensor>& key_lengths, double dropout_p, const std::optional<at::Tensor>& seed,
        double scale)
       : query(with_rows(query_)) {
-    set_attention("latent_attention", a, query, dropout_p, seed, scale);
+    set_attention(OP, a, query, dropout_p, seed, scale);
     TORCH_CHECK_VALUE(keys_.size() == values_.size() && !keys_.empty(),
-                      "latent_attention: keys and values must be as many, and at least one");
+                      OP, ": keys and values must be as many, and at least one");
     for (size_t i = 0; i < keys_.size(); ++i) {
       const at::Tensor &key = keys.emplace_back(with_rows(keys_[i])), &value = values.emplace_back(with_rows(values_[i]));
       TORCH_CHECK_VALUE(key.sizes() == value.sizes() && key.dim() == 4 && key.size(0) == a.B && key.size(1) == a.H &&
                             key.size(3) == a.D && key.scalar_type() == query.scalar_type() &&
                             value.scalar_type() == query.scalar_type(),
-                        "latent_attention: keys and values must fit the query in all but their length");
-      segments.push_back({a.max_keys, key.size(2), video(key), video(value), {}, {}});
+                        OP, ": keys and values must fit the query in all but their length");
+      segments.push_back({a.max_keys, key.size(2), video(key), video(value), {}, {}, {}, {}});
       a.max_keys += key.size(2);
     }
     if (key_lengths.has_value()) {
@@ -36,7 +38,7 @@ struct Call {
       const int64_t* length = lengths.data_ptr<int64_t>();
       for (int64_t b = 0; b < a.B; ++b)
         TORCH_CHECK_VALUE(0 <= length[b] && length[b] <= a.max_keys,
-                          "latent_attention: key_lengths must be between 0 and the number of keys (", a.max_keys,
+                          OP, ": key_lengths must be between 0 and the number of keys (", a.max_keys,
                           "), got key_lengths[", b, "]=", length[b]);
       a.key_lengths = length;
     }
@@ -45,6 +47,25 @@ struct Call {
     a.components = a.B * a.H;
     a.query = video(query);
     a.splits = 1;
+  }
+
+  // Where there are too few queries for the threads, each range of keys is an item of its own, and results are put
+  // together in the end. Panels are known.
+  void split_keys() {
+    constexpr int64_t KEYS_WORTH_A_SPLIT = 1024;
+    int64_t items = a.components * parts(a.max_queries, a.panels * kernels().tile), threads = at::get_num_threads();
+    if (items < threads) a.splits = std::clamp<int64_t>(a.max_keys / KEYS_WORTH_A_SPLIT, 1, parts(2 * threads, items));
+    a.components *= a.splits;
+  }
+};
+
+// The results of all splits, and how they lie.
+struct Splits {
+  at::Tensor outs, lses;
+  explicit Splits(LatentAttention& a)
+      : outs(at::empty({a.splits, a.B, a.H, a.Lq, a.D}, at::kFloat)),
+        lses(at::empty({a.splits, a.B, a.H, a.Lq}, at::kFloat)) {
+    a.split_out = outs.stride(0), a.split_lse = lses.stride(0);
   }
 };
 
@@ -57,24 +78,18 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, at::TensorLi
   if (out.numel() == 0) return {out, lse};
   const Kernels& k = kernels();
   a.panels = panels_of_item(a, k.tile);
-  // Too few queries for the threads: each range of keys is an item of its own, and their results are merged.
-  constexpr int64_t KEYS_WORTH_A_SPLIT = 1024;
-  int64_t items = a.components * parts(a.max_queries, a.panels * k.tile), threads = at::get_num_threads();
-  if (items < threads) a.splits = std::clamp<int64_t>(a.max_keys / KEYS_WORTH_A_SPLIT, 1, parts(2 * threads, items));
+  call.split_keys();
   if (a.splits == 1) {
     a.out = video(out);
     a.lse = lse.data_ptr<float>();
     run_forward(k.latent_attention, a);
     return {out, lse};
   }
-  at::Tensor outs = at::empty({a.splits, a.B, a.H, a.Lq, a.D}, at::kFloat);
-  at::Tensor lses = at::empty({a.splits, a.B, a.H, a.Lq}, at::kFloat);
-  a.out = video(outs[0]);
-  a.lse = lses.data_ptr<float>();
-  a.split_out = outs.stride(0), a.split_lse = lses.stride(0);
-  a.components *= a.splits;
+  Splits splits(a);
+  a.out = video(splits.outs[0]);
+  a.lse = splits.lses.data_ptr<float>();
   run_forward(k.latent_attention, a);
-  auto [merged, merged_lse] = merge_attention(outs.unbind(), lses.unbind());
+  auto [merged, merged_lse] = merge_attention(splits.outs.unbind(), splits.lses.unbind());
   return {out.copy_(merged), merged_lse};
 }
 
@@ -101,11 +116,49 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> backwar
   return {grad_query, grad_keys, grad_values};
 }
 
+std::tuple<at::Tensor, at::Tensor> tangent(const at::Tensor& query_tangent, at::TensorList key_tangents,
+                                           at::TensorList value_tangents, const at::Tensor& query, at::TensorList keys,
+                                           at::TensorList values, const at::Tensor& out, const at::Tensor& lse,
+                                           const std::optional<at::Tensor>& key_lengths, double dropout_p,
+                                           const std::optional<at::Tensor>& seed, double scale) {
+  Call call(query, keys, values, key_lengths, dropout_p, seed, scale);
+  LatentAttention& a = call.a;
+  QueryTangents of(OP, a, query_tangent, call.query, out, lse);
+  TORCH_CHECK_VALUE(key_tangents.size() == keys.size() && value_tangents.size() == keys.size(), OP,
+                    ": key_tangents and value_tangents must be as many as keys (", keys.size(), "), got ",
+                    key_tangents.size(), " and ", value_tangents.size());
+  std::vector<at::Tensor> tangents;
+  auto tangent_of = [&](const std::string& name, const at::Tensor& x, const std::string& primal_name,
+                        const at::Tensor& primal) {
+    return video(tangents.emplace_back(tangent_rows(OP, name, x, primal_name, primal)));
+  };
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const std::string index = "[" + std::to_string(i) + "]";
+    Segment& segment = call.segments[i];
+    segment.key_tangent = tangent_of("key_tangents" + index, key_tangents[i], "keys" + index, call.keys[i]);
+    segment.value_tangent = tangent_of("value_tangents" + index, value_tangents[i], "values" + index, call.values[i]);
+  }
+  if (query.numel() == 0) return {of.out_tangent, of.lse_tangent};
+  const Kernels& k = kernels();
+  a.query_tangent = video(of.query), a.out = video(of.out), a.out_tangent = video(of.out_tangent);
+  a.panels = panels_of_tangent(a, k.tile);
+  call.split_keys();
+  if (a.splits == 1) {
+    run_tangent(k.latent_attention, a);
+    return {of.out_tangent, of.lse_tangent};
+  }
+  Splits splits(a);
+  a.out_tangent = video(splits.outs[0]), a.lse_tangent = splits.lses.data_ptr<float>();
+  run_tangent(k.latent_attention, a);
+  return {of.out_tangent.copy_(splits.outs.sum(0)), splits.lses.sum(0)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vattn, CPU, m) {
   m.impl("latent_attention", forward);
   m.impl("latent_attention_backward", backward);
+  m.impl("latent_attention_jvp", tangent);
 }
 
 }  // namespace vattn

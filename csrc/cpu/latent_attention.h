@@ -37,15 +37,22 @@ struct LatentHead : TokenItinerary<T, LatentAttention> {
     }
   }
 
-  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  void load_pieces(Video Segment::*x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     pieces(first, count, [&](const Segment& s, int64_t token, int64_t n, int64_t before) {
-      this->load_rows(s.key, token, n, rows + before * ld, ld, times);
+      this->load_rows(s.*x, token, n, rows + before * ld, ld, times);
     });
   }
+  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_pieces(&Segment::key, first, count, rows, ld, times);
+  }
   void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    pieces(first, count, [&](const Segment& s, int64_t token, int64_t n, int64_t before) {
-      this->load_rows(s.value, token, n, rows + before * ld, ld, times);
-    });
+    load_pieces(&Segment::value, first, count, rows, ld, times);
+  }
+  void load_key_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_pieces(&Segment::key_tangent, first, count, rows, ld, times);
+  }
+  void load_value_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_pieces(&Segment::value_tangent, first, count, rows, ld, times);
   }
   void store_grad_key(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     pieces(first, count, [&](const Segment& s, int64_t token, int64_t n, int64_t before) {
@@ -61,15 +68,23 @@ struct LatentHead : TokenItinerary<T, LatentAttention> {
     for (int64_t i = 0; i < count; ++i) tokens[i] = (uint32_t)(key_begin + first + i);
   }
 
-  // Forward, what a split of the keys gives is a float and lies behind that of the splits before.
+  // What a split of the keys gives is a float and lies behind that of the splits before.
+  void store_split(Video x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    if (a.splits == 1) return this->template store_rows<T>(x, first, count, rows, ld, times);
+    x.data = (float*)x.data + split * a.split_out;
+    this->template store_rows<float>(x, first, count, rows, ld, times);
+  }
   void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    if (a.splits == 1) return Base::store_out(first, count, rows, ld, times);
-    Video part = a.out;
-    part.data = (float*)part.data + split * a.split_out;
-    this->template store_rows<float>(part, first, count, rows, ld, times);
+    store_split(a.out, first, count, rows, ld, times);
+  }
+  void store_out_tangent(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_split(a.out_tangent, first, count, rows, ld, times);
   }
   void store_lse(int64_t first, int64_t count, const float* x) const {
     copy(this->sums(a.lse + split * a.split_lse, first), x, count);
+  }
+  void store_lse_tangent(int64_t first, int64_t count, const float* x) const {
+    copy(this->sums(a.lse_tangent + split * a.split_lse, first), x, count);
   }
 };
 

@@ -1,4 +1,4 @@
-// vattn::leap_attention and its backward on the CPU.
+// vattn::leap_attention, its backward and its tangent on the CPU.
 #include <torch/library.h>
 
 #include "host.h"
@@ -56,11 +56,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_query, grad_key, grad_value};
 }
 
+std::tuple<at::Tensor, at::Tensor> tangent(
+    const at::Tensor& query_tangent, const at::Tensor& key_tangent, const at::Tensor& value_tangent,
+    const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_, const at::Tensor& out,
+    const at::Tensor& lse, int64_t leap,
+    int64_t group_size, int64_t fold_div, double dropout_p, const std::optional<at::Tensor>& seed, double scale) {
+  at::Tensor query = with_rows(query_), key = with_rows(key_), value = with_rows(value_);
+  LeapAttention a = arguments(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale);
+  return run_tangent("leap_attention", kernels().leap_attention, a, video, query_tangent, key_tangent, value_tangent,
+                     query, key, value, out, lse);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vattn, CPU, m) {
   m.impl("leap_attention", forward);
   m.impl("leap_attention_backward", backward);
+  m.impl("leap_attention_jvp", tangent);
 }
 
 }  // namespace vattn

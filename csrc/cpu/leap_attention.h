@@ -1,7 +1,7 @@
 // Leap attention's itinerary: the rows of a leap group, gathered where they lie.
 //
 // Row r of a group with first frame `base` is token r % N of frame base + r / N * leap. With `fold` channels shifted,
-// an output row is written, and its gradient read, in three pieces at frames t - 1, t + 1 and t.
+// an output row or its tangent is written, and its gradient read, in three pieces at frames t - 1, t + 1 and t.
 #pragma once
 
 #include "itinerary.h"
@@ -56,6 +56,9 @@ struct LeapGroup : Itinerary<LeapAttention> {
   void store_lse(int64_t first, int64_t count, const float* x) const {
     each(first, count, [&](int64_t t, int64_t n, int64_t i) { sum_of(a.lse, t, n) = x[i]; });
   }
+  void store_lse_tangent(int64_t first, int64_t count, const float* x) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) { sum_of(a.lse_tangent, t, n) = x[i]; });
+  }
   void load_delta(int64_t first, int64_t count, float* x) const {
     each(first, count, [&](int64_t t, int64_t n, int64_t i) { x[i] = sum_of(a.delta, t, n); });
   }
@@ -82,6 +85,17 @@ struct LeapGroup : Itinerary<LeapAttention> {
       });
     });
   }
+  void store_shifted(const Video& x, int64_t first, int64_t count, const float* rows, int64_t ld) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) {
+      const float* row = rows + i * ld;
+      shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t to, int64_t channel, int64_t channels) {
+        if (to >= 0) copy(at(x, to, n) + channel, row + channel, channels);
+      });
+      // What no frame gives: from beyond the last one, and from before the first.
+      if (t == a.T - 1) zero(at(x, t, n), a.fold);
+      if (t == 0) zero(at(x, t, n) + a.fold, least(a.fold, head_dim - a.fold));
+    });
+  }
 
   void add_delta(int64_t first, int64_t count, const float* x) const {
     each(first, count, [&](int64_t t, int64_t n, int64_t i) { sum_of(a.delta, t, n) += x[i]; });
@@ -95,6 +109,15 @@ struct LeapGroup : Itinerary<LeapAttention> {
   }
   void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     load_rows(a.value, first, count, rows, ld, times);
+  }
+  void load_query_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.query_tangent, first, count, rows, ld, times);
+  }
+  void load_key_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.key_tangent, first, count, rows, ld, times);
+  }
+  void load_value_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(a.value_tangent, first, count, rows, ld, times);
   }
   // Both from where the shift has put them: their product is what it was before.
   void load_out(int64_t first, int64_t count, float* rows, int64_t ld, float) const {
@@ -113,15 +136,10 @@ struct LeapGroup : Itinerary<LeapAttention> {
     store_rows(a.grad_value, first, count, rows, ld, times);
   }
   void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) {
-      const float* row = rows + i * ld;
-      shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t to, int64_t channel, int64_t channels) {
-        if (to >= 0) copy(at(a.out, to, n) + channel, row + channel, channels);
-      });
-      // What no frame gives: from beyond the last one, and from before the first.
-      if (t == a.T - 1) zero(at(a.out, t, n), a.fold);
-      if (t == 0) zero(at(a.out, t, n) + a.fold, least(a.fold, head_dim - a.fold));
-    });
+    store_shifted(a.out, first, count, rows, ld);
+  }
+  void store_out_tangent(int64_t first, int64_t count, const float* rows, int64_t ld, float) const {
+    store_shifted(a.out_tangent, first, count, rows, ld);
   }
 };
 

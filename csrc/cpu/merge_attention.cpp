@@ -1,4 +1,4 @@
-// vattn::merge_attention and its backward on the CPU.
+// vattn::merge_attention, its backward and its tangent on the CPU.
 #include <torch/library.h>
 
 #include <vector>
@@ -80,6 +80,34 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> backward(
   return {grad_outs, grad_lses};
 }
 
+std::tuple<at::Tensor, at::Tensor> tangent(at::TensorList out_tangents, at::TensorList lse_tangents,
+                                           at::TensorList outs_, at::TensorList lses_, const at::Tensor& out,
+                                           const at::Tensor& lse_) {
+  const char* op = "merge_attention";
+  Outs outs(outs_), tangents(out_tangents);
+  Lses lses(lses_);
+  MergeAttention a = arguments(outs, lses);
+  TORCH_CHECK_VALUE(out_tangents.size() == outs_.size() && lse_tangents.size() == outs_.size(), op,
+                    ": out_tangents and lse_tangents must be as many as outs (", outs_.size(), "), got ",
+                    out_tangents.size(), " and ", lse_tangents.size());
+  for (size_t i = 0; i < outs_.size(); ++i) {
+    const std::string index = "[" + std::to_string(i) + "]";
+    check_like(op, "out_tangents" + index, out_tangents[i], "outs" + index, outs_[i].sizes(), outs_[i].scalar_type());
+    check_like(op, "lse_tangents" + index, lse_tangents[i], "lses" + index, lses_[i].sizes(), at::kFloat);
+  }
+  check_like(op, "out", out, "outs[0]", outs_[0].sizes(), outs_[0].scalar_type());
+  check_like(op, "lse", lse_, "lses[0]", lses_[0].sizes(), at::kFloat);
+  Lses lse_parts(lse_tangents);
+  at::Tensor lse = lse_.contiguous(), lse_tangent = at::empty(lse.sizes(), lse.options());
+  at::Tensor out_tangent = at::empty_like(out), stored = with_rows(out_tangent);
+  a.lse = lse.data_ptr<float>(), a.lse_tangent = lse_tangent.data_ptr<float>();
+  a.out_tangents = tangents.parts.data(), a.lse_tangents = lse_parts.parts.data();
+  a.out_tangent = rows(stored);
+  run(kernels().merge_tangent, a, a.rows);
+  if (!stored.is_same(out_tangent)) out_tangent.copy_(stored);
+  return {out_tangent, lse_tangent};
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outs_, at::TensorList lses_) {
@@ -97,6 +125,7 @@ std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outs_, at::Ten
 TORCH_LIBRARY_IMPL(vattn, CPU, m) {
   m.impl("merge_attention", merge_attention);
   m.impl("merge_attention_backward", backward);
+  m.impl("merge_attention_jvp", tangent);
 }
 
 }  // namespace vattn

@@ -1,4 +1,4 @@
-// vattn::node_sparse_attention and its backward on the CPU.
+// vattn::node_sparse_attention, its backward and its tangent on the CPU.
 #include <torch/library.h>
 
 #include <vector>
@@ -81,11 +81,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_query, grad_key, grad_value};
 }
 
+std::tuple<at::Tensor, at::Tensor> tangent(
+    const at::Tensor& query_tangent, const at::Tensor& key_tangent, const at::Tensor& value_tangent,
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
+    const at::Tensor& lse, const at::Tensor& kept, double dropout_p, const std::optional<at::Tensor>& seed,
+    double scale) {
+  Call call(query, key, value, kept, dropout_p, seed, scale);
+  NodeSparseAttention& a = call.a;
+  return run_tangent("node_sparse_attention", kernels().node_sparse_attention, a, video, query_tangent, key_tangent,
+                     value_tangent, call.query, call.key, call.value, out, lse);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vattn, CPU, m) {
   m.impl("node_sparse_attention", forward);
   m.impl("node_sparse_attention_backward", backward);
+  m.impl("node_sparse_attention_jvp", tangent);
 }
 
 }  // namespace vattn

@@ -32,6 +32,12 @@ struct KeptKeys : TokenItinerary<T, NodeSparseAttention> {
   void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     load_kept(a.value, first, count, rows, ld, times);
   }
+  void load_key_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_kept(a.key_tangent, first, count, rows, ld, times);
+  }
+  void load_value_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_kept(a.value_tangent, first, count, rows, ld, times);
+  }
   void store_kept(const Video& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     if (a.compact) return this->template store_rows<float>(x, first, count, rows, ld, times);
     for (int64_t i = 0; i < count; ++i)

@@ -1,4 +1,4 @@
-// The learned bias of relative positions, looked up for a tile of scores, and its gradient.
+// The learned bias of relative positions, looked up for a tile of scores, its gradient and its tangent.
 //
 // A bias depends on the difference of two codes, one for each token, so a row of scores needs a stretch of the table
 // where neighbours across the row have neighbouring codes:
@@ -22,7 +22,6 @@ class BiasTile {
     int32_t code;  // of its first lane, were the run so long
   };
   const Positions& p;
-  const float* table;
   const int32_t* codes;
   const uint32_t* across = nullptr;
   int64_t count = 0, globals, vectors, first_piece[TILE / VL + 1];
@@ -35,8 +34,7 @@ class BiasTile {
   }
 
  public:
-  BiasTile(const Positions& p, int64_t b, int64_t h)
-      : p(p), table(p.table + h * p.table_head), codes(p.codes + b * p.codes_batch) {}
+  BiasTile(const Positions& p, int64_t b) : p(p), codes(p.codes + b * p.codes_batch) {}
 
   // Makes the tokens across `count` others, which must outlive their use.
   void set(const uint32_t* tokens, int64_t new_count) {
@@ -55,15 +53,15 @@ class BiasTile {
     first_piece[vectors] = pieces;
   }
 
-  // Adds the biases to a tile of scores, whose rows are those of `side`.
-  void add(float* tile, const uint32_t* side, int64_t rows) const {
+  // Adds the biases in `table`, that of a head, to a tile of scores, whose rows are those of `side`.
+  void add(const float* table, float* tile, const uint32_t* side, int64_t rows) const {
     int64_t i = 0;
     for (; i < rows && side[i] < p.G; ++i) {
       float bias = table[entry(side[i], p.G)];  // the same for all tokens that are not global
       for (int64_t j = globals; j < count; ++j) tile[i * TILE + j] += bias;
     }
-    for (; i + 4 <= rows; i += 4) add_rows<4>(tile + i * TILE, side + i);
-    for (; i < rows; ++i) add_rows<1>(tile + i * TILE, side + i);
+    for (; i + 4 <= rows; i += 4) add_rows<4>(table, tile + i * TILE, side + i);
+    for (; i < rows; ++i) add_rows<1>(table, tile + i * TILE, side + i);
     for (int64_t j = 0; j < globals; ++j)
       for (i = 0; i < rows; ++i) tile[i * TILE + j] += table[entry(side[i], across[j])];
   }
@@ -88,7 +86,7 @@ class BiasTile {
 
  private:
   template <int ROWS>
-  VATTN_INLINE void add_rows(float* tile, const uint32_t* side) const {
+  VATTN_INLINE void add_rows(const float* table, float* tile, const uint32_t* side) const {
     const float* from[ROWS];
     for (int r = 0; r < ROWS; ++r) from[r] = table + p.middle - codes[side[r] - p.G];
     for (int64_t v = 0; v < vectors; ++v) {

@@ -15,7 +15,7 @@ struct PositionedItinerary : TokenItinerary<T, Args> {
   using Base::a, Base::b, Base::h;
 
   PositionedItinerary(const Args& a, int64_t b, int64_t h, int64_t queries)
-      : Base(a, b, h, queries), keys_across(a.positions, b, h) {}
+      : Base(a, b, h, queries), keys_across(a.positions, b) {}
 
   void adjust_scores(int64_t first, int64_t count, int64_t k0, int64_t keys, float* scores) const {
     if (!a.positions.table && !a.positions.causal) return;
@@ -25,8 +25,12 @@ struct PositionedItinerary : TokenItinerary<T, Args> {
       key_tile = k0;
     }
     this->query_tokens(first, count, query_rows);
-    if (a.positions.table) keys_across.add(scores, query_rows, count);
+    if (a.positions.table) keys_across.add(of_head(a.positions.table), scores, query_rows, count);
     if (a.positions.causal) forbid(query_rows, count, key_rows, keys, scores);
+  }
+  // Of the tile that adjust_scores has seen last.
+  void adjust_tangents(int64_t, int64_t count, int64_t, int64_t, float* tangents) const {
+    if (a.positions.table_tangent) keys_across.add(of_head(a.positions.table_tangent), tangents, query_rows, count);
   }
 
  protected:
@@ -39,6 +43,8 @@ struct PositionedItinerary : TokenItinerary<T, Args> {
   mutable BiasTile keys_across;
   mutable uint32_t query_rows[TILE], key_rows[TILE];
   mutable int64_t key_tile = -1;
+
+  const float* of_head(const float* table) const { return table + h * a.positions.table_head; }
 
   const Self& self() const { return static_cast<const Self&>(*this); }
 

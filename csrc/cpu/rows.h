@@ -86,5 +86,30 @@ void merge_backward(const MergeAttention& a, int64_t begin, int64_t end) {
   }
 }
 
+// lse' = sum w_p lse_p',  out' = sum w_p (out_p' + (lse_p' - lse') out_p),  w_p = exp(lse_p - lse)
+template <class T>
+void merge_tangent(const MergeAttention& a, int64_t begin, int64_t end) {
+  const int64_t D = a.D;
+  float sum[MergeAttention::MAX_D], part[MergeAttention::MAX_D], tangent[MergeAttention::MAX_D];
+  for (int64_t i = begin; i < end; ++i) {
+    RowPlace<T> place(a, i);
+    auto each = [&](auto f) {
+      for (int64_t p = 0; p < a.parts; ++p)
+        if (a.lses[p][i] != -INFINITE) f(p, __builtin_expf(a.lses[p][i] - a.lse[i]));
+    };
+    float lse_tangent = 0;
+    each([&](int64_t p, float weight) { lse_tangent += weight * a.lse_tangents[p][i]; });
+    zero(sum, D);
+    each([&](int64_t p, float weight) {
+      copy(part, (const T*)place.in(a.outs[p]), D);
+      copy(tangent, (const T*)place.in(a.out_tangents[p]), D);
+      const float drift = a.lse_tangents[p][i] - lse_tangent;
+      for (int64_t d = 0; d < D; ++d) sum[d] += weight * (tangent[d] + drift * part[d]);
+    });
+    copy(place.in(a.out_tangent), sum, D);
+    a.lse_tangent[i] = lse_tangent;
+  }
+}
+
 }  // namespace VATTN_ISA
 }  // namespace vattn

@@ -30,9 +30,11 @@ const Kernels& table() {
       [](int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys) {
         return BackwardWorkspace(head_dim, chunk, queries, keys, nullptr).size;
       },
+      [](int64_t head_dim, int64_t panels) { return TangentWorkspace(head_dim, panels, nullptr).size; },
       attention_kernels<LeapGroup, LeapAttention>(),
       attention_kernels<LatentHead, LatentAttention>(),
-      {VATTN_BY_DTYPE(EdgeSparseAttention, forward_items<EdgeBlock<T>>), nullptr,
+      {VATTN_BY_DTYPE(EdgeSparseAttention, forward_items<EdgeBlock<T>>),
+       VATTN_BY_DTYPE(EdgeSparseAttention, tangent_items<EdgeBlock<T>>), nullptr,
        VATTN_BY_DTYPE(EdgeSparseAttention, edge_backward_items<T>), nullptr, nullptr},
       attention_kernels<KeptKeys, NodeSparseAttention>(),
       VATTN_BY_DTYPE(TokenImportance, forward_items<WeighedKeys<T>>),
@@ -45,6 +47,7 @@ const Kernels& table() {
       VATTN_ROWS(periodic_shift, PeriodicShift),
       VATTN_ROWS(merge_forward, MergeAttention),
       VATTN_ROWS(merge_backward, MergeAttention),
+      VATTN_ROWS(merge_tangent, MergeAttention),
   };
   return kernels;
 }

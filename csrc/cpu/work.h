@@ -1,6 +1,6 @@
 // The items of an attention kernel's work, for any operator: Itinerary<T>(args, component) tells where its rows live.
 //
-// Forward, components come before their tiles: neighbours among them are heads, whose rows lie on the same pages.
+// Forward and tangent, components come before their tiles: neighbours among them are heads, whose rows lie on the same pages.
 #pragma once
 
 #include "flash.h"
@@ -8,23 +8,35 @@
 namespace vattn {
 namespace VATTN_ISA {
 
-template <class Itinerary, class Args>
-void forward_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  int64_t rows = a.panels * TILE;
+// Runs work(itinerary, first query, count) for the items of panels of `rows` queries of a component.
+template <class Itinerary, class Args, class Work>
+VATTN_INLINE void panel_items(const Args& a, int64_t begin, int64_t end, int64_t rows, Work work) {
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item % a.components);
     int64_t first = item / a.components * rows;
-    if (first < it.queries) forward(it, first, least(rows, it.queries - first), workspace);
+    if (first < it.queries) work(it, first, least(rows, it.queries - first));
   }
 }
 
 template <class Itinerary, class Args>
+void forward_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
+  panel_items<Itinerary>(a, begin, end, a.panels * TILE, [&](const Itinerary& it, int64_t first, int64_t count) {
+    forward(it, first, count, workspace);
+  });
+}
+
+template <class Itinerary, class Args>
+void tangent_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
+  panel_items<Itinerary>(a, begin, end, a.panels * TILE, [&](const Itinerary& it, int64_t first, int64_t count) {
+    tangent(it, first, count, workspace);
+  });
+}
+
+template <class Itinerary, class Args>
 void delta_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  for (int64_t item = begin; item < end; ++item) {
-    Itinerary it(a, item % a.components);
-    int64_t first = item / a.components * TILE;
-    if (first < it.queries) delta(it, first, least(TILE, it.queries - first), workspace);
-  }
+  panel_items<Itinerary>(a, begin, end, TILE, [&](const Itinerary& it, int64_t first, int64_t count) {
+    delta(it, first, count, workspace);
+  });
 }
 
 template <class Itinerary, class Args>
@@ -68,8 +80,9 @@ void backward_key_items(const Args& a, int64_t begin, int64_t end, float* worksp
 
 template <template <class> class Itinerary, class Args>
 AttentionKernels<Args> attention_kernels() {
-  return {VATTN_BY_DTYPE(Args, forward_items<Itinerary<T>>), VATTN_BY_DTYPE(Args, delta_items<Itinerary<T>>),
-          VATTN_BY_DTYPE(Args, backward_items<Itinerary<T>>), VATTN_BY_DTYPE(Args, backward_query_items<Itinerary<T>>),
+  return {VATTN_BY_DTYPE(Args, forward_items<Itinerary<T>>), VATTN_BY_DTYPE(Args, tangent_items<Itinerary<T>>),
+          VATTN_BY_DTYPE(Args, delta_items<Itinerary<T>>), VATTN_BY_DTYPE(Args, backward_items<Itinerary<T>>),
+          VATTN_BY_DTYPE(Args, backward_query_items<Itinerary<T>>),
           VATTN_BY_DTYPE(Args, backward_key_items<Itinerary<T>>)};
 }
 

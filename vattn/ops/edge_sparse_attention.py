@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, empty_rows, library, no_double_backward, runs_reference
+from vattn._library import define, empty_rows, library, no_second_derivatives, runs_reference
 from vattn.layout import BlockLayout
 from vattn.position_bias import RelativePositionBias3D, check_bias
 from vattn.reference.dropout import random_seed
@@ -157,6 +157,12 @@ def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return kernels.backward(*args)
 
 
+def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
+    from vattn.kernels import edge_sparse_attention as kernels
+
+    return kernels.jvp(*args)
+
+
 define(
     "edge_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor row_offsets, Tensor columns, "
     "Tensor? column_offsets, Tensor? rows, int block_size, int num_global, Tensor? bias_table, int[] window, "
@@ -173,7 +179,14 @@ define(
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_table)",
     cuda=_cuda_backward,
 )
-no_double_backward("edge_sparse_attention_backward")
+define(
+    "edge_sparse_attention_jvp(Tensor query_tangent, Tensor key_tangent, Tensor value_tangent, "
+    "Tensor? table_tangent, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor row_offsets, "
+    "Tensor columns, int block_size, int num_global, Tensor? bias_table, int[] window, Tensor? positions, "
+    "bool causal, float dropout_p, Tensor? seed, float scale) -> (Tensor out_tangent, Tensor lse_tangent)",
+    cuda=_cuda_jvp,
+)
+no_second_derivatives("edge_sparse_attention_backward", "edge_sparse_attention_jvp")
 
 
 @torch.library.register_fake("vattn::edge_sparse_attention", lib=library)
@@ -192,6 +205,11 @@ def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *re
     table = rest[10]
     grad_table = query.new_empty(0, dtype=torch.float32) if table is None else torch.empty_like(table)
     return empty_rows(query), empty_rows(query), empty_rows(query), grad_table
+
+
+@torch.library.register_fake("vattn::edge_sparse_attention_jvp", lib=library)
+def _fake_jvp(query_tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows(query_tangent), query_tangent.new_empty(query_tangent.shape[:-1], dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, empty_rows, library, no_double_backward, runs_reference
+from vattn._library import define, empty_rows, library, no_second_derivatives, runs_reference
 from vattn.reference.dropout import random_seed
 
 
@@ -122,6 +122,12 @@ def _cuda_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return kernels.backward(*args)
 
 
+def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
+    from vattn.kernels import latent_attention as kernels
+
+    return kernels.jvp(*args)
+
+
 define(
     "latent_attention(Tensor query, Tensor[] keys, Tensor[] values, Tensor? key_lengths, float dropout_p, "
     "Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
@@ -134,7 +140,13 @@ define(
     "-> (Tensor grad_query, Tensor[] grad_keys, Tensor[] grad_values)",
     cuda=_cuda_backward,
 )
-no_double_backward("latent_attention_backward")
+define(
+    "latent_attention_jvp(Tensor query_tangent, Tensor[] key_tangents, Tensor[] value_tangents, "
+    "Tensor query, Tensor[] keys, Tensor[] values, Tensor out, Tensor lse, Tensor? key_lengths, float dropout_p, "
+    "Tensor? seed, float scale) -> (Tensor out_tangent, Tensor lse_tangent)",
+    cuda=_cuda_jvp,
+)
+no_second_derivatives("latent_attention_backward", "latent_attention_jvp")
 
 
 @torch.library.register_fake("vattn::latent_attention", lib=library)
@@ -147,6 +159,11 @@ def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return empty_rows(query), [empty_rows(x) for x in keys], [empty_rows(x) for x in values]
+
+
+@torch.library.register_fake("vattn::latent_attention_jvp", lib=library)
+def _fake_jvp(query_tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows(query_tangent), query_tangent.new_empty(query_tangent.shape[:-1], dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, empty_rows, library, no_double_backward, runs_reference
+from vattn._library import define, empty_rows, library, no_second_derivatives, runs_reference
 from vattn.reference.dropout import random_seed
 
 
@@ -110,6 +110,12 @@ def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return kernels.backward(*args)
 
 
+def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
+    from vattn.kernels import leap_attention as kernels
+
+    return kernels.jvp(*args)
+
+
 define(
     "leap_attention(Tensor query, Tensor key, Tensor value, SymInt leap, SymInt group_size, int fold_div, "
     "float dropout_p, Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
@@ -122,7 +128,13 @@ define(
     "float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     cuda=_cuda_backward,
 )
-no_double_backward("leap_attention_backward")
+define(
+    "leap_attention_jvp(Tensor query_tangent, Tensor key_tangent, Tensor value_tangent, Tensor query, "
+    "Tensor key, Tensor value, Tensor out, Tensor lse, SymInt leap, SymInt group_size, int fold_div, "
+    "float dropout_p, Tensor? seed, float scale) -> (Tensor out_tangent, Tensor lse_tangent)",
+    cuda=_cuda_jvp,
+)
+no_second_derivatives("leap_attention_backward", "leap_attention_jvp")
 
 
 @torch.library.register_fake("vattn::leap_attention", lib=library)
@@ -133,6 +145,11 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Te
 @torch.library.register_fake("vattn::leap_attention_backward", lib=library)
 def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return empty_rows(query), empty_rows(query), empty_rows(query)
+
+
+@torch.library.register_fake("vattn::leap_attention_jvp", lib=library)
+def _fake_jvp(query_tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows(query_tangent), query_tangent.new_empty(query_tangent.shape[:-1], dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, library, no_double_backward, runs_reference
+from vattn._library import define, library, no_second_derivatives, runs_reference
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -83,13 +83,24 @@ def _cuda_backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
     return kernels.backward(*args)
 
 
+def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
+    from vattn.kernels import merge_attention as kernels
+
+    return kernels.jvp(*args)
+
+
 define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", cuda=_cuda, autocast=1)
 define(
     "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, "
     "Tensor lse) -> (Tensor[] grad_outs, Tensor[] grad_lses)",
     cuda=_cuda_backward,
 )
-no_double_backward("merge_attention_backward")
+define(
+    "merge_attention_jvp(Tensor[] out_tangents, Tensor[] lse_tangents, Tensor[] outs, Tensor[] lses, "
+    "Tensor out, Tensor lse) -> (Tensor out_tangent, Tensor lse_tangent)",
+    cuda=_cuda_jvp,
+)
+no_second_derivatives("merge_attention_backward", "merge_attention_jvp")
 
 
 @torch.library.register_fake("vattn::merge_attention", lib=library)
@@ -100,6 +111,11 @@ def _fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("vattn::merge_attention_backward", lib=library)
 def _fake_backward(grad_out, grad_lse, outs, lses, out, lse):
     return [torch.empty_like(x) for x in outs], [x.new_empty(x.shape) for x in lses]
+
+
+@torch.library.register_fake("vattn::merge_attention_jvp", lib=library)
+def _fake_jvp(out_tangents, lse_tangents, outs, lses, out, lse):
+    return torch.empty_like(out), lse.new_empty(lse.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: tuple[Tensor, Tensor]) -> None:
