@@ -4,7 +4,7 @@
 #   make video      a tokenizer and a MeBT learn from real clips: outputs/mebt_*.gif
 #   make tokens     a VQ-VAE learns from real clips, VideoGPT and MeBT from its codes: outputs/tokens_*.gif
 #   make retrieval  a SViTT learns to find clips by their captions: outputs/svitt_*.png
-#   make test       all tests and doctests
+#   make test       all tests and doctests, and which ten took longest
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
 #   make lint       ruff and mypy
 #   make bench      timings, tables and plots of $(OPERATOR): benchmarks/results/
@@ -44,7 +44,7 @@ retrieval: $(BUILT)
 	$(RUN) -m examples.svitt_retrieval
 
 test: $(BUILT)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --durations=10
 
 test-gpu: $(BUILT)
 	$(RUN) -m pytest -m gpu

@@ -6,6 +6,10 @@ With w_i = exp(lse_i - lse) and gradients g of out and g_lse of lse, the backwar
 
     d out_i = w_i g,   d lse_i = w_i (<g, out_i - out> + g_lse)
 
+and the tangents, from those of the parts,
+
+    dlse = sum_i w_i dlse_i,   dout = sum_i w_i (dout_i + dlse_i out_i) - dlse out
+
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), section 3: this is the online
 softmax with whole parts for keys::
 
@@ -77,8 +81,7 @@ def backward_kernel(
     shared = -flash.row_dot(g, out)
     if g_lse_ptr is not None:
         shared += tl.load(g_lse_ptr + row, mask=mask, other=0.0)
-    lse = tl.load(lse_ptr + row, mask=mask, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no part has a key, and none a weight
+    lse = flash.load_lse(lse_ptr + row, mask)  # of +inf no part has a weight
     offs = row_offsets(row, sizes, strides)
     offs_grad = row_offsets(row, sizes, grad_strides)
     for i in tl.static_range(len(lse_ptrs)):
@@ -86,6 +89,30 @@ def backward_kernel(
         part = flash.load_rows(out_ptrs[i], offs, mask, SHAPE)
         tl.store(grad_lse_ptrs[i] + row, weight * (flash.row_dot(g, part) + shared), mask=mask)
         flash.store_rows(grad_out_ptrs[i], offs_grad, mask, flash.scale_rows(g, weight[:, None]), SHAPE)
+
+
+@launch.kernel
+def jvp_kernel(
+    dout_ptrs, dlse_ptrs, out_ptrs, lse_ptrs, out_ptr, lse_ptr, dout_ptr, dlse_ptr,
+    sizes, dout_strides, strides, out_strides, result_strides, rows, SHAPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of rows. A program writes what its parts add to BLOCK rows of the tangents of out and lse."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    lse = flash.load_lse(lse_ptr + row, mask)  # of +inf no part has a weight
+    offs, offs_dout = row_offsets(row, sizes, strides), row_offsets(row, sizes, dout_strides)
+    dlse = tl.zeros((BLOCK,), tl.float32)
+    acc = flash.zero_rows(BLOCK, SHAPE)
+    for i in tl.static_range(len(lse_ptrs)):
+        weight = tl.exp(tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf")) - lse)
+        dlse_part = weight * tl.load(dlse_ptrs[i] + row, mask=mask, other=0.0)
+        dlse += dlse_part
+        acc = flash.add_rows(acc, flash.load_rows(dout_ptrs[i], offs_dout, mask, SHAPE), weight[:, None])
+        acc = flash.add_rows(acc, flash.load_rows(out_ptrs[i], offs, mask, SHAPE), dlse_part[:, None])
+    out = flash.load_rows(out_ptr, row_offsets(row, sizes, out_strides), mask, SHAPE)
+    dout = flash.add_rows(acc, out, -dlse[:, None])
+    tl.store(dlse_ptr + row, dlse, mask=mask)
+    flash.store_rows(dout_ptr, row_offsets(row, sizes, result_strides), mask, dout, SHAPE)
 
 
 def forward(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -119,6 +146,34 @@ def backward(
         if stored is not grad:
             grad.copy_(stored)
     return grad_outs, grad_lses
+
+
+def jvp(
+    out_tangents: list[Tensor], lse_tangents: list[Tensor], outs: list[Tensor], lses: list[Tensor], out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The tangents of out and lse: of more parts than one kernel takes, sums of partial ones."""
+    dout, dlse = torch.empty_like(out), torch.empty_like(lse)
+    if lse.numel() == 0:
+        return dout, dlse
+    douts, parts, out = _alike(out_tangents), _alike(outs), launch.with_rows(out)
+    dlses, lses = ([_aligned(x.contiguous()) for x in some] for some in (lse_tangents, lses))
+    results = []
+    for i in range(0, len(parts), MAX_PARTS):
+        some = slice(i, i + MAX_PARTS)
+        dtype = out.dtype if len(parts) <= MAX_PARTS else torch.float32
+        result = torch.empty_like(out, dtype=dtype, memory_format=torch.contiguous_format), torch.empty_like(lse)
+        layouts = [_strides(x) for x in (douts[0], parts[0], out, result[0])]
+        shape = _shape(*douts, *parts, out, result[0])
+        block = _block(shape)
+        launch.launch(
+            jvp_kernel, triton.cdiv(lse.numel(), block), out, tuple(douts[some]), tuple(dlses[some]),
+            tuple(parts[some]), tuple(lses[some]), out, lse, *result, _sizes(out), *layouts, lse.numel(),
+            SHAPE=shape, BLOCK=block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        results.append(result)
+    partial_outs, partial_lses = zip(*results, strict=True)
+    return dout.copy_(sum(partial_outs)), dlse.copy_(sum(partial_lses))
 
 
 def merge(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
