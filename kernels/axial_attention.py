@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vattn._library import empty_rows
 from vattn.kernels import attention, configs, flash, launch
+from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.launch import head, unpack
 
 
@@ -69,7 +70,7 @@ def number(row, group):
     return (row[0] * group[1] + row[1]) * group[2] + row[2]
 
 
-PARTS = attention.Itinerary(own, span, lanes, locate, offsets, number)
+PARTS = Itinerary(own, span, lanes, locate, offsets, number)
 
 
 @triton.jit

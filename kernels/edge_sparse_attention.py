@@ -35,6 +35,7 @@ from torch import Tensor
 
 from vattn._library import empty_rows
 from vattn.kernels import attention, configs, flash, launch, merge_attention, position_bias
+from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.latent_attention import lanes as lanes_alone
 from vattn.kernels.latent_attention import offsets, share, whole_tiles
 from vattn.kernels.launch import quotient
@@ -278,8 +279,8 @@ def add_global_keys(where, ds_local, own_row, mask, pair, group):
     add_to_table(where, group, where[1][3] + group[2] + own_row[0], ds_local, mask)
 
 
-BLOCKS = attention.Itinerary(own_block, span, lanes_listed, locate_listed, offsets, number, exists, mine)
-GLOBALS = attention.Itinerary(own_globals, span, lanes_alone, locate_all, offsets, number, mine=mine)
+BLOCKS = Itinerary(own_block, span, lanes_listed, locate_listed, offsets, number, exists, mine)
+GLOBALS = Itinerary(own_globals, span, lanes_alone, locate_all, offsets, number, mine=mine)
 
 
 GRADS = {
@@ -292,7 +293,7 @@ GRADS = {
 
 
 @functools.cache
-def itinerary(is_global: bool, bias: bool, causal: bool, taps: bool, grad: str, tangent: bool) -> attention.Itinerary:
+def itinerary(is_global: bool, bias: bool, causal: bool, taps: bool, grad: str, tangent: bool) -> Itinerary:
     """Of the blocks or of the global tokens, with what a call asks for; `grad` is that of the table, of whose rows."""
     changes: dict[str, Any] = {}
     if bias:

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vattn.kernels import attention, configs, flash, launch, merge_attention
+from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.launch import head, unpack
 
 
@@ -131,7 +132,7 @@ def number(row, group):
     return row[1]
 
 
-QUERIES = attention.Itinerary(own_queries, span_keys, lanes, locate_keys, offsets, number, mine=own_plain)
+QUERIES = Itinerary(own_queries, span_keys, lanes, locate_keys, offsets, number, mine=own_plain)
 
 
 # A program that owns keys of one segment has the numbers (Lq, splits, its keys, keys before them), and key lengths.
@@ -168,7 +169,7 @@ def reads(row, group):
     return row[0] < group[3]
 
 
-KEYS = attention.Itinerary(own_keys, span_queries, lanes, locate_queries, offsets, number, mine=own_segment)
+KEYS = Itinerary(own_keys, span_queries, lanes, locate_queries, offsets, number, mine=own_segment)
 KEYS_OF_LENGTH = dataclasses.replace(KEYS, reads=reads)
 
 

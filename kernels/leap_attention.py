@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vattn._library import empty_rows
 from vattn.kernels import attention, configs, flash, launch
+from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.launch import quotient, unpack
 from vattn.kernels.periodic_shift import load_moved, store_moved, store_zeros
 
@@ -97,11 +98,11 @@ def store_shifted(ptr, row, mask, rows, strides, group, SHAPE: tl.constexpr, OP:
         store_zeros(ptr, offs, mask, row[0], T, SHAPE, OP.constants)
 
 
-PLAIN = attention.Itinerary(own, span, lanes, locate, offsets, number)
+PLAIN = Itinerary(own, span, lanes, locate, offsets, number)
 
 
 @functools.cache
-def itinerary(fold: int) -> attention.Itinerary:
+def itinerary(fold: int) -> Itinerary:
     """With a shift by `fold` channels."""
     if fold == 0:
         return PLAIN

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vattn._library import empty_rows
 from vattn.kernels import attention, configs, flash, launch
+from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.latent_attention import (
     SplitCall,
     lanes,
@@ -70,7 +71,7 @@ def locate_listed(start, lane, last, group, I: tl.constexpr, WHOLE: tl.constexpr
         return listed(group[2], place, place < last, group[3])
 
 
-QUERIES = attention.Itinerary(own_queries, span_list, lanes, locate_listed, offsets, number, mine=own_plain)
+QUERIES = Itinerary(own_queries, span_list, lanes, locate_listed, offsets, number, mine=own_plain)
 
 
 @triton.jit
@@ -102,9 +103,7 @@ def offsets_in_list(row, strides, SHAPE: tl.constexpr):
     return flash.index(row[2], SHAPE) * unpack(strides, 2)
 
 
-KEYS = attention.Itinerary(
-    own_keys, span_queries, lanes, locate_queries, offsets, number, mine=own_listed, times=times_listed
-)
+KEYS = Itinerary(own_keys, span_queries, lanes, locate_queries, offsets, number, mine=own_listed, times=times_listed)
 KEYS_AS_LISTED = dataclasses.replace(KEYS, grad_offsets=offsets_in_list)
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vattn.kernels import attention, configs, flash, launch, position_bias
+from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.latent_attention import (
     keys_of_sample,
     lanes,
@@ -93,7 +94,7 @@ def bias_of(where, pair, row, mask, group, OF_KEYS: tl.constexpr, WHOLE: tl.cons
     return position_bias.lookup(where[0][0] + group[0] % group[1] * (S + (2 + G) * G), place), place
 
 
-PLAIN = attention.Itinerary(own_queries, span, lanes, locate_queries, offsets, number, mine=own_plain)
+PLAIN = Itinerary(own_queries, span, lanes, locate_queries, offsets, number, mine=own_plain)
 BIASED = dataclasses.replace(PLAIN, pair=own_part, bias=bias_of)
 KEYS = dataclasses.replace(PLAIN, own=own)
 BIASED_KEYS = dataclasses.replace(BIASED, own=own)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.kernels.checks import assert_same_bits, check, check_jvp, run_jvp
+from tests.kernels.backends import BACKENDS
+from tests.kernels.checks import assert_same_bits, check, check_jvp, run, run_jvp
 from tests.kernels.operators import BLOCK_K, LONG, NODES
 
 
@@ -56,3 +57,25 @@ def test_tangents_of_counts(count, backend):
     for name in ("key", "value"):
         tangents[name][:, 0][~kept] = torch.nan
     assert_same_bits(run_jvp(backend, case, tangents), found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device assertion ends all work on the device")
+@pytest.mark.parametrize("index", [-1, 9])
+def test_an_index_out_of_range_is_an_error(index, backend):
+    """Before anything is read; in C++ it is the host that sees it."""
+    case = NODES.make(backend.device, queries=5, keys=9, count=4)
+    case.settings["kept"][0, 2] = index
+    with pytest.raises(ValueError if backend.name == "cpp" else RuntimeError, match="kept must be from 0 to below"):
+        run(backend, case)
+
+
+@pytest.mark.gpu
+def test_an_index_out_of_range_is_never_read(monkeypatch):
+    """Where nobody has looked at the device's assertion yet, another key is read in its place."""
+    backend = BACKENDS["triton"]
+    monkeypatch.setattr(torch, "_assert_async", lambda *args: None)
+    case = NODES.make(backend.device, queries=5, keys=9, count=4)
+    case.settings["kept"].copy_(torch.tensor([[8, 2**40, 3, -(2**40)]]))
+    found = run(backend, case)
+    case.settings["kept"].clamp_(0, 8)
+    assert_same_bits(run(backend, case), found)

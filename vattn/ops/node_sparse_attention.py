@@ -47,8 +47,9 @@ def node_sparse_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or a value that does not fit; a kept index out of range, for which a GPU must be waited for,
-            except while it captures a graph.
+        ValueError: a shape or a value that does not fit; on a CPU, a kept index out of range.
+        RuntimeError: on a GPU, a kept index out of range. It is never read: the device asserts it, and the error comes
+            where the host next waits for the device, which this operator does not.
 
     Source:
         Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers", on node sparsity.
@@ -92,12 +93,10 @@ def _check_kept(op: str, kept: object, query: Tensor) -> None:
         raise ValueError(f"{op}: kept must be on the device of query ({query.device}), got kept.device={kept.device}")
 
 
-def _cuda(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     from vattn.kernels import node_sparse_attention as kernels
 
-    if not torch.cuda.is_current_stream_capturing():
-        _checks.in_range("node_sparse_attention", "kept", kept, key.shape[2])
-    return kernels.forward(query, key, value, kept, *settings)
+    return kernels.forward(*args)
 
 
 def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
