@@ -94,40 +94,49 @@ def heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H):
 
 @triton.jit
 def walk(
-    state, own, others, pair, where, group, OP: tl.constexpr, STEP: tl.constexpr, OF_KEYS: tl.constexpr,
-    SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+    state, own, others, program, OP: tl.constexpr, STEP: tl.constexpr, OF_KEYS: tl.constexpr, SHAPE: tl.constexpr,
+    PRECISION: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The state after `STEP` has seen all tiles that a program reads: the one pair of loops."""
+    """The state after `STEP` has seen all tiles that a program ``(where, group, pair)`` reads: the only loops.
+
+    Tiles without a mask come first. Of others there is one at most, unless the itinerary says otherwise.
+    """
+    group = program[1]
     lanes = OP.lanes(group, BLOCK)
     for i in tl.static_range(len(others)):
         first, whole, last = OP.span(group, BLOCK, i)
         for start in range(first, whole, BLOCK):
             state = visit(
-                state, own, others[i], pair, where, group, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION,
-                SIGN, BLOCK, i, True,
+                state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN, BLOCK, i,
+                True,
             )  # fmt: skip
         if OP.exists is None:
             if whole < last:
                 state = visit(
-                    state, own, others[i], pair, where, group, whole, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION,
-                    SIGN, BLOCK, i, False,
+                    state, own, others[i], program, whole, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
+                    BLOCK, i, False,
                 )  # fmt: skip
         else:
             for start in range(whole, last, BLOCK):
                 state = visit(
-                    state, own, others[i], pair, where, group, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION,
-                    SIGN, BLOCK, i, False,
+                    state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
+                    BLOCK, i, False,
                 )  # fmt: skip
     return state
 
 
 @triton.jit
 def visit(
-    state, own, other, pair, where, group, start, lanes, last, OP: tl.constexpr, STEP: tl.constexpr,
-    OF_KEYS: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
-    I: tl.constexpr, WHOLE: tl.constexpr,
+    state, own, other, program, start, lanes, last, OP: tl.constexpr, STEP: tl.constexpr, OF_KEYS: tl.constexpr,
+    SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr, I: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The state after the tile of rows at the places from `start` on."""
+    """The state after the tile of rows at the places from `start` on.
+
+    The step is told which of them exist (None: all), the bias (own, others) and its place in the table, and which pairs
+    are allowed. They are arguments and no tuple, because Triton takes no tuple that holds None.
+    """
+    where, group, pair = program
     row = OP.locate(start, lanes, last, group, I, WHOLE)
     mask, bias, place = None, None, None
     if not WHOLE:
@@ -143,15 +152,16 @@ def visit(
     if OP.allowed is not None:
         allowed = OP.allowed(where, pair, row, mask, group, OF_KEYS)
     return STEP(
-        state, own, other, row, mask, bias, place, allowed, pair, where, group, OP, SHAPE, PRECISION, SIGN, WHOLE
-    )
+        state, own, other, row, mask, bias, place, allowed, program, OP, SHAPE, PRECISION, SIGN, WHOLE
+    )  # fmt: skip
 
 
 @triton.jit
 def forward_step(
-    state, own, kv, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+    state, own, kv, row, mask, bias, place, allowed, program,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    where, group, _ = program
     q, scale, own_row, dropout = own
     k, v = load_two(kv, row, mask, OP, SHAPE)
     s = flash.key_scores(q, k, scale, bias, allowed, PRECISION, SIGN)
@@ -181,8 +191,8 @@ def forward_kernel(
 
     kv = heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
     state = walk(
-        flash.forward_start(BLOCK_Q, SHAPE), (q, scale, row, dropout), kv, pair, where, group, OP, forward_step, False,
-        SHAPE, PRECISION, SIGN, BLOCK_K,
+        flash.forward_start(BLOCK_Q, SHAPE), (q, scale, row, dropout), kv, (where, group, pair), OP, forward_step,
+        False, SHAPE, PRECISION, SIGN, BLOCK_K,
     )  # fmt: skip
 
     if OP.bias is not None:
@@ -195,9 +205,10 @@ def forward_kernel(
 
 @triton.jit
 def query_step(
-    grads, own, kv, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+    grads, own, kv, row, mask, bias, place, allowed, program,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    where, group, pair = program
     dq, more = grads
     query, scale, own_mask, dropout, keep_scale = own
     k, v = load_two(kv, row, mask, OP, SHAPE)
@@ -248,8 +259,8 @@ def backward_query_kernel(
         more = OP.grad_start(BLOCK_Q)
     kv = heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
     dq, more = walk(
-        (flash.zero_rows(BLOCK_Q, SHAPE), more), (query, scale, mask, dropout, keep_scale), kv, pair, where, group, OP,
-        query_step, False, SHAPE, PRECISION, 1, BLOCK_K,
+        (flash.zero_rows(BLOCK_Q, SHAPE), more), (query, scale, mask, dropout, keep_scale), kv, (where, group, pair),
+        OP, query_step, False, SHAPE, PRECISION, 1, BLOCK_K,
     )  # fmt: skip
 
     if OP.grad_finish is not None:
@@ -260,9 +271,10 @@ def backward_query_kernel(
 
 @triton.jit
 def key_step(
-    grads, own, other, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+    grads, own, other, row, mask, bias, place, allowed, program,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    where, group, pair = program
     grads, more = grads
     keys, scale, own_mask, seed_ptr, bh, H, threshold, keep_scale = own
     q_ptr, do_ptr, q_strides, do_strides, lse_ptr, delta_ptr = other
@@ -317,7 +329,9 @@ def backward_key_kernel(
     if OP.grad_start is not None:
         more = OP.grad_start(BLOCK_K)
     grads = flash.zero_rows(BLOCK_K, SHAPE), flash.zero_rows(BLOCK_K, SHAPE)
-    grads, more = walk((grads, more), own, others, pair, where, group, OP, key_step, True, SHAPE, PRECISION, 1, BLOCK_Q)
+    grads, more = walk(
+        (grads, more), own, others, (where, group, pair), OP, key_step, True, SHAPE, PRECISION, 1, BLOCK_Q
+    )
 
     if OP.grad_finish is not None:
         OP.grad_finish(where, more, row, mask, pair, group)
@@ -336,9 +350,10 @@ def backward_key_kernel(
 
 @triton.jit
 def tangent_step(
-    sums, own, other, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+    sums, own, other, row, mask, bias, place, allowed, program,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    where, group, pair = program
     query, scale, dropout = own
     kv, tangents = other
     k, v = load_two(kv, row, mask, OP, SHAPE)
@@ -382,7 +397,7 @@ def jvp_kernel(
         others = others + ((kv[i], tangents[i]),)
     acc, dlse = walk(
         (flash.zero_rows(BLOCK_Q, SHAPE), tl.zeros((BLOCK_Q,), tl.float32)), ((q, dq, lse), scale, dropout), others,
-        pair, where, group, OP, tangent_step, False, SHAPE, PRECISION, 1, BLOCK_K,
+        (where, group, pair), OP, tangent_step, False, SHAPE, PRECISION, 1, BLOCK_K,
     )  # fmt: skip
 
     tl.store(dlse_ptr + (split * heads + bh).to(tl.int64) * lse_rows + number, dlse, mask=mask)

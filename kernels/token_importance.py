@@ -102,8 +102,8 @@ BIASED_KEYS = dataclasses.replace(BIASED, own=own)
 
 @triton.jit
 def lse_step(
-    state, own, other, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+    state, own, other, row, mask, bias, place, allowed, program,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     q, scale = own
     k_ptr, k_strides = other
@@ -125,8 +125,8 @@ def lse_kernel(
     pair = attention.pair_of(where, row, mask, group, OP, False)
     q = flash.load_rows(head(q_ptr, q_strides, bh, H), OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
     state = attention.walk(
-        flash.forward_start(BLOCK_Q, None), (q, scale), ((head(k_ptr, k_strides, bh, H), k_strides),), pair, where,
-        group, OP, lse_step, False, SHAPE, PRECISION, SIGN, BLOCK_K,
+        flash.forward_start(BLOCK_Q, None), (q, scale), ((head(k_ptr, k_strides, bh, H), k_strides),),
+        (where, group, pair), OP, lse_step, False, SHAPE, PRECISION, SIGN, BLOCK_K,
     )  # fmt: skip
     if OP.bias is not None:
         scale = 1.0
@@ -136,8 +136,8 @@ def lse_kernel(
 
 @triton.jit
 def sum_step(
-    total, own, other, row, mask, bias, place, allowed, pair, where, group, OP: tl.constexpr, SHAPE: tl.constexpr,
-    PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
+    total, own, other, row, mask, bias, place, allowed, program,
+    OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     k, scale = own
     q_ptr, q_strides, lse_ptr = other
@@ -163,7 +163,7 @@ def sum_kernel(
     k = flash.load_rows(head(k_ptr, k_strides, bh, H), OP.offsets(row, k_strides, SHAPE), mask, SHAPE)
     other = (head(q_ptr, q_strides, bh, H), q_strides, lse_ptr + bh.to(tl.int64) * n1)
     total = attention.walk(
-        tl.zeros((BLOCK_K,), tl.float32), (k, scale), (other,), pair, where, group, OP, sum_step, True, SHAPE,
+        tl.zeros((BLOCK_K,), tl.float32), (k, scale), (other,), (where, group, pair), OP, sum_step, True, SHAPE,
         PRECISION, 1, BLOCK_Q,
     )  # fmt: skip
     is_read = row[0] < keys_of_sample(n0, pointers[2], bh // H)
