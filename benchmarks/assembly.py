@@ -104,7 +104,7 @@ def machine_code(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "--print-code", file.name]
+        command = [knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
