@@ -97,7 +97,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 # One package of its own, and behind it those of $(RUN): no second torch.
 .venv-triton-$(TRITON)/.installed: $(INSTALLED)
 	$(RUN) -m venv $(@D)
+	$(@D)/bin/python -m pip install --no-deps triton==$(TRITON)
 	$(RUN) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
 		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
-	$(@D)/bin/python -m pip install --no-deps triton==$(TRITON)
 	touch $@

@@ -4,8 +4,8 @@
 and prints a table: the tile, registers of a thread, bytes spilled, shared memory, and how many matrix instructions;
 on NVIDIA also how many blocks a multiprocessor holds at once, and how many instructions each inner loop with matrix
 instructions has. It fails where a kernel does not compile, or breaks a bound of :func:`violations`.
-``--architectures``, ``--operators`` and ``--head-dims`` choose some. ``--json`` stores lines, in the place of those
-of the same choice and the same Triton.
+``--architectures``, ``--operators``, ``--dtypes`` and ``--head-dims`` choose some. ``--json`` stores lines, in the
+place of those of the same choice and the same Triton.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from unittest import mock
 from benchmarks.kernel_cases import HEAD_DIMS, OPERATORS, TARGETS, Case, cases, offline, operator_of  # before triton
 
 # isort: split
+import torch
 import triton
 from triton import knobs
 
@@ -58,6 +59,7 @@ MIN_BLOCKS = {
     "backward_key": {64: 1, 128: 1},
 }
 MAX_SPILLED_FLOAT32 = 1023  # bytes
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def compile_case(case: Case, architecture: str) -> list[dict[str, Any]]:
@@ -99,9 +101,13 @@ def describe(case: Case, architecture: str, kernel: str) -> dict[str, Any]:
         "operator": case.operator,
         "kernel": kernel,
         "variant": case.variant,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": _name(case.dtype),
         "head_dim": case.head_dim,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def first_and_last_words(error: BaseException) -> str:
@@ -213,6 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--architectures", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="by default, one per core")
     options = parser.parse_args(arguments)
@@ -222,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
             row["triton"] == triton.__version__
             and row["architecture"] in options.architectures
             and row["operator"] in options.operators
+            and row["dtype"] in options.dtypes
             and row["head_dim"] in options.head_dims
         )
 
@@ -230,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         for architecture in options.architectures
         for name in options.operators
         for case in cases(name)
-        if case.head_dim in options.head_dims
+        if case.head_dim in options.head_dims and _name(case.dtype) in options.dtypes
     ]
     print(LAYOUT.format(*HEADER))
     rows = []

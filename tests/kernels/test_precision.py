@@ -4,6 +4,8 @@ A tf32 number has float32's exponent and ten bits of its mantissa. A float32 num
 rounding of its own size, and a product of two is three products of those: what the kernels ask of NVIDIA's hardware.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +49,9 @@ def three_products(a: Tensor, b: Tensor) -> Tensor:
     return a @ b + (rest_a @ b + a @ rest_b)
 
 
-def pairs_of_frames(query: Tensor, key: Tensor, value: Tensor, multiply) -> Tensor:
+def pairs_of_frames(
+    query: Tensor, key: Tensor, value: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:  # fmt: skip
     """Leap attention at leap 1, group_size 2, with `multiply` for its products of matrices."""
     query, key, value = (x.unflatten(2, (-1, 2)).flatten(3, 4) for x in (query, key, value))  # (B, H, T/2, 2 N, D)
     scores = multiply(query * query.shape[-1] ** -0.5, key.mT)
@@ -90,7 +94,7 @@ def test_the_kernels_are_within_the_budget_of_float32(head_dim, device, matmul_p
     out, lse = leap_attention.forward(*tensors, *settings)
     actual = out, *leap_attention.backward(grad_out, None, *tensors, out, lse, *settings)
 
-    def formula(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def formula(dtype):
         qkv = [x.to(dtype).requires_grad_() for x in tensors]
         expected = reference.leap_attention(*qkv, leap=1)
         return expected, *torch.autograd.grad(expected, qkv, grad_out.to(dtype))
