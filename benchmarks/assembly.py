@@ -112,14 +112,17 @@ def matrix_loops(code: str) -> list[int]:
     """How many instructions each innermost loop with matrix instructions has, in the order of the `code`."""
     labels: dict[str, int] = {}
     names: list[str] = []
-    loops = []
+    loops: list[range] = []
     for line in code.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(names)
         elif instruction := MACHINE_INSTRUCTION.match(line):
             target = BRANCH_TARGET.search(line)
             if instruction[1] == "BRA" and target and target[1] in labels:  # backwards
-                loops.append(range(labels[target[1]], len(names) + 1))
+                start = labels[target[1]]
+                # What waits for a barrier lies behind the program's end, and returns into the midst of a loop.
+                if not any(loop.start < start < loop.stop for loop in loops):
+                    loops.append(range(start, len(names) + 1))
             names.append(instruction[1])
     loops = [loop for loop in loops if any(MACHINE_MATRIX_INSTRUCTION.fullmatch(names[i]) for i in loop)]
     inner = [a for a in loops if not any(b != a and a.start <= b.start and b.stop <= a.stop for b in loops)]

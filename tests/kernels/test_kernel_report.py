@@ -225,12 +225,14 @@ def test_blocks_of_a_multiprocessor(architecture, warps, registers, shared, tens
 
 
 def test_loops_with_matrix_instructions():
-    """The innermost ones: not the loop around two of them, nor one that only loads."""
+    """The innermost ones: not the loop around two of them, nor one that only loads, nor a way back into a loop."""
     code = """
 .L_x_0:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
 .L_x_1:
-        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0010*/              @!P2 BRA `(.L_x_5) ;
+.L_x_6:
+        /*0018*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
         /*0020*/              @!P1 BRA `(.L_x_1) ;
 .L_x_2:
         /*0030*/                   LDGSTS [R2], [R4.64] ;
@@ -243,8 +245,12 @@ def test_loops_with_matrix_instructions():
         /*0080*/              @P2  BRA `(.L_x_3) ;
         /*0090*/              @P3  BRA `(.L_x_0) ;
         /*00a0*/                   EXIT ;
+.L_x_5:
+        /*00b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR4], R4 ;
+        /*00c0*/              @!P2 BRA `(.L_x_5) ;
+        /*00d0*/                   BRA `(.L_x_6) ;
 """
-    assert matrix_loops(code) == [2, 4]
+    assert matrix_loops(code) == [3, 4]
 
 
 def test_no_length_compiles_anew():
