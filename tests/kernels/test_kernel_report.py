@@ -287,7 +287,12 @@ def test_splits_are_not_said_to_be_aligned_where_they_are_not(monkeypatch):
 def test_the_tiles_of_a_length_are_those_of_any_other():
     """The table is asked about a row's width alone: no entry could depend on a length."""
     names = ("forward", "backward_query", "backward_key")
+    kinds = {f"{name}{kind}" for name in (*names, "jvp") for kind in ("", "_group", "_bias")}
     for passes in configs.TABLE.values():
-        assert set(passes) == {*names, *(f"{name}_group" for name in names)}
-        for widths in passes.values():
-            assert list(widths) == sorted(widths) and max(widths) >= 256 * 4
+        assert {*names, *(f"{name}_group" for name in names)} <= set(passes) <= kinds
+    for passes in configs.FLOAT32.values():
+        assert set(passes) == set(names)
+    for passes in (*configs.TABLE.values(), *configs.FLOAT32.values()):
+        for name, widths in passes.items():
+            assert list(widths) == sorted(widths)
+            assert max(widths) >= 256 * 4 or name.startswith("jvp") or name.endswith("_bias")
