@@ -50,14 +50,9 @@ FLASH = (
 )
 WIDE_INSTRUCTION = {"sm90": "wgmma", "sm100": "tcgen05"}
 WIDE_ROWS = 64
-# The fewest blocks that a multiprocessor of sm90 holds of a kernel in half precision, by the widest head dim: where
-# there are two, one multiplies while the other waits.
-MIN_BLOCKS = {
-    "forward": {64: 1, 128: 1},
-    "backward": {64: 1, 128: 1},
-    "backward_query": {64: 1, 128: 1},
-    "backward_key": {64: 1, 128: 1},
-}
+# The fewest blocks that a multiprocessor of sm90 holds of a kernel in half precision without dropout, by the widest
+# head dim: where there are two, one multiplies while the other waits.
+MIN_BLOCKS = {"forward": {64: 2}, "backward": {64: 2}, "backward_key": {64: 2}, "decode": {64: 2}}
 MAX_SPILLED_FLOAT32 = 1023  # bytes
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -157,7 +152,7 @@ def violations(row: dict[str, Any]) -> list[str]:
     if architecture == "sm90" and head_dim <= 128 and row["spilled_bytes"] > 0:
         broken.append("spills")
     if row["operator"] in FLASH:
-        if architecture == "sm90" and row["blocks"] < (least := min_blocks(row["kernel"], head_dim)):
+        if architecture == "sm90" and row["blocks"] < (least := min_blocks(row)):
             broken.append(f"fewer than {least} blocks")
         if architecture in WIDE_INSTRUCTION and own_rows(row) >= WIDE_ROWS:
             if WIDE_INSTRUCTION[architecture] not in row["matrix_instructions"]:
@@ -167,9 +162,10 @@ def violations(row: dict[str, Any]) -> list[str]:
     return broken
 
 
-def min_blocks(kernel: str, head_dim: int) -> int:
+def min_blocks(row: dict[str, Any]) -> int:
     """The bound of :data:`MIN_BLOCKS`."""
-    return next((least for widest, least in MIN_BLOCKS.get(kernel, {}).items() if head_dim <= widest), 1)
+    widths = {} if "dropout" in row["variant"] else MIN_BLOCKS.get(row["kernel"], {})
+    return next((least for widest, least in widths.items() if row["head_dim"] <= widest), 1)
 
 
 def own_rows(row: dict[str, Any]) -> int:
