@@ -11,7 +11,6 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -124,19 +123,13 @@ def bias_of_window(variant: str, heads: int) -> tuple[Tensor | None, tuple[int, 
     return empty(math.prod(2 * size - 1 for size in WINDOW) + 3, heads), WINDOW
 
 
-def tangent(operator: ModuleType, *arguments: Any) -> None:
-    """Call the launcher of the forward-mode derivative, where the operator has one."""
-    if hasattr(operator, "jvp"):
-        operator.jvp(*arguments)
-
-
 def axial(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     """Lines are "short", and share tiles, or "long"."""
     query = empty(2, 2, 4, 512 if "long" in variant else 8, 64, head_dim, dtype=dtype)
     lse, settings = empty(*query.shape[:-1]), (*dropout(variant), 0.1)
     axial_attention.forward(query, query, query, *settings)
     axial_attention.backward(query, None, query, query, query, query, lse, *settings)
-    tangent(axial_attention, *[query] * 7, lse, *settings)
+    axial_attention.jvp(*[query] * 7, lse, *settings)
 
 
 def edge_sparse(variant: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -149,7 +142,7 @@ def edge_sparse(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     edge_sparse_attention.backward(
         query, None, query, query, query, query, lse, *layout, *layout, *settings, "dropout" in variant
     )
-    tangent(edge_sparse_attention, *[query] * 3, table, *[query] * 4, lse, *layout, *settings)
+    edge_sparse_attention.jvp(*[query] * 3, table, *[query] * 4, lse, *layout, *settings)
 
 
 def latent(variant: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -162,7 +155,7 @@ def latent(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     lse, settings = empty(*query.shape[:-1]), (lengths, *dropout(variant), 0.1)
     latent_attention.forward(query, segments, segments, *settings)
     latent_attention.backward(query, None, query, segments, segments, query, lse, *settings)
-    tangent(latent_attention, query, segments, segments, query, segments, segments, query, lse, *settings)
+    latent_attention.jvp(query, segments, segments, query, segments, segments, query, lse, *settings)
 
 
 def node_sparse(variant: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -171,7 +164,7 @@ def node_sparse(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     lse, settings = empty(*query.shape[:-1]), (empty(2, 512, dtype=torch.int64), *dropout(variant), 0.1)
     node_sparse_attention.forward(query, query, query, *settings)
     node_sparse_attention.backward(query, None, query, query, query, query, lse, *settings)
-    tangent(node_sparse_attention, *[query] * 7, lse, *settings)
+    node_sparse_attention.jvp(*[query] * 7, lse, *settings)
 
 
 def leap(variant: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -180,7 +173,7 @@ def leap(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     lse, settings = empty(*query.shape[:-1]), (4, 2, 4 if "shift" in variant else 0, *dropout(variant), 0.1)
     leap_attention.forward(query, query, query, *settings)
     leap_attention.backward(query, None, query, query, query, query, lse, *settings)
-    tangent(leap_attention, *[query] * 7, lse, *settings)
+    leap_attention.jvp(*[query] * 7, lse, *settings)
 
 
 def merge(variant: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -188,7 +181,7 @@ def merge(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     out, lse, parts = empty(2, 8, 1024, head_dim, dtype=dtype), empty(2, 8, 1024), int(variant.split()[0])
     merge_attention.forward([out] * parts, [lse] * parts)
     merge_attention.backward(out, None, [out] * parts, [lse] * parts, out, lse)
-    tangent(merge_attention, [out] * parts, [lse] * parts, [out] * parts, [lse] * parts, out, lse)
+    merge_attention.jvp([out] * parts, [lse] * parts, [out] * parts, [lse] * parts, out, lse)
 
 
 def importance(variant: str, dtype: torch.dtype, head_dim: int) -> None:

@@ -32,7 +32,7 @@ COUNT_COMPILATIONS = """
 import collections, json
 from unittest import mock
 import torch
-from benchmarks.kernel_cases import offline, operator_of, tangent
+from benchmarks.kernel_cases import offline, operator_of
 from triton.runtime.jit import JITFunction
 from vattn.kernels import latent_attention, leap_attention, merge_attention, periodic_shift
 
@@ -47,10 +47,11 @@ def call(B, H, T, N, D, leap, group_size, projected):
     settings = (leap, group_size, 4, 0.0, None, 0.1)
     out, lse = leap_attention.forward(q, k, v, *settings)
     leap_attention.backward(out, lse, q, k, v, out, lse, *settings)
-    tangent(leap_attention, q, k, v, q, k, v, out, lse, *settings)
+    leap_attention.jvp(q, k, v, q, k, v, out, lse, *settings)
     periodic_shift.forward(q, 4, False)
     merge_attention.forward([q, k], [lse, lse])
     merge_attention.backward(out, lse, [q, k], [lse, lse], out, lse)
+    merge_attention.jvp([q, k], [lse, lse], [q, k], [lse, lse], out, lse)
 
 def latent(H, D, queries, segments, projected):
     query, *keys = (
@@ -60,7 +61,7 @@ def latent(H, D, queries, segments, projected):
         query, *keys = (x.transpose(1, 2) for x in (query, *keys))
     out, lse = latent_attention.forward(query, keys, keys, None, 0.0, None, 0.1)
     latent_attention.backward(out, lse, query, keys, keys, out, lse, None, 0.0, None, 0.1)
-    tangent(latent_attention, query, keys, keys, query, keys, keys, out, lse, None, 0.0, None, 0.1)
+    latent_attention.jvp(query, keys, keys, query, keys, keys, out, lse, None, 0.0, None, 0.1)
 
 def launched(function, *args, **settings):
     function.warmup(*args, **settings)
@@ -272,6 +273,7 @@ def test_no_length_compiles_anew():
         "latent_attention.forward_kernel": 2 * 2 * 2,
         "latent_attention.jvp_kernel": 2 * 2 * 2,
         "merge_attention.backward_kernel": 2,
+        "merge_attention.jvp_kernel": 2,
         "merge_attention.forward_kernel": 2 * (1 + 3),  # and 2, 4 or 8 splits, on the GPU that is not there
         "periodic_shift.shift_kernel": 2,
     }
