@@ -172,7 +172,7 @@ FLOAT32: dict[str, dict[str, dict[int, Tiles]]] = {
             256: Tiles(64, 16, 4, 2), 384: Tiles(64, 16, 4, 2), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
         },
         "backward_query": {
-            256: Tiles(64, 16, 4, 2), 384: Tiles(64, 16, 4, 2), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
+            256: Tiles(64, 16, 4, 2), 384: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
         },
         "backward_key": {
             256: Tiles(16, 32, 4, 2), 384: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
