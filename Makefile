@@ -6,6 +6,8 @@
 #   make retrieval  a SViTT learns to find clips by their captions: outputs/svitt_*.png
 #   make test       all tests and doctests, and which ten took longest
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
+#   make kernels    what the compiler makes of every Triton kernel, without a GPU; with another Triton than the installed
+#                   one, in an environment of its own: `make kernels TRITON=3.6.0 ARCHITECTURES="sm90 gfx942"`
 #   make lint       ruff and mypy
 #   make bench      timings, tables and plots of $(OPERATOR): benchmarks/results/
 #   make docs       API pages: docs/_build/
@@ -17,6 +19,9 @@ VENV ?= .venv
 # the download where there is no GPU. The version is pinned in constraints.txt.
 TORCH_INDEX ?=
 OPERATOR ?= leap_attention
+TRITON ?=
+ARCHITECTURES ?= sm90
+HEAD_DIMS ?=
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)
@@ -24,10 +29,17 @@ else
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
+ifeq ($(TRITON),)
+COMPILE := $(RUN)
+COMPILER := $(INSTALLED)
+else
+COMPILE := .venv-triton-$(TRITON)/bin/python
+COMPILER := .venv-triton-$(TRITON)/.installed
+endif
 BUILT := vattn/_build.json
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video tokens retrieval test test-gpu lint bench docs clean
+.PHONY: demo video tokens retrieval test test-gpu kernels lint bench docs clean
 
 demo: $(BUILT)
 	$(RUN) -m examples.demo
@@ -49,6 +61,9 @@ test: $(BUILT)
 test-gpu: $(BUILT)
 	$(RUN) -m pytest -m gpu
 
+kernels: $(COMPILER)
+	$(COMPILE) -m benchmarks.kernel_report --architectures $(ARCHITECTURES) $(if $(HEAD_DIMS),--head-dims $(HEAD_DIMS))
+
 lint: $(BUILT)
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
@@ -64,7 +79,7 @@ docs: $(BUILT)
 clean:
 	rm -rf build dist outputs docs/_build *.egg-info vattn/_C.*.so $(BUILT)
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.venv-*' -prune -exec rm -rf {} +
 
 # The extension is built in place, and not by pip, so that ninja recompiles only what has changed.
 $(BUILT): $(SOURCES) setup.py $(INSTALLED)
@@ -77,4 +92,12 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 		torch setuptools ninja
 	VATTN_BUILD_CPP=0 $(RUN) -m pip install --constraint constraints.txt --no-build-isolation \
 		--editable '.[demo,test,dev]'
+	touch $@
+
+# One package of its own, and behind it those of $(RUN): no second torch.
+.venv-triton-$(TRITON)/.installed: $(INSTALLED)
+	$(RUN) -m venv $(@D)
+	$(@D)/bin/python -m pip install --no-deps triton==$(TRITON)
+	$(RUN) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
 	touch $@

@@ -3,6 +3,7 @@
     python -m benchmarks leap_attention --backward        measure, print a table, append benchmarks/results/*.jsonl
     python -m benchmarks plot leap_attention              draw the stored lines
     python -m benchmarks.tangents                         forward mode, beside forward and backward
+    python -m benchmarks.kernel_report                    what the compiler makes of the Triton kernels, without a GPU
     python -m benchmarks.mebt_cost                        a training step of MeBT, as videos grow
     python -m benchmarks.pruned_encoder                   one of SViTT's video encoder, dense and sparse
 

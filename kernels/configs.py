@@ -142,6 +142,44 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
     },
 }  # fmt: skip
 
+# The same of float32 on NVIDIA, each of whose factors is two tf32 numbers: those of the own rows stay in registers, and
+# more warps do not help. Groups take the same tiles.
+FLOAT32: dict[str, dict[str, dict[int, Tiles]]] = {
+    "sm80": {
+        "forward": {
+            256: Tiles(64, 16, 4, 2), 384: Tiles(64, 16, 4, 2), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
+        },
+        "backward_query": {
+            256: Tiles(64, 16, 4, 2), 384: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
+        },
+        "backward_key": {
+            256: Tiles(16, 32, 4, 2), 384: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
+        },
+    },
+    "sm90": {
+        "forward": {
+            256: Tiles(64, 32, 4, 2), 384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 4, 2), 1024: Tiles(16, 16, 8, 1),
+        },
+        "backward_query": {
+            256: Tiles(64, 16, 4, 2), 384: Tiles(64, 16, 4, 2), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
+        },
+        "backward_key": {
+            256: Tiles(16, 32, 4, 2), 384: Tiles(16, 64, 4, 2), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
+        },
+    },
+    "sm100": {
+        "forward": {
+            256: Tiles(64, 16, 4, 2), 384: Tiles(64, 16, 4, 2), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
+        },
+        "backward_query": {
+            256: Tiles(64, 16, 4, 2), 384: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
+        },
+        "backward_key": {
+            256: Tiles(16, 32, 4, 2), 384: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 4, 1), 1024: Tiles(16, 16, 8, 1),
+        },
+    },
+}  # fmt: skip
+
 # Where all keys fill one tile, and stay on chip with their values: by architecture and widest row of 16-bit elements.
 # The shared memory of gfx942 has no room for them, nor have the registers for those of float32.
 DECODE: dict[str, dict[int, Tiles]] = {
@@ -191,7 +229,10 @@ def tiles(phase: str, like: Tensor, extras: int, kind: str = "") -> dict[str, in
     """
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
-    table = TABLE[architecture(like.device)]
+    place = architecture(like.device)
+    table = TABLE[place]
+    if like.element_size() == 4 and place in FLOAT32:
+        table, extras, kind = FLOAT32[place], extras + (kind == "bias"), ""
     names = [(name, more) for name, more in _names(phase, kind) if name in table]
     for name, more in names:
         found = _narrowest(table[name], like, extras + more)

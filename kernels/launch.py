@@ -122,5 +122,11 @@ def total(parts: Tensor, like: Tensor) -> Tensor:
 
 
 def precision() -> str:
-    """How float32 matrices are multiplied: as ``torch.set_float32_matmul_precision`` says."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How float32 matrices are multiplied: as ``torch.set_float32_matmul_precision`` says.
+
+    On NVIDIA no matrix instruction takes float32. "highest" splits each factor into two tf32 numbers, and adds three
+    products of them: what is lost is of the size of float32's own rounding.
+    """
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee" if torch.version.hip is not None else "tf32x3"
