@@ -1,0 +1,87 @@
+"""What the contracts share: both ways to compute a case, and whether they agree."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tests.kernels.backends import Backend
+from tests.kernels.cases import Case, Tensors
+from tests.utils import assert_within_budget
+
+
+def run(backend: Backend, case: Case) -> Tensors:
+    """The results by name, and the gradients of the tensors, as ``d`` and their names, by the kernels of `backend`."""
+    launchers = backend.launchers(case.operator.name)
+    results = case.operator.forward(launchers, case)
+    if not case.operator.differentiable:
+        return results
+    return results | _gradients(case.operator.backward(launchers, case, results))
+
+
+def formula(case: Case, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    """The results and the gradients by the reference in `dtype`; what is float32 in any call stays as wide."""
+    tensors = {name: x.detach().to(torch.promote_types(dtype, x.dtype)) for name, x in case.tensors.items()}
+    if not case.operator.differentiable:
+        return case.operator.reference(tensors, case.settings), {}
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    results = case.operator.reference(leaves, case.settings)
+    grads = torch.autograd.grad(
+        [results[name] for name in case.grads],
+        list(leaves.values()),
+        [grad.to(results[name].dtype) for name, grad in case.grads.items()],
+        materialize_grads=True,
+    )
+    return results, _gradients(dict(zip(leaves, grads, strict=True)))
+
+
+def check(backend: Backend, case: Case) -> Tensors:
+    """:func:`assert_right` of what the kernels of `backend` find; returns it."""
+    found = run(backend, case)
+    assert_right(case, found)
+    return found
+
+
+def assert_right(case: Case, found: Tensors) -> None:
+    """Results and gradients are within budget, and lie in memory as they should."""
+    (truth, gradients), (plain, plain_gradients) = (formula(case, dtype) for dtype in (torch.float64, case.dtype))
+    intermediate = case.operator.intermediate(case, truth, gradients)
+    assert_agree(case, found, truth | gradients, plain | plain_gradients, intermediate)
+
+
+def assert_agree(case: Case, actual: Tensors, truth: Tensors, plain: Tensors, intermediate: dict[str, float]) -> None:
+    """All tensors are there, lie as they should, and are as close to `truth` as `plain` and rounding allow."""
+    operator = case.operator
+    assert list(actual) == list(truth) == list(plain)
+    for name, x in actual.items():
+        assert operator.lies_well(case, name.removeprefix("d"), x), f"{name}: strides {x.stride()}"
+        if operator.exact:
+            assert x.dtype == plain[name].dtype, f"{name}: {x.dtype}"
+            assert torch.equal(x, truth[name].to(x.dtype)), name
+        else:
+            assert_within_budget(x, truth[name], plain[name], name, intermediate.get(name, 0.0))
+
+
+@contextlib.contextmanager
+def poisoned(device: str) -> Iterator[None]:
+    """What torch.empty returns is NaN here, or the largest integer."""
+    torch.use_deterministic_algorithms(True)  # fills uninitialized memory
+    try:
+        assert torch.empty(1, device=device).isnan().all()
+        assert torch.empty_like(torch.ones(1, device=device)).isnan().all()
+        assert (torch.empty(1, dtype=torch.int64, device=device) == torch.iinfo(torch.int64).max).all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_same_bits(first: Tensors, second: Tensors) -> None:
+    """No bit differs, and nothing is NaN."""
+    assert list(first) == list(second)
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+def _gradients(of_tensors: dict[str, Tensor]) -> Tensors:
+    return {f"d{name}": grad for name, grad in of_tensors.items()}
