@@ -53,6 +53,15 @@ class Attention(Operator):
         largest = magnitude(*gradients.values(), torch.zeros(1))
         return dict.fromkeys(gradients, largest * max(magnitude(truth["lse"], torch.ones(1)), rounded))
 
+    def intermediate_of_tangents(self, case: Case, truth: Tensors, tangents: Tensors) -> dict[str, float]:
+        # As of gradients; in dout = p dv + (p * ds) v - dlse * out the last two may cancel but for the half unit in
+        # the last place by which out has been rounded.
+        rounded = torch.finfo(case.dtype).eps / torch.finfo(torch.float32).eps / 8
+        exponent = magnitude(truth["lse"], torch.ones(1))
+        of_lse = magnitude(tangents["lse"], torch.zeros(1))
+        of_out = max(magnitude(tangents["out"], torch.zeros(1)), of_lse * magnitude(truth["out"], torch.ones(1)))
+        return {"out": of_out * max(exponent, rounded), "lse": of_lse * exponent}
+
     def show_dropout(self, device: str, seed: int) -> tuple[Case, Tensor, Tensor]:
         """A case with equal scores and unit vectors for values, and where out and the gradient of value are not 0."""
         raise NotImplementedError
@@ -225,6 +234,16 @@ class EdgeSparseAttention(Attention):
         else:
             assert table.shape == (0,)
         return dict(zip(case.tensors, grads, strict=True))
+
+    def jvp(self, launchers: Launchers, case: Case, results: Tensors, tangents: Tensors) -> Tensors:
+        s, layout = case.settings, case.settings["layout"]
+        of_inputs, inputs = ([x[name] for name in ("query", "key", "value")] for x in (tangents, case.tensors))
+        found = launchers.jvp(
+            *of_inputs, tangents.get("table"), *inputs, results["out"], results["lse"],
+            layout.row_offsets, layout.columns, layout.block_size, layout.num_global,
+            case.tensors.get("table"), s["window"], s["positions"], s["causal"], s["dropout_p"], s["seed"], s["scale"],
+        )  # fmt: skip
+        return dict(zip(self.results, found, strict=True))
 
     def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
         taken = {name: settings[name] for name in ("layout", "positions", "causal", "dropout_p", "scale", "seed")}

@@ -8,7 +8,7 @@ import torch
 
 from vattn import _library
 
-# What a backend has of one operator: forward, backward. One that is missing raises an AttributeError.
+# What a backend has of one operator: forward, backward, jvp. One that is missing raises an AttributeError.
 Launchers = Any
 
 

@@ -36,6 +36,9 @@ class Case:
     def gradient_of_out_only(self) -> "Case":
         return dataclasses.replace(self, grads={"out": self.grads["out"]})
 
+    def random_tangents(self) -> Tensors:
+        return {name: torch.randn(x.shape, device=x.device).to(x.dtype) for name, x in self.tensors.items()}
+
     @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.tensors.values())).dtype
@@ -91,11 +94,21 @@ class Operator:
         found = launchers.backward(*grads, *grouped(case.tensors), *results.values(), *self._settings(case))
         return dict(zip(case.tensors, flat(found), strict=True))
 
+    def jvp(self, launchers: Launchers, case: Case, results: Tensors, tangents: Tensors) -> Tensors:
+        """The tangents of the results, for `tangents` of ``case.tensors``."""
+        outs = [results[name] for name in self.results]
+        found = launchers.jvp(*grouped(tangents), *grouped(case.tensors), *outs, *self._settings(case))
+        return dict(zip(self.results, found, strict=True))
+
     def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
         raise NotImplementedError
 
     def intermediate(self, case: Case, truth: Tensors, gradients: Tensors) -> dict[str, float]:
         """Of results and gradients that are differences of larger numbers, how large those are."""
+        return {}
+
+    def intermediate_of_tangents(self, case: Case, truth: Tensors, tangents: Tensors) -> dict[str, float]:
+        """The same of the tangents of results."""
         return {}
 
     def lies_well(self, case: Case, name: str, x: Tensor) -> bool:

@@ -50,6 +50,44 @@ def assert_right(case: Case, found: Tensors) -> None:
     assert_agree(case, found, truth | gradients, plain | plain_gradients, intermediate)
 
 
+def run_jvp(backend: Backend, case: Case, tangents: Tensors) -> Tensors:
+    """The tangents of the results by name, by the kernels of `backend`."""
+    launchers = backend.launchers(case.operator.name)
+    return case.operator.jvp(launchers, case, case.operator.forward(launchers, case), tangents)
+
+
+def formula_jvp(case: Case, tangents: Tensors, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    """The results and their tangents by forward mode through the reference in `dtype`."""
+    names = list(case.tensors)
+
+    def results(*tensors: Tensor) -> Tensors:
+        found = case.operator.reference(dict(zip(names, tensors, strict=True)), case.settings)
+        return {name: found[name] for name in case.operator.results}
+
+    def wide(x: Tensor) -> Tensor:  # copied, because a dual tensor allocates all that a view's strides span
+        return x.detach().contiguous().to(torch.promote_types(dtype, x.dtype))
+
+    of_primals = (tangents.get(name, x.new_zeros(()).expand_as(x)) for name, x in case.tensors.items())
+    pairs = [(wide(x), wide(tangent)) for x, tangent in zip(case.tensors.values(), of_primals, strict=True)]
+    found, of_found = torch.func.jvp(results, *zip(*pairs, strict=True))[:2]
+    return found, of_found
+
+
+def check_jvp(backend: Backend, case: Case, tangents: Tensors | None = None) -> Tensors:
+    """:func:`assert_right_jvp` of what the kernels of `backend` find, for random tangents if not these; returns it."""
+    tangents = case.random_tangents() if tangents is None else tangents
+    found = run_jvp(backend, case, tangents)
+    assert_right_jvp(case, tangents, found)
+    return found
+
+
+def assert_right_jvp(case: Case, tangents: Tensors, found: Tensors) -> None:
+    """The tangents of results are within budget, and lie in memory as the results do."""
+    results, truth = formula_jvp(case, tangents, torch.float64)
+    _, plain = formula_jvp(case, tangents, case.dtype)
+    assert_agree(case, found, truth, plain, case.operator.intermediate_of_tangents(case, results, truth))
+
+
 def assert_agree(case: Case, actual: Tensors, truth: Tensors, plain: Tensors, intermediate: dict[str, float]) -> None:
     """All tensors are there, lie as they should, and are as close to `truth` as `plain` and rounding allow."""
     operator = case.operator

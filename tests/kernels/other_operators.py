@@ -35,6 +35,13 @@ class MergeAttention(Operator):
         sums = magnitude((case.grads["out"].double() * truth["out"]).abs().sum(-1), torch.zeros(1))
         return {name: sums * max(1.0, rounded) for name in gradients if name.startswith("dlses")}
 
+    def intermediate_of_tangents(self, case: Case, truth: Tensors, tangents: Tensors) -> dict[str, float]:
+        # The tangent of out has sum_i w_i dlse_i out_i - dlse out, whose out has been rounded likewise.
+        rounded = torch.finfo(case.dtype).eps / torch.finfo(torch.float32).eps / 8
+        parts = [x for name, x in case.tensors.items() if name.startswith("outs")]
+        largest = magnitude(tangents["lse"], torch.zeros(1)) * magnitude(*parts, torch.zeros(1))
+        return {"out": largest * max(1.0, rounded)}
+
     def lies_well(self, case: Case, name: str, x: Tensor) -> bool:
         """Out lies like the first part, a gradient like its part."""
         if "lse" in name:
@@ -60,6 +67,9 @@ class PeriodicShift(Operator):
     def backward(self, launchers: Launchers, case: Case, results: Tensors) -> Tensors:
         fold_div, transpose = self._settings(case)
         return {"x": launchers.forward(case.grads["out"], fold_div, not transpose)}
+
+    def jvp(self, launchers: Launchers, case: Case, results: Tensors, tangents: Tensors) -> Tensors:
+        return {"out": launchers.forward(tangents["x"], *self._settings(case))}
 
     def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
         return {"out": reference.periodic_shift(tensors["x"], **settings)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.checks import check, run
+from tests.kernels.checks import check, check_jvp, run, run_jvp
 from tests.kernels.operators import AXIAL, CPP_TILE
 
 
@@ -43,3 +43,17 @@ def test_dropout_mask_of_long_lines(backend):
     found = run(backend, case)
     assert torch.equal(found["out"] > 0, keep_out)
     assert torch.equal(found["dvalue"] > 0, keep_value)
+
+
+def test_tangents_of_lines_do_not_mix(backend):
+    """In one tile: a tangent in one line changes no bit of another."""
+    case = AXIAL.make(backend.device, outer=2, line=3, inner=4, scale=0.3)
+    tangents = case.random_tangents()
+    first = check_jvp(backend, case, tangents)
+    for x in tangents.values():
+        x[:, :, 1, :, 2] *= 100
+    for name, x in run_jvp(backend, case, tangents).items():
+        changed = (x != first[name]).transpose(2, 3)[0, 0]  # (line, outer, inner, ...)
+        assert changed[:, 1, 2].any()
+        changed[:, 1, 2] = False
+        assert not changed.any()

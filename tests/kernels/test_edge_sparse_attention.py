@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.attention_operators import TOKENS, WINDOW
-from tests.kernels.checks import assert_same_bits, check, run
+from tests.kernels.checks import assert_same_bits, check, check_jvp, run
 from tests.kernels.operators import BLOCK_K, BLOCK_Q, EDGES, LONG_EDGES
 from vattn.kernels import configs
 
@@ -122,3 +122,38 @@ def test_importance_is_a_distribution(backend):
     case.settings.update(dropout_p=0.0, seed=None)
     torch.testing.assert_close(importance, run(backend, case)["importance"])
     assert (importance > 0).all() and (importance.sum(1) < 1).all()
+
+
+@pytest.mark.parametrize(("num_global", "window"), [(0, WINDOW), (1, ()), (3, WINDOW)], ids=["0", "1 plain", "3"])
+def test_tangents_of_layouts(num_global, window, backend):
+    """Duplicates, an empty row, rows per head, and a short last block anywhere in a row."""
+    sizes = {"rows": SOME, "more": [[[3, 1], [], [3, 0, 3], []]], "block_size": 7, "N": 23, "H": 2}
+    check_jvp(backend, EDGES.make(backend.device, **sizes, G=num_global, window=window))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("window", [WINDOW, ()], ids=["bias", "plain"])
+def test_tangents_of_positions(window, causal, backend):
+    positions = torch.stack([torch.randperm(TOKENS, device=backend.device)[:11] for _ in range(2)])
+    sizes = {"rows": [[0, 1], [1, 0]], "block_size": 6, "N": 11, "B": 2, "window": window}
+    check_jvp(backend, EDGES.make(backend.device, **sizes, positions=positions, causal=causal))
+
+
+def test_tangents_of_causal_queries_without_keys(backend):
+    found = check_jvp(backend, EDGES.make(backend.device, rows=[[1], [0]], block_size=5, N=10, G=0, causal=True))
+    assert (found["out"][:, :, :5] == 0).all() and (found["lse"][:, :, :5] == 0).all()
+
+
+def test_a_table_without_a_tangent(backend):
+    case = grid(backend.device)
+    tangents = case.random_tangents()
+    del tangents["table"]
+    check_jvp(backend, case, tangents)
+
+
+def test_strided_table_and_its_tangent(backend):
+    case = grid(backend.device, H=2)
+    tangents = case.random_tangents()
+    tangents["table"] = tangents["table"].T.contiguous().T
+    check_jvp(backend, case.replace(table=case.tensors["table"].T.contiguous().T), tangents)
+    check_jvp(backend, case, tangents | {"table": tangents["table"][:1, :1].expand_as(tangents["table"])})

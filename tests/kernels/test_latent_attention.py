@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 
-from tests.kernels.checks import assert_same_bits, check, run
+from tests.kernels.checks import assert_same_bits, check, check_jvp, run, run_jvp
 from tests.kernels.operators import BLOCK_K, DECODE_K, DECODE_Q, LATENT, LONG, WALK
 from vattn.kernels import configs
 
@@ -157,3 +157,22 @@ def test_key_lengths_of_one_tile(backend):
     poisoned[1, :, 1:] = torch.nan
     launchers = backend.launchers(LATENT.name)
     assert torch.equal(LATENT.forward(launchers, case.replace(**{"values[0]": poisoned}))["out"], found["out"])
+
+
+@pytest.mark.parametrize("segments", [(33, 5), (31, 0, 70), (1, 1, 1, 1), (0, 0), (200, 0, 55)], ids=str)
+def test_tangents_of_segments(segments, backend):
+    check_jvp(backend, LATENT.make(backend.device, B=2, queries=9, keys=segments))
+
+
+@pytest.mark.parametrize("keys", [70, DECODE_K, LONG])
+def test_tangents_behind_a_key_length_are_not_read(keys, backend):
+    """Nor are keys and values; a sample without keys has tangents of 0."""
+    lengths = torch.tensor([0, 33, keys], device=backend.device)
+    case = LATENT.make(backend.device, B=3, queries=4, keys=[keys], key_lengths=lengths)
+    tangents = case.random_tangents()
+    expected = check_jvp(backend, case, tangents)
+    assert (expected["out"][0] == 0).all() and (expected["lse"][0] == 0).all()
+    for b, length in enumerate(lengths.tolist()):
+        for name in ("keys[0]", "values[0]"):
+            case.tensors[name][b, :, length:] = tangents[name][b, :, length:] = torch.nan
+    assert_same_bits(run_jvp(backend, case, tangents), expected)

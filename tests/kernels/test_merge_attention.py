@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.kernels.checks import check
+from tests.kernels.checks import check, check_jvp
 from tests.kernels.operators import MERGE
 from vattn.kernels.merge_attention import MAX_PARTS
 
@@ -61,3 +61,17 @@ def test_layouts(backend):
         parts |= {f"lses[{i}]": torch.randn(N, B, H, device=device).permute(1, 2, 0) for i in range(len(outs))}
         case = MERGE.make(device, count=len(outs), shape=(B, H, N), D=D).replace(**parts)
         check(backend, dataclasses.replace(case, grads={"out": one.expand(B, H, N, D), "lse": one.expand(B, H, N)}))
+
+
+def test_tangents_of_parts_without_keys(backend):
+    """They have no weight; where every part is -inf, tangents are 0, not NaN."""
+    case = MERGE.make(backend.device, count=3, shape=(4, 5))
+    for i, rows in enumerate((2, 1, 1)):
+        case.tensors[f"lses[{i}]"][:rows] = -torch.inf
+    assert all((x[0] == 0).all() for x in check_jvp(backend, case).values())
+
+
+def test_tangents_of_parts_far_apart(backend):
+    case = MERGE.make(backend.device, shape=(4,))
+    far = {f"lses[{i}]": case.tensors[f"lses[{i}]"] + shift for i, shift in enumerate((1000, -1000))}
+    check_jvp(backend, case.replace(**far))

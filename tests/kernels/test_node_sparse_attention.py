@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.checks import check
+from tests.kernels.checks import assert_same_bits, check, check_jvp, run_jvp
 from tests.kernels.operators import BLOCK_K, LONG, NODES
 
 
@@ -44,3 +44,15 @@ def test_one_tile_of_two_heads(dropout_p, backend):
     """As many listed keys as stay on chip."""
     sizes = {"B": 2, "H": 2, "queries": 20, "keys": 300, "count": 201, "duplicates": True}
     check(backend, NODES.make(backend.device, **sizes, dropout_p=dropout_p))
+
+
+@pytest.mark.parametrize("count", [0, 1, BLOCK_K + 1, 70])
+def test_tangents_of_counts(count, backend):
+    """Those of keys that were not kept are not read."""
+    case = NODES.make(backend.device, B=2, queries=5, keys=70, count=count)
+    tangents = case.random_tangents()
+    found = check_jvp(backend, case, tangents)
+    kept = torch.zeros(2, 70, dtype=torch.bool, device=backend.device).scatter_(1, case.settings["kept"], True)
+    for name in ("key", "value"):
+        tangents[name][:, 0][~kept] = torch.nan
+    assert_same_bits(run_jvp(backend, case, tangents), found)
