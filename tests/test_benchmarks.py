@@ -92,6 +92,7 @@ def test_all_eager_providers_agree(leap, dtype):
         assert 0 < line.error <= line.budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", load_operator("edge_sparse_attention").cases["quick"], ids=lambda case: case.name)
 def test_sparse_and_dense_providers_do_their_own_work_right(case):
     """The gradient of the table is that of all samples, and dense ones are judged by dense definitions."""

@@ -120,6 +120,7 @@ class TestLaps:
         with pytest.raises(ValueError, match=message):
             MODELS[kind](4, **_levels(kind, levels))
 
+    @pytest.mark.slow
     def test_training_lowers_the_loss(self, kind: str) -> None:
         torch.manual_seed(0)
         assert_learns(MODELS[kind](4, **_levels(kind, (1, 2))), torch.randn(4, 4, 3, *SIZES[kind]))
@@ -343,6 +344,7 @@ class TestVideoFromImage:
         assert video.grad is not None
         assert video.grad.abs().sum((0, 2, 3, 4)).nonzero().flatten().tolist() == [0, 2, 4, 6]
 
+    @pytest.mark.slow
     def test_training_lowers_the_loss(self, image: Any) -> None:
         torch.manual_seed(0)
         assert_learns(video_from_image(image, 4, levels=(1, 2)), torch.randn(4, 4, 3, 8, 8))

@@ -27,6 +27,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(dtype).requires_grad_()
 
 
+@pytest.mark.slow
 @needs_kernels
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())

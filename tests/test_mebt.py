@@ -210,6 +210,7 @@ class TestMasks:
 class TestTraining:
     """The loss, and what it is taken of."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("modes", [MODES, ("maskgit", "maskgit")], ids=["latents", "maskgit"])
     def test_a_few_steps_lower_the_loss(self, modes: tuple[str, ...]) -> None:
         torch.manual_seed(0)

@@ -69,6 +69,7 @@ def test_only_known_codes_are_copied():
     assert mebt_video.copies(codes, context[:, :0], 9).unique().tolist() == [9]
 
 
+@pytest.mark.slow
 def test_a_still_video_is_soon_understood():
     torch.manual_seed(0)
     codes = torch.randint(8, (64, 1, 4, 4)).expand(-1, 4, -1, -1)

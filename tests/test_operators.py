@@ -271,6 +271,7 @@ def test_autocast(dtype):
             assert torch.equal(x, y)
 
 
+@pytest.mark.slow
 @needs_kernels
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())

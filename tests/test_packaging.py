@@ -110,12 +110,14 @@ def test_info_explains_the_missing_kernels(without_compiler):
     assert re.search(r"leap_attention +cpu +reference: the C\+\+ compiler 'false' failed", printed)
 
 
+@pytest.mark.slow
 def test_the_build_can_be_required(tmp_path):
     result = build_wheel(tmp_path, CC="false", CXX="no-such-compiler", VATTN_BUILD_CPP="1")
     assert result.returncode != 0
     assert "no C++ compiler: 'no-such-compiler' is not on the PATH" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_build_can_be_left_out(tmp_path):
     build_wheel(tmp_path, VATTN_BUILD_CPP="0")
     installed = unpack(tmp_path)

@@ -79,6 +79,7 @@ def sums_of_absolute_terms(
     return torch.autograd.grad(dense, bias.table, terms.to(dense.dtype))[0]
 
 
+@pytest.mark.slow
 @needs_kernels
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())

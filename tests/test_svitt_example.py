@@ -23,6 +23,7 @@ def numbered(one_video):
     return data
 
 
+@pytest.mark.slow
 def test_runs_to_its_end_and_resumes(one_video, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(svitt_retrieval, "BATCH", 4)
     monkeypatch.setattr(svitt_retrieval, "HELD_OUT_CLIPS", 2)

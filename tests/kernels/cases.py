@@ -75,7 +75,7 @@ class Operator:
 
     narrow: dict[str, Sizes]  # the smallest with several tiles, for many head dims
     cases: dict[str, Sizes]  # small ones, which every contract tries
-    strided: Sizes  # two samples of two heads
+    strided: dict[str, Sizes]  # two samples of two heads
     far: Sizes  # two of everything
     empty: dict[str, Sizes]
     lengths: dict[str, Sizes] = dataclasses.field(default_factory=dict)  # around the sizes of tiles

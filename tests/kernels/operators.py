@@ -56,24 +56,26 @@ LEAP = LeapAttention(
     cases={"still": {"N": 19}, "shift": {"N": 11, "leap": 2, "fold_div": 4}},
     paths={
         "all channels shift": {"T": 5, "N": 7, "D": 24, "leap": 2, "fold_div": 1},
+        "half of the channels shift each way": {"T": 5, "N": 7, "D": 24, "leap": 2, "fold_div": 2},
         "a fold of no channel": {"T": 5, "N": 7, "D": 24, "leap": 2, "fold_div": 25},
     },
     lengths={f"{n} tokens": {"T": 2, "N": n, "group_size": 1} for n in around(BLOCK_Q, BLOCK_K, CPP_TILE)},
-    strided={"B": 2, "H": 2, "N": 6, "leap": 2, "fold_div": 4},
+    strided={"shift": {"B": 2, "H": 2, "N": 6, "leap": 2, "fold_div": 4}},
     far={"B": 2, "H": 2, "T": 2, "N": 2, "fold_div": 4},
     empty=without({"T": 2, "N": 2, "fold_div": 4}, "B", "H", "T", "N"),
     axes=("B", "H", "T", "N"),
 )
 
-SHORT_LINES = {"outer": 2, "line": 3, "inner": 3}
+SHORT_LINES = {"outer": 2, "line": 3, "inner": 3}  # several in a tile
+LONG_LINES = {"outer": 1, "line": 20, "inner": 2}  # one in several tiles
 AXIAL = AxialAttention(
     narrow={"short lines": SHORT_LINES, "a long line": {"outer": 1, "line": BLOCK_Q + 5, "inner": 1}},
-    cases={"short lines": SHORT_LINES, "long lines": {"outer": 1, "line": 20, "inner": 2}},
+    cases={"short lines": SHORT_LINES, "long lines": LONG_LINES},
     lengths={
         f"lines of {n}": {"outer": 2, "line": n, "inner": 3} if n <= CPP_ROWS else {"outer": 1, "line": n, "inner": 2}
         for n in sorted({3, 5, 8, *around(CPP_ROWS, BLOCK_K, CPP_TILE)})
     },
-    strided={"B": 2, "H": 2} | SHORT_LINES,
+    strided={"short lines": {"B": 2, "H": 2} | SHORT_LINES, "long lines": {"B": 2, "H": 2} | LONG_LINES},
     far={"B": 2, "H": 2, "outer": 2, "line": 2, "inner": 2},
     empty=without({"B": 2, "H": 2} | SHORT_LINES, "B", "H", "outer", "line", "inner"),
     axes=("B", "H", "outer", "line", "inner"),
@@ -91,7 +93,7 @@ LATENT = LatentAttention(
     },
     lengths={f"{n} keys": {"queries": 3, "keys": (n,)} for n in around(BLOCK_Q, BLOCK_K, CPP_TILE)}
     | {f"{n} queries": {"queries": n, "keys": (3,)} for n in around(BLOCK_Q, BLOCK_K, CPP_TILE)},
-    strided={"B": 2, "H": 2, "queries": 9, "keys": (9, 28)},
+    strided={"segments": {"B": 2, "H": 2, "queries": 9, "keys": (9, 28)}},
     far={"B": 2, "H": 2, "queries": 2, "keys": (2,)},
     empty=without({"B": 2, "H": 2, "queries": 3, "keys": (4, 0)}, "B", "H", "queries"),
 )
@@ -105,7 +107,7 @@ NODES = NodeSparseAttention(
         "few keys": {"queries": LONG // 2, "keys": 40, "count": 7, "duplicates": True},
         "one tile of keys": {"B": 2, "queries": 40, "keys": 300, "count": 201, "duplicates": True},
     },
-    strided={"B": 2, "H": 2, "queries": 20, "keys": 20, "count": 9},
+    strided={"kept": {"B": 2, "H": 2, "queries": 20, "keys": 20, "count": 9}},
     far={"B": 2, "H": 2, "queries": 2, "keys": 2, "count": 2},
     empty=without({"queries": 3, "keys": 4, "count": 2}, "B", "H", "queries")
     | {"no keys": {"queries": 3, "keys": 0, "count": 0}},
@@ -115,7 +117,7 @@ EDGES = EdgeSparseAttention(
     narrow={"a block": {"rows": [[0, 0]], "block_size": 11, "N": 11}},
     cases={
         "bias": {"rows": [[0, 1], [1, 1]], "block_size": 7, "N": 13},
-        "plain": {"rows": [[0, 1], [1]], "block_size": 9, "N": 10, "G": 2, "window": ()},
+        "plain": {"rows": [[0, 1], [1]], "block_size": 7, "N": 13, "window": ()},
     },
     paths={
         "causal": {"rows": [[1, 0], [1]], "block_size": 7, "N": 13, "B": 2, "causal": True},
@@ -123,7 +125,7 @@ EDGES = EdgeSparseAttention(
         "splits": {"rows": [[], []], "G": 2, "window": (1, 9, 29), "block_size": LONG_EDGES - 20, "N": LONG_EDGES - 2},
     },
     lengths={f"blocks of {size}": ring_of_blocks(size) for size in around(BLOCK_Q, BLOCK_K) if size != 2},
-    strided={"B": 2, "H": 2, "rows": [[0], [0]], "block_size": 5, "N": 8},
+    strided={"bias": {"B": 2, "H": 2, "rows": [[0], [0]], "block_size": 5, "N": 8}},
     far={"B": 2, "H": 2, "rows": [[0]], "block_size": 2, "N": 1},
     empty=without({"rows": [[0]], "N": 4}, "B", "H") | {"no tokens": {"rows": [], "N": 0, "G": 0}},
     repeatable={"deterministic": True},
@@ -140,7 +142,7 @@ MERGE = MergeAttention(
         "many rows": {"shape": (130,), "D": 64},
         "many axes": {"shape": (2, 3, 4, 5), "D": 24},
     },
-    strided={"B": 2, "H": 2, "N": 5},
+    strided={"two parts": {"B": 2, "H": 2, "N": 5}},
     far={"B": 2, "H": 2, "N": 2},
     empty={"no row": {"shape": (0,), "D": 8}, "no row of a head": {"shape": (2, 0), "D": 8}},
 )
@@ -148,7 +150,7 @@ MERGE = MergeAttention(
 SHIFT = PeriodicShift(
     narrow={"shift": {"T": 3, "N": 2}},
     cases={"shift": {"fold_div": 4}, "transpose": {"fold_div": 4, "transpose": True}},
-    strided={"B": 2, "H": 3, "fold_div": 4},
+    strided={"shift": {"B": 2, "H": 3, "fold_div": 4}},
     far={"B": 2, "H": 2, "T": 2, "N": 2},
     empty=without({"B": 2, "H": 2, "T": 2, "N": 2, "D": 8, "fold_div": 2}, "B", "H", "T", "N", "D"),
     axes=("B", "H", "T", "N"),
@@ -160,7 +162,7 @@ IMPORTANCE = TokenImportance(
     cases={"plain": {"queries": 20, "keys": 20}, "bias": {"queries": 20, "keys": 20, "G": 1, "window": (1, 1, 19)}},
     paths={"few queries": {"queries": 9, "keys": LONG}, "few keys": {"queries": LONG, "keys": 3}},
     lengths=one_long("keys", "queries", [0, *around(BLOCK_Q, BLOCK_K)], 3),
-    strided={"B": 2, "H": 2, "queries": 20, "keys": 20},
+    strided={"plain": {"B": 2, "H": 2, "queries": 20, "keys": 20}},
     far={"B": 2, "H": 2, "queries": 2, "keys": 2},
     empty=without({"queries": 3, "keys": 4}, "B", "H", "queries", "keys"),
 )
@@ -170,7 +172,7 @@ CODES = NearestCode(
     head_dims=(1, 3, 16, 33, 64, 200, 256, 257, 1024),
     cases={"codes": {"B": 67, "D": 24, "codes": 70}},
     lengths=one_long("B", "codes", around(BLOCK_Q, BLOCK_K, CPP_TILE), 5),
-    strided={"B": 2, "H": 35, "D": 24, "codes": 30},
+    strided={"codes": {"B": 2, "H": 35, "D": 24, "codes": 30}},
     far={"B": 2, "H": 2},
     empty=without({"D": 8}, "B", "H"),
     axes=("B", "H"),

@@ -80,11 +80,11 @@ def test_dropout_mask_is_that_of_the_reference(operator, seed, backend):
     assert torch.equal(torch.cat(grads, 2) > 0, keep_value)
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda op: op.name)
+@over("strided")
 @pytest.mark.parametrize("strides", STRIDES)
-def test_strides(operator, strides, backend):
+def test_strides(operator, sizes, strides, backend):
     """Inputs and gradients of results as views; each means what its contiguous copy means."""
-    case = operator.make(backend.device, **operator.strided)
+    case = operator.make(backend.device, **sizes)
     tensors = restrided(case.tensors, STRIDES[strides])
     grads = restrided(case.grads, STRIDES_OF_GRADIENTS[strides])
     check(backend, dataclasses.replace(case, tensors=tensors, grads=grads))
@@ -99,7 +99,10 @@ def test_every_element_is_written_and_twice_the_same_bits(operator, sizes, backe
 def test_paths(operator, sizes, backend):
     """All ways through the kernels that sizes decide."""
     written_and_repeated(operator, sizes, backend)
-    check(backend, operator.make(backend.device, torch.bfloat16, **sizes))
+    case = operator.make(backend.device, torch.bfloat16, **sizes)
+    with poisoned(backend.device):
+        found = run(backend, case)
+    assert_right(case, found)
 
 
 def written_and_repeated(operator, sizes, backend):

@@ -26,6 +26,7 @@ def other_capabilities() -> list[str]:
     return _library._C.cpu_capabilities()[1:] if _library._C is not None else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", other_capabilities())
 def test_other_instruction_sets(capability):
     """The tests of the C++ kernels, for the instruction sets that this processor would not choose."""
@@ -70,7 +71,7 @@ def test_unknown_instruction_set_is_an_error():
     "shape",
     [
         pytest.param((1, 1, 3, 150, 24), id="groups for few threads"),
-        pytest.param((1, 3, 2, 600, 256), id="groups too large to hold"),
+        pytest.param((1, 3, 2, 600, 256), id="groups too large to hold", marks=pytest.mark.slow),
     ],
 )
 def test_any_number_of_threads(shape, dtype, threads):

@@ -82,9 +82,10 @@ def test_positions_out_of_the_window(backend):
 
 
 @pytest.mark.parametrize("dropout_p", [0.2, 1.0])
-def test_deterministic_dropout(dropout_p, backend):
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_dropout_of_two_global_tokens(deterministic, dropout_p, backend):
     sizes = {"rows": [[0, 1], [1, 1]], "block_size": 9, "N": 17, "H": 2, "G": 2}
-    check(backend, EDGES.make(backend.device, **sizes, dropout_p=dropout_p, deterministic=True))
+    check(backend, EDGES.make(backend.device, **sizes, dropout_p=dropout_p, deterministic=deterministic))
 
 
 def test_this_length_is_split():

@@ -145,6 +145,7 @@ def test_scale_of_one_tile(scale, backend):
     check(backend, LATENT.make(backend.device, queries=13, keys=[DECODE_K], scale=scale))
 
 
+@pytest.mark.slow
 def test_key_lengths_of_one_tile(backend):
     """Of a sample that reads no keys, too."""
     lengths = torch.tensor([0, 1, 129, 255, 256], device=backend.device)

@@ -37,7 +37,7 @@ def test_lengths(operator, sizes, backend):
 
 
 @over("cases", ATTENTION)
-@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-4, 5.0])
+@pytest.mark.parametrize("scale", [0.0, -0.3, 5.0])
 def test_scale(operator, sizes, scale, backend):
     check_jvp(backend, operator.make(backend.device, **sizes, scale=scale))
 
@@ -50,7 +50,7 @@ def test_large_scores_do_not_overflow(operator, sizes, backend):
 
 
 @over("cases", ATTENTION)
-@pytest.mark.parametrize("dropout_p", [0.2, 0.9, 1.0])
+@pytest.mark.parametrize("dropout_p", [0.2, 1.0])
 def test_dropout(operator, sizes, dropout_p, backend):
     check_jvp(backend, operator.make(backend.device, **sizes | {"H": 2}, dropout_p=dropout_p))
 
@@ -64,20 +64,20 @@ def test_dropout_mask_is_that_of_the_reference(operator, backend):
     assert torch.equal(run_jvp(backend, case, tangents)["out"] > 0, keep_out)
 
 
-@pytest.mark.parametrize("operator", DIFFERENTIABLE, ids=lambda op: op.name)
+@over("strided", DIFFERENTIABLE)
 @pytest.mark.parametrize("strides", STRIDES)
-def test_strides(operator, strides, backend):
+def test_strides(operator, sizes, strides, backend):
     """Inputs and tangents as views, each in another way; each means what its contiguous copy means."""
-    case = operator.make(backend.device, **operator.strided)
+    case = operator.make(backend.device, **sizes)
     tangents = restrided(dict(reversed(case.random_tangents().items())), STRIDES[strides])
     tangents = {name: tangents[name] for name in case.tensors}
     check_jvp(backend, case.replace(**restrided(case.tensors, STRIDES[strides])), tangents)
 
 
-@pytest.mark.parametrize("operator", DIFFERENTIABLE, ids=lambda op: op.name)
-def test_tangents_of_one_number(operator, backend):
+@over("strided", DIFFERENTIABLE)
+def test_tangents_of_one_number(operator, sizes, backend):
     """Expanded along every axis, as those of a scalar are."""
-    case = operator.make(backend.device, **operator.strided)
+    case = operator.make(backend.device, **sizes)
     check_jvp(backend, case, restrided(case.random_tangents(), everywhere))
 
 
