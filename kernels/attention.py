@@ -117,7 +117,8 @@ def walk(
                     BLOCK, i, False,
                 )  # fmt: skip
         else:
-            for start in range(whole, last, BLOCK):
+            # Staged, the few tiles of this loop would cost registers, and ptxas would serialise their wgmma (C7515).
+            for start in tl.range(whole, last, BLOCK, num_stages=1):
                 state = visit(
                     state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
                     BLOCK, i, False,
@@ -442,9 +443,11 @@ class Call:
     def forward(self, part: Part, outs: Tensor, lses: Tensor) -> None:
         """Write the output and lse."""
         sign, scale = flash.split_scale(self.scale)
-        rows = self.query, self.keys, self.values, outs[0]
-        tensors = self.query, self.keys, self.values, outs, lses, self.seed
-        self._launch(forward_kernel, part, rows, lses, scale, tensors, (*map(strides, rows), outs.stride(0)), SIGN=sign)
+        reads = self.query, self.keys, self.values
+        steps = *map(strides, reads), launch.strides(outs[0]), outs.stride(0)
+        self._launch(
+            forward_kernel, part, (*reads, outs), lses, scale, (*reads, outs, lses, self.seed), steps, SIGN=sign
+        )
 
     def backward_query(
         self, part: Part, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, delta: Tensor,
@@ -452,11 +455,14 @@ class Call:
     ) -> None:  # fmt: skip
         """Write the gradient of the queries, and delta."""
         grad_out, out = launch.with_rows(grad_out), launch.with_rows(out)
-        rows = grad_out, self.query, self.keys, self.values, out, dqs[0]
-        tensors = grad_out, grad_lse, self.query, self.keys, self.values, out, lse, delta, dqs, self.seed
-        first, *others = map(strides, rows)
+        reads = self.query, self.keys, self.values
         dlse_strides = None if grad_lse is None else launch.strides(grad_lse[..., None])
-        steps = (first, dlse_strides, *others, dqs.stride(0))
+        steps = (
+            launch.strides(grad_out), dlse_strides, *map(strides, reads), launch.strides(out), launch.strides(dqs[0]),
+            dqs.stride(0),
+        )  # fmt: skip
+        tensors = grad_out, grad_lse, *reads, out, lse, delta, dqs, self.seed
+        rows = grad_out, *reads, out, dqs
         self._launch(backward_query_kernel, part, rows, lse[None], self.scale, tensors, steps)
 
     def backward_key(
@@ -464,10 +470,10 @@ class Call:
     ) -> None:  # fmt: skip
         """Write the gradients of the keys and values of a segment, which lie alike."""
         grad_out, key, value = launch.with_rows(grad_out), self.keys[segment], self.values[segment]
-        rows = grad_out, self.query, key, value, dks[0]
-        tensors = grad_out, self.query, key, value, lse, delta, dks, dvs, self.seed
-        steps = (*map(strides, rows), dks.stride(0))
-        self._launch(backward_key_kernel, part, (*rows, dvs[0]), lse[None], self.scale, tensors, steps)
+        reads = grad_out, self.query, key, value
+        steps = *map(strides, reads), launch.strides(dks[0]), dks.stride(0)
+        tensors = *reads, lse, delta, dks, dvs, self.seed
+        self._launch(backward_key_kernel, part, (*reads, dks, dvs), lse[None], self.scale, tensors, steps)
 
     def jvp(
         self, part: Part, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], out: Tensor, lse: Tensor,
@@ -475,15 +481,16 @@ class Call:
     ) -> None:  # fmt: skip
         """Write the tangents of the output and lse, from those of `query`, `keys` and `values`."""
         query, keys, values, out = launch.with_rows(query), _with_rows(keys), _with_rows(values), launch.with_rows(out)
-        rows = self.query, self.keys, self.values, query, keys, values, out, douts[0]
-        tensors = self.query, self.keys, self.values, query, keys, values, out, lse, douts, dlses, self.seed
-        self._launch(jvp_kernel, part, rows, dlses, self.scale, tensors, (*map(strides, rows), douts.stride(0)))
+        reads = self.query, self.keys, self.values, query, keys, values, out
+        steps = *map(strides, reads), launch.strides(douts[0]), douts.stride(0)
+        tensors = *reads, lse, douts, dlses, self.seed
+        self._launch(jvp_kernel, part, (*reads, douts), dlses, self.scale, tensors, steps)
 
     def _launch(
         self, kernel: Any, part: Part, rows: tuple[Any, ...], lses: Tensor, scale: float, tensors: tuple[Any, ...],
         steps: tuple[Any, ...], **settings: Any,
     ) -> None:  # fmt: skip
-        """`rows` are the tensors of rows among `tensors`, and some tuples of them; `lses` has splits."""
+        """`rows` are those of `tensors` that have rows, tuples of them, and results with all their splits."""
         if part.programs == 0:
             return
         flat = [x for some in rows for x in ((some,) if isinstance(some, Tensor) else some)]

@@ -78,7 +78,8 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
             384: Tiles(64, 16, 4, 3), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
-        "backward_query_bias": {128: Tiles(64, 16, 4, 4)},
+        "forward_bias": {128: Tiles(64, 16, 4, 3)},
+        "backward_query_bias": {128: Tiles(64, 16, 4, 3)},
         "jvp_group": {
             128: Tiles(64, 32, 4, 3), 192: Tiles(64, 16, 4, 3), 256: Tiles(64, 16, 4, 3),
             384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),

@@ -156,7 +156,7 @@ def _part(call: attention.Call, phase: str, leap: int, group_size: int, fold_div
     group_size = min(group_size, -(-T // leap))  # the members of the largest group
     spans, rest = divmod(T, leap * group_size)
     groups = spans * leap + min(leap, rest)
-    tiles = configs.group_tiles(phase, call.query, call.extras, group_size * N)
+    tiles = configs.tiles(phase, call.query, call.extras, "group")
     own, _ = configs.own_and_other(phase, tiles)
     programs = triton.cdiv(group_size * N, own) * B * H * groups
     op = itinerary(D // fold_div if fold_div > 0 else 0)

@@ -85,13 +85,32 @@ def arguments(
     return table.t().contiguous(), code, (code_step, table.shape[0], num_offsets)
 
 
+@triton.constexpr_function
+def assembles_ptx():
+    """Whether a kernel may contain PTX."""
+    return target_info.is_cuda() and not knobs.runtime.interpret
+
+
+@triton.jit
+def once(x):
+    """`x` (rows,) int32, as Triton must not compute it again.
+
+    It would, for every layout that needs it, with all the loads that it takes: for the addition to the table's
+    gradient, whose layout is not that of the scores, a list's column and then a code in each tile.
+    """
+    if assembles_ptx():
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        return x
+
+
 @triton.jit
 def load_codes(code_ptr, row, mask, G):
     """The codes of rows, of which the first G are global and have none; `mask` is None where all rows exist."""
     has_code = row >= G
     if mask is not None:
         has_code = has_code & mask
-    return tl.load(code_ptr + row - G, mask=has_code, other=0)
+    return once(tl.load(code_ptr + row - G, mask=has_code, other=0))
 
 
 @triton.jit
@@ -132,12 +151,6 @@ def place(own, row, code, is_global, S, G, OF_KEYS: tl.constexpr):
     else:
         times, plus = other_keys(row, code, is_global, S, G)
     return own[:, None] * times[None, :] + plus[None, :]
-
-
-@triton.constexpr_function
-def assembles_ptx():
-    """Whether a kernel may contain PTX."""
-    return target_info.is_cuda() and not knobs.runtime.interpret
 
 
 @triton.jit
