@@ -105,24 +105,32 @@ def walk(
     lanes = OP.lanes(group, BLOCK)
     for i in tl.static_range(len(others)):
         first, whole, last = OP.span(group, BLOCK, i)
-        for start in range(first, whole, BLOCK):
-            state = visit(
-                state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN, BLOCK, i,
-                True,
-            )  # fmt: skip
-        if OP.exists is None:
-            if whole < last:
-                state = visit(
-                    state, own, others[i], program, whole, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
-                    BLOCK, i, False,
-                )  # fmt: skip
-        else:
-            # Staged, the few tiles of this loop would cost registers, and ptxas would serialise their wgmma (C7515).
-            for start in tl.range(whole, last, BLOCK, num_stages=1):
+        if OF_KEYS and SHAPE.head_dim > 96:
+            # Two accumulators of so many columns leave no registers for a second copy of the step.
+            for start in range(first, last, BLOCK):
                 state = visit(
                     state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
                     BLOCK, i, False,
                 )  # fmt: skip
+        else:
+            for start in range(first, whole, BLOCK):
+                state = visit(
+                    state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
+                    BLOCK, i, True,
+                )  # fmt: skip
+            if OP.exists is None:
+                if whole < last:
+                    state = visit(
+                        state, own, others[i], program, whole, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
+                        BLOCK, i, False,
+                    )  # fmt: skip
+            else:
+                # Staged, the few tiles of this loop would cost registers, and ptxas serialise their wgmma (C7515).
+                for start in tl.range(whole, last, BLOCK, num_stages=1):
+                    state = visit(
+                        state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
+                        BLOCK, i, False,
+                    )  # fmt: skip
     return state
 
 

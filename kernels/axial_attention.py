@@ -201,7 +201,7 @@ def _part(call: attention.Call, phase: str, lines: dict[str, int] | None) -> att
     if lines is not None:
         op, tiles, count, parts = LINES, lines, lines["BLOCK_Q"] // L, 1
     else:
-        tiles = configs.tiles(phase, call.query, call.extras)
+        tiles = configs.tiles(phase, call.query, call.extras, "group")
         op, count, parts = PARTS, 1, triton.cdiv(L, configs.own_and_other(phase, tiles)[0])
     programs = call.heads * triton.cdiv(outer * inner, count) * parts
     return attention.Part(op, tiles, programs, (outer, L, inner, count, parts))

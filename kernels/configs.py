@@ -79,7 +79,13 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             384: Tiles(64, 16, 4, 3), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "forward_bias": {128: Tiles(64, 16, 4, 3)},
-        "backward_query_bias": {128: Tiles(64, 16, 4, 3)},
+        "backward_query_bias": {128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 3)},
+        "jvp_bias": {
+            128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 2), 256: Tiles(64, 16, 4, 2), 384: Tiles(32, 32, 4, 1),
+        },
+        "backward_key_bias": {
+            128: Tiles(16, 64, 4, 3), 192: Tiles(16, 64, 4, 2), 256: Tiles(32, 32, 4, 2), 384: Tiles(16, 64, 4, 1),
+        },
         "jvp_group": {
             128: Tiles(64, 32, 4, 3), 192: Tiles(64, 16, 4, 3), 256: Tiles(64, 16, 4, 3),
             384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
@@ -185,7 +191,7 @@ FLOAT32: dict[str, dict[str, dict[int, Tiles]]] = {
 # The shared memory of gfx942 has no room for them, nor have the registers for those of float32.
 DECODE: dict[str, dict[int, Tiles]] = {
     "sm80": {128: Tiles(64, 256, 8, 1)},
-    "sm90": {128: Tiles(64, 256, 4, 3), 256: Tiles(128, 256, 8, 1)},
+    "sm90": {128: Tiles(64, 256, 4, 3), 256: Tiles(64, 256, 4, 1)},
     "sm100": {128: Tiles(128, 256, 8, 1), 256: Tiles(64, 256, 8, 1)},
     "gfx942": {},
 }
