@@ -55,6 +55,14 @@ def pair_of(where, row, mask, group, OP: tl.constexpr, OF_KEYS: tl.constexpr):
 
 
 @triton.jit
+def own_queries(where, bh, first, last, group, seed_ptr, threshold, OP: tl.constexpr, BLOCK: tl.constexpr):
+    """The queries that a program owns: rows, which exist, numbers, and what dropout and pairs want to know of them."""
+    row, mask = own_rows(first, last, group, OP, BLOCK), first + tl.arange(0, BLOCK) < last
+    number = OP.number(row, group)
+    return row, mask, number, dropout_of(seed_ptr, bh, number, threshold), pair_of(where, row, mask, group, OP, False)
+
+
+@triton.jit
 def load_out(ptr, strides, bh, H, row, mask, group, OP: tl.constexpr, SHAPE: tl.constexpr):
     """Rows of the output, or of its gradient."""
     ptr = head(ptr, strides, bh, H)
@@ -192,10 +200,9 @@ def forward_kernel(
     bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
     if first >= last:
         return
-    row, mask = own_rows(first, last, group, OP, BLOCK_Q), first + tl.arange(0, BLOCK_Q) < last
-    number = OP.number(row, group)
-    dropout = dropout_of(seed_ptr, bh, number, threshold)
-    pair = pair_of(where, row, mask, group, OP, False)
+    row, mask, number, dropout, pair = own_queries(
+        where, bh, first, last, group, seed_ptr, threshold, OP, BLOCK_Q
+    )  # fmt: skip
     q = flash.load_rows(head(q_ptr, q_strides, bh, H), OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
 
     kv = heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
@@ -247,10 +254,9 @@ def backward_query_kernel(
     bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
     if first >= last:
         return
-    row, mask = own_rows(first, last, group, OP, BLOCK_Q), first + tl.arange(0, BLOCK_Q) < last
-    number = OP.number(row, group)
-    dropout = dropout_of(seed_ptr, bh, number, threshold)
-    pair = pair_of(where, row, mask, group, OP, False)
+    row, mask, number, dropout, pair = own_queries(
+        where, bh, first, last, group, seed_ptr, threshold, OP, BLOCK_Q
+    )  # fmt: skip
 
     do = load_out(do_ptr, do_strides, bh, H, row, mask, group, OP, SHAPE)
     delta = flash.row_dot(do, load_out(out_ptr, out_strides, bh, H, row, mask, group, OP, SHAPE))
@@ -391,10 +397,9 @@ def jvp_kernel(
     bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
     if first >= last:
         return
-    row, mask = own_rows(first, last, group, OP, BLOCK_Q), first + tl.arange(0, BLOCK_Q) < last
-    number = OP.number(row, group)
-    dropout = dropout_of(seed_ptr, bh, number, threshold)
-    pair = pair_of(where, row, mask, group, OP, False)
+    row, mask, number, dropout, pair = own_queries(
+        where, bh, first, last, group, seed_ptr, threshold, OP, BLOCK_Q
+    )  # fmt: skip
     q = flash.load_rows(head(q_ptr, q_strides, bh, H), OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
     dq = flash.load_rows(head(dq_ptr, dq_strides, bh, H), OP.offsets(row, dq_strides, SHAPE), mask, SHAPE)
     lse = flash.load_lse(lse_ptr + bh.to(tl.int64) * lse_rows + number, mask)
