@@ -133,8 +133,9 @@ def walk(
                         BLOCK, i, False,
                     )  # fmt: skip
             else:
-                # Staged, the few tiles of this loop would cost registers, and ptxas serialise their wgmma (C7515).
-                for start in tl.range(whole, last, BLOCK, num_stages=1):
+                # With a bias, ptxas would serialise the wgmma of a staged loop (C7515).
+                STAGES: tl.constexpr = None if OP.bias is None else 1
+                for start in tl.range(whole, last, BLOCK, num_stages=STAGES):
                     state = visit(
                         state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
                         BLOCK, i, False,
