@@ -435,6 +435,7 @@ def tangent_keys(sums, query, scale, keys, tangents, bias, dbias, mask, dropout,
         ds += dbias
     if mask is not None:
         mask = over_queries(mask)
+        ds = tl.where(mask, ds, 0.0)  # a key that is not read may have any tangent
     p = probabilities(s, scale_left(scale, bias), lse[:, None], mask)
     ds *= p
     total += tl.sum(ds, 1)
