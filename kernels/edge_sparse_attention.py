@@ -36,9 +36,9 @@ from torch import Tensor
 from vattn._library import empty_rows
 from vattn.kernels import attention, configs, flash, launch, merge_attention, position_bias
 from vattn.kernels.itinerary import Itinerary
-from vattn.kernels.latent_attention import lanes as lanes_alone
-from vattn.kernels.latent_attention import offsets, share, whole_tiles
 from vattn.kernels.launch import quotient
+from vattn.kernels.tokens import lanes as lanes_alone
+from vattn.kernels.tokens import offsets, share, whole_tiles
 
 # Numbers: splits, from head to head of the layout, from sample to sample of the codes, S of the table, G, N, the size
 # of a block and 1 / that. Pointers: see below. A row is (its number, which rows exist, whether some are global).

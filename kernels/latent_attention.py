@@ -25,32 +25,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vattn.kernels import attention, configs, flash, launch, merge_attention
+from vattn.kernels import attention, configs, flash, launch
 from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.launch import head, unpack
-
-
-@triton.jit
-def own_tile(rows, heads, BLOCK: tl.constexpr):
-    """What this program owns: batch * H + head, the split, and the first row of its tile."""
-    tiles = tl.cdiv(rows, BLOCK)
-    pid = tl.program_id(0)
-    component = pid // tiles
-    return component % heads, component // heads, pid % tiles * BLOCK
-
-
-@triton.jit
-def share(count, split, splits, BLOCK: tl.constexpr):
-    """The rows, of `count`, that a split reads: from the first to before the last; whole tiles but for the end."""
-    rows = tl.cdiv(tl.cdiv(count, splits), BLOCK) * BLOCK
-    first = tl.minimum(split * rows, count)
-    return first, tl.minimum(first + rows, count)
-
-
-@triton.jit
-def whole_tiles(first, last, BLOCK: tl.constexpr):
-    """What the driver's `span` returns."""
-    return first, last - (last - first) % BLOCK, last
+from vattn.kernels.tokens import (
+    SplitCall,
+    lanes,
+    locate_queries,
+    number,
+    offsets,
+    own_plain,
+    own_tile,
+    share,
+    span_queries,
+    whole_tiles,
+)
 
 
 @triton.jit
@@ -95,41 +84,10 @@ def span_keys(group, BLOCK: tl.constexpr, I: tl.constexpr):
 
 
 @triton.jit
-def lanes(group, BLOCK: tl.constexpr):
-    """The lanes of a tile."""
-    return tl.arange(0, BLOCK)
-
-
-@triton.jit
 def locate_keys(start, lane, last, group, I: tl.constexpr, WHOLE: tl.constexpr):
     """Keys of segment I."""
     token = start + lane
     return token, keys_before(group[0], I) + token
-
-
-@triton.jit
-def locate_queries(start, lane, last, group, I: tl.constexpr, WHOLE: tl.constexpr):
-    """Queries, which are their own numbers."""
-    return start + lane, start + lane
-
-
-@triton.jit
-def own_plain(first, last, group, BLOCK: tl.constexpr):
-    """Rows that are their own numbers."""
-    row = first + tl.arange(0, BLOCK)
-    return row, row
-
-
-@triton.jit
-def offsets(row, strides, SHAPE: tl.constexpr):
-    """Offsets of rows within their batch and head."""
-    return flash.index(row[0], SHAPE) * unpack(strides, 2)
-
-
-@triton.jit
-def number(row, group):
-    """What dropout and lse count."""
-    return row[1]
 
 
 QUERIES = Itinerary(own_queries, span_keys, lanes, locate_keys, offsets, number, mine=own_plain)
@@ -148,12 +106,6 @@ def own_keys(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
     length = keys_of_sample(Lk, lengths_ptr, bh // H)
     last_query = tl.where(first < length, last_query, first_query)
     return bh, split, (first_query, last_query, before, length), first, Lk
-
-
-@triton.jit
-def span_queries(group, BLOCK: tl.constexpr, I: tl.constexpr):
-    """The queries of the split."""
-    return whole_tiles(group[0], group[1], BLOCK)
 
 
 @triton.jit
@@ -273,31 +225,6 @@ def jvp(
     """The tangents of out and lse."""
     call = Call(query, keys, values, key_lengths, dropout_p, seed, scale)
     return call.jvp_splits(call.queries("jvp"), query_tangent, key_tangents, value_tangents, out, lse)
-
-
-class SplitCall(attention.Call):
-    """A call whose queries share out their keys among splits."""
-
-    def splits(self, tiles: int, reads: int, other: int) -> int:
-        """Among how many programs to share out the `reads` rows that each of `tiles` reads, `other` at a time."""
-        return configs.splits(tiles * self.heads, triton.cdiv(reads, other), self.query)
-
-    def forward_splits(self, pass_: tuple[attention.Part, int]) -> tuple[Tensor, Tensor]:
-        """The output and lse, merged out of those of splits."""
-        part, splits = pass_
-        outs, lses = launch.partial(self.query, splits), launch.sums(self.query, splits)
-        self.forward(part, outs, lses)
-        return (outs[0], lses[0]) if splits == 1 else merge_attention.merge(list(outs), list(lses), self.query.dtype)
-
-    def jvp_splits(
-        self, pass_: tuple[attention.Part, int], query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
-        out: Tensor, lse: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The tangents of the output and lse, added up out of those of splits."""
-        part, splits = pass_
-        douts, dlses = launch.partial(self.query, splits), launch.sums(self.query, splits)
-        self.jvp(part, query, keys, values, out, lse, douts, dlses)
-        return launch.total(douts, self.query), dlses[0] if splits == 1 else dlses.sum(0)
 
 
 class Call(SplitCall):

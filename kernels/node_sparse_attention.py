@@ -19,7 +19,8 @@ from torch import Tensor
 from vattn._library import empty_rows
 from vattn.kernels import attention, configs, flash, launch
 from vattn.kernels.itinerary import Itinerary
-from vattn.kernels.latent_attention import (
+from vattn.kernels.launch import unpack
+from vattn.kernels.tokens import (
     SplitCall,
     lanes,
     locate_queries,
@@ -31,7 +32,6 @@ from vattn.kernels.latent_attention import (
     span_queries,
     whole_tiles,
 )
-from vattn.kernels.launch import unpack
 
 # Numbers (Lq, splits, K, Lk), pointers (kept, how often a kept key is listed); a row is (place in its tensor, number,
 # place in the list)

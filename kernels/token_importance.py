@@ -23,8 +23,9 @@ from torch import Tensor
 
 from vattn.kernels import attention, configs, flash, launch, position_bias
 from vattn.kernels.itinerary import Itinerary
-from vattn.kernels.latent_attention import (
-    keys_of_sample,
+from vattn.kernels.latent_attention import keys_of_sample
+from vattn.kernels.launch import head
+from vattn.kernels.tokens import (
     lanes,
     locate_queries,
     number,
@@ -33,7 +34,6 @@ from vattn.kernels.latent_attention import (
     share,
     whole_tiles,
 )
-from vattn.kernels.launch import head
 
 # Numbers: rows owned, rows read, splits, G, from sample to sample of the codes, S of the table. Pointers: table, codes,
 # key lengths. A row is its number, twice.
