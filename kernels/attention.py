@@ -133,8 +133,8 @@ def walk(
                         BLOCK, i, False,
                     )  # fmt: skip
             else:
-                # With a bias, ptxas would serialise the wgmma of a staged loop (C7515).
-                STAGES: tl.constexpr = None if OP.bias is None else 1
+                # Of pairs with a bias or a mask, ptxas would serialise the wgmma of a staged loop (C7515).
+                STAGES: tl.constexpr = None if OP.pair is None else 1
                 for start in tl.range(whole, last, BLOCK, num_stages=STAGES):
                     state = visit(
                         state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,

@@ -79,7 +79,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             384: Tiles(64, 16, 4, 3), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "forward_bias": {128: Tiles(64, 16, 4, 3)},
-        "backward_query_bias": {128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 3)},
+        "backward_query_bias": {128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 3), 256: Tiles(32, 32, 4, 2)},
         "jvp_bias": {
             128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 2), 256: Tiles(64, 16, 4, 2), 384: Tiles(32, 32, 4, 1),
         },
