@@ -111,6 +111,10 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, kept: Tensor, dropout_p: float, seed: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B, H, Lq, D), in memory as (B, Lq, H, D), and the float32 lse (B, H, Lq)."""
+    Lk = key.shape[2]
+    if kept.device.type != "meta":
+        message = f"node_sparse_attention: kept must be from 0 to below the number of keys ({Lk})"
+        torch._assert_async(((kept >= 0) & (kept < Lk)).all(), message)
     call = Call(query, key, value, kept, dropout_p, seed, scale)
     return call.forward_splits(call.queries("forward"))
 
@@ -136,7 +140,7 @@ def backward(
         samples = torch.arange(kept.shape[0], device=kept.device)[:, None]
         # Copies of a key have the same gradient: whichever is written last, it is the same.
         for grad, parts in ((dk, dks), (dv, dvs)):
-            grad.transpose(1, 2)[samples, call.kept] = parts.sum(0).transpose(1, 2).to(grad.dtype)
+            grad.transpose(1, 2)[samples, call.listed()] = parts.sum(0).transpose(1, 2).to(grad.dtype)
     return launch.total(dqs, query), dk, dv
 
 
@@ -157,14 +161,8 @@ class Call(SplitCall):
         scale: float,
     ) -> None:  # fmt: skip
         super().__init__(query, [key], [value], dropout_p, seed, scale)
-        Lk = key.shape[2]
-        if kept.device.type != "meta":
-            torch._assert_async(
-                ((kept >= 0) & (kept < Lk)).all(),
-                f"node_sparse_attention: kept must be from 0 to below the number of keys ({Lk})",
-            )
-        self.kept = kept.clamp(0, max(Lk - 1, 0)).contiguous()
-        self.K = kept.shape[1] if Lk > 0 else 0
+        self.kept = kept.contiguous()
+        self.K = kept.shape[1] if key.shape[2] > 0 else 0
 
     def queries(self, phase: str) -> tuple[attention.Part, int]:
         """A program for every tile of queries and every split of the list, and how many splits there are."""
@@ -186,7 +184,12 @@ class Call(SplitCall):
 
     def _times(self) -> Tensor:
         """How often each kept key is listed, (B, K) int32: counted by adding integers, in any order."""
-        counts = self.kept.new_zeros(self.kept.shape[0], self.keys[0].shape[2], dtype=torch.int32)
-        samples = torch.arange(self.kept.shape[0], device=self.kept.device)[:, None]
-        counts.index_put_((samples, self.kept), counts.new_ones(()), accumulate=True)
-        return counts.gather(1, self.kept)
+        listed = self.listed()
+        counts = listed.new_zeros(listed.shape[0], self.keys[0].shape[2], dtype=torch.int32)
+        samples = torch.arange(listed.shape[0], device=listed.device)[:, None]
+        counts.index_put_((samples, listed), counts.new_ones(()), accumulate=True)
+        return counts.gather(1, listed)
+
+    def listed(self) -> Tensor:
+        """The list as the kernels read it, with another key in the place of one that does not exist."""
+        return self.kept.clamp(0, self.keys[0].shape[2] - 1)
