@@ -304,7 +304,10 @@ def key_step(
         add, times = flash.dropout_query(seed_ptr, bh, number)
         dropout = (add[None, :], times[None, :], threshold)
     if OP.reads is not None:
-        allowed = own_mask
+        if OP.allowed is None:
+            allowed = own_mask
+        else:
+            allowed = allowed & own_mask[:, None]
     query = (q, do, lse, delta)
     grads, ds = flash.backward_queries(grads, keys, scale, query, bias, allowed, dropout, keep_scale, PRECISION)
     if OP.grad_step is not None:
@@ -468,7 +471,8 @@ class Call:
         dqs: Tensor,
     ) -> None:  # fmt: skip
         """Write the gradient of the queries, and delta."""
-        grad_out, out = launch.with_rows(grad_out), launch.with_rows(out)
+        grad_out, out, lse = launch.with_rows(grad_out), launch.with_rows(out), lse.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()  # its rows are no further apart than 32 bits say
         reads = self.query, self.keys, self.values
         dlse_strides = None if grad_lse is None else launch.strides(grad_lse[..., None])
         steps = (
@@ -483,6 +487,7 @@ class Call:
         self, part: Part, grad_out: Tensor, lse: Tensor, delta: Tensor, dks: Tensor, dvs: Tensor, segment: int = 0
     ) -> None:  # fmt: skip
         """Write the gradients of the keys and values of a segment, which lie alike."""
+        lse = lse.contiguous()
         grad_out, key, value = launch.with_rows(grad_out), self.keys[segment], self.values[segment]
         reads = grad_out, self.query, key, value
         steps = *map(strides, reads), launch.strides(dks[0]), dks.stride(0)
@@ -494,6 +499,8 @@ class Call:
         douts: Tensor, dlses: Tensor,
     ) -> None:  # fmt: skip
         """Write the tangents of the output and lse, from those of `query`, `keys` and `values`."""
+        _check_tangents((query, *keys, *values), (self.query, *self.keys, *self.values), self.query, out, lse)
+        lse = lse.contiguous()
         query, keys, values, out = launch.with_rows(query), _with_rows(keys), _with_rows(values), launch.with_rows(out)
         reads = self.query, self.keys, self.values, query, keys, values, out
         steps = *map(strides, reads), launch.strides(douts[0]), douts.stride(0)
@@ -515,6 +522,23 @@ class Call:
             scale, self.threshold, self.keep_scale, OP=part.op, SHAPE=launch.shape(*flat), PRECISION=launch.precision(),
             **settings, **part.tiles,
         )  # fmt: skip
+
+
+def _check_tangents(
+    tangents: Sequence[Tensor], primals: Sequence[Tensor], query: Tensor, out: Tensor, lse: Tensor
+) -> None:  # fmt: skip
+    """Raise unless each of `tangents` is like its primal, and `out` and `lse` are those of `query`."""
+    if len(tangents) != len(primals):
+        raise ValueError(f"jvp: there must be {len(primals)} tangents, one for each input, got {len(tangents)}")
+    for tangent, primal in zip((*tangents, out), (*primals, query), strict=True):
+        if tangent.dtype != primal.dtype:
+            raise TypeError(f"jvp: tangents and out must have the dtype {primal.dtype}, got {tangent.dtype}")
+        if tangent.shape != primal.shape:
+            raise ValueError(
+                f"jvp: a tangent must have the shape of its input, {tuple(primal.shape)}, got {tuple(tangent.shape)}"
+            )
+    if lse.shape != query.shape[:-1] or lse.dtype != torch.float32:
+        raise ValueError(f"jvp: lse must be float32 {tuple(query.shape[:-1])}, got {lse.dtype} {tuple(lse.shape)}")
 
 
 def _with_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -217,7 +217,8 @@ def _backward_lines(
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """All gradients in one pass."""
-    grad_out, out = launch.with_rows(grad_out), launch.with_rows(out)
+    grad_out, out, lse = launch.with_rows(grad_out), launch.with_rows(out), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     inputs = grad_out, call.query, call.keys[0], call.values[0], out, grads[0]
     first, *others = (launch.strides(x) for x in inputs)
     dlse_strides = None if grad_lse is None else launch.strides(grad_lse[..., None])

@@ -343,7 +343,8 @@ def backward(
     dq, dk, dv, delta = empty_rows(query), empty_rows(query), empty_rows(query), torch.empty_like(lse)
     unit = worth = dtable = None
     if call.table is not None:
-        unit, worth = _unit(grad_out, grad_lse, value, dropout_p) if deterministic else (None, None)
+        if deterministic and query.numel() > 0:
+            unit, worth = _unit(grad_out, grad_lse, value, lse, dropout_p)
         dtable = torch.zeros_like(call.table, dtype=torch.float32 if unit is None else torch.int64)
 
     table: dict[str, Tensor | None] = {"table_grad": dtable, "unit": unit}
@@ -373,7 +374,9 @@ def jvp(
     bias = bias_table, window, positions, causal
     call = Call(query, key, value, row_offsets, columns, block_size, num_global, bias, dropout_p, seed, scale)
     dout, dlse = attention.empty_results(query)
-    dtable = None if table_tangent is None else table_tangent.t().contiguous()
+    if table_tangent is not None and (bias_table is None or table_tangent.shape != bias_table.shape):
+        raise ValueError("jvp: a tangent of the bias table must have the table's shape, and there must be a table")
+    dtable = None if table_tangent is None else table_tangent.float().t().contiguous()
     for part, splits in call.parts("jvp", {"table_tangent": dtable}, tangent=dtable is not None):
         douts, dlses = call.partial(dout, splits), call.partial_sums(dlse, splits)
         call.jvp(part, query_tangent, [key_tangent], [value_tangent], out, lse, douts, dlses)
@@ -435,13 +438,14 @@ class Call(attention.Call):
 
 
 def _unit(
-    grad_out: Tensor, grad_lse: Tensor | None, value: Tensor, dropout_p: float
+    grad_out: Tensor, grad_lse: Tensor | None, value: Tensor, lse: Tensor, dropout_p: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """How many units make 1, a power of two, so that the sum of all |ds|, counted in units, fits 62 bits.
 
     For each query, sum_k |ds| <= 2 max_k |dout v_k^T| / (1 - dropout_p) + |dlse|; twice that covers what is rounded in
     p and out. With B * (G+N) = 2**16 queries a unit is at most 2**-43 of this bound for one query, where float32 would
-    keep 2**-24 of the sum. Also what a unit is worth: NaN, like the gradient, if the bound is not finite.
+    keep 2**-24 of the sum. Also what a unit is worth: NaN, like the gradient, if the bound or an lse is not finite, but
+    for the -inf of a query without keys.
     """
     B, _, queries, _ = grad_out.shape
     largest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax().double() for x in (grad_out, value)]
@@ -450,4 +454,4 @@ def _unit(
         bound = bound + grad_lse.abs().amax()
     exponent = 62 - torch.frexp(2 * B * queries * bound).exponent
     unit = torch.ldexp(torch.ones_like(bound), exponent.clamp(-126, 126)).float()
-    return unit, torch.where(bound.isfinite(), 1 / unit, torch.nan)
+    return unit, torch.where(bound.isfinite() & (lse < torch.inf).all(), 1 / unit, torch.nan)

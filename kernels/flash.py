@@ -324,11 +324,11 @@ def forward_finish(state, scale, keep_scale):
     as many in every weight. So lse is the exact m * scale, plus what is left of the rounded exponents.
     """
     acc, m, l = state
-    some = tl.where(l > 0, l, 1.0)
-    m_finite = tl.where(l > 0, m, 0.0)
+    none = l == 0  # but not if it is NaN, as of a score that is
+    some, m_finite = tl.where(none, 1.0, l), tl.where(none, 0.0, m)
     factor = tl.zeros_like(m) + scale * LOG2E
     rest = tl.log2(some) - tl.fma(m_finite, factor, -log2_shift(m_finite, scale))
-    lse = tl.where(l > 0, m_finite * scale + rest * LN2, float("-inf"))
+    lse = tl.where(none, float("-inf"), m_finite * scale + rest * LN2)
     return scale_rows(acc, (keep_scale / some)[:, None]), lse
 
 

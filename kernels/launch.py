@@ -1,8 +1,9 @@
 """The host's side of a kernel: what a launcher hands over, alike for all operators.
 
-A kernel is compiled once for its dtypes, head dim, flags and tile sizes, and never again for a length, a
-stride or an address: :func:`kernel` turns off Triton's specialisation on argument values. What a value used
-to tell the compiler, that rows may be loaded 16 bytes at a time, is one compile-time number, `ALIGNMENT`.
+A kernel is compiled once for its dtypes, head dim, flags and tile sizes, and never again for a length or a stride:
+:func:`kernel` turns off Triton's specialisation on argument values. What a value used to tell the compiler, that rows
+may be loaded 16 bytes at a time, is one compile-time number, the alignment of a shape. Addresses in a tuple Triton
+still specialises, on multiples of 16, which those of rows are as a rule.
 """
 
 import contextlib
@@ -122,11 +123,12 @@ def total(parts: Tensor, like: Tensor) -> Tensor:
 
 
 def precision() -> str:
-    """How float32 matrices are multiplied: as ``torch.set_float32_matmul_precision`` says.
+    """How float32 matrices are multiplied: as ``torch.backends.cuda.matmul.fp32_precision`` says.
 
-    On NVIDIA no matrix instruction takes float32. "highest" splits each factor into two tf32 numbers, and adds three
-    products of them: what is lost is of the size of float32's own rounding.
+    It follows ``torch.set_float32_matmul_precision``, which must not be asked once the other has been set. On NVIDIA no
+    matrix instruction takes float32: unless tf32 is allowed, each factor is split into two tf32 numbers, and three
+    products of them are added. What is lost is of the size of float32's own rounding.
     """
-    if torch.get_float32_matmul_precision() != "highest":
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee" if torch.version.hip is not None else "tf32x3"

@@ -58,9 +58,10 @@ def forward_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     acc = flash.zero_rows(BLOCK, SHAPE)
     for i in tl.static_range(len(lse_ptrs)):
-        weight = tl.exp(tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf")) - m_finite)
+        lse = tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf"))
+        weight = tl.exp(lse - m_finite)
         total += weight
-        part = flash.load_rows(out_ptrs[i], offs, mask, SHAPE)
+        part = flash.load_rows(out_ptrs[i], offs, mask & (lse > float("-inf")), SHAPE)  # without keys, it adds nothing
         acc = flash.add_rows(acc, part, weight[:, None])
     some = tl.where(total > 0, total, 1.0)
     tl.store(lse_ptr + row, m + tl.log(some), mask=mask)
@@ -104,11 +105,13 @@ def jvp_kernel(
     dlse = tl.zeros((BLOCK,), tl.float32)
     acc = flash.zero_rows(BLOCK, SHAPE)
     for i in tl.static_range(len(lse_ptrs)):
-        weight = tl.exp(tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf")) - lse)
-        dlse_part = weight * tl.load(dlse_ptrs[i] + row, mask=mask, other=0.0)
+        lse_part = tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf"))
+        read = mask & (lse_part > float("-inf"))  # a part without keys adds nothing
+        weight = tl.exp(lse_part - lse)
+        dlse_part = weight * tl.load(dlse_ptrs[i] + row, mask=read, other=0.0)
         dlse += dlse_part
-        acc = flash.add_rows(acc, flash.load_rows(dout_ptrs[i], offs_dout, mask, SHAPE), weight[:, None])
-        acc = flash.add_rows(acc, flash.load_rows(out_ptrs[i], offs, mask, SHAPE), dlse_part[:, None])
+        acc = flash.add_rows(acc, flash.load_rows(dout_ptrs[i], offs_dout, read, SHAPE), weight[:, None])
+        acc = flash.add_rows(acc, flash.load_rows(out_ptrs[i], offs, read, SHAPE), dlse_part[:, None])
     out = flash.load_rows(out_ptr, row_offsets(row, sizes, out_strides), mask, SHAPE)
     dout = flash.add_rows(acc, out, -dlse[:, None])
     tl.store(dlse_ptr + row, dlse, mask=mask)
@@ -153,9 +156,9 @@ def jvp(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The tangents of out and lse: of more parts than one kernel takes, sums of partial ones."""
-    dout, dlse = torch.empty_like(out), torch.empty_like(lse)
+    dout = torch.empty_like(out)
     if lse.numel() == 0:
-        return dout, dlse
+        return dout, torch.empty_like(lse)
     douts, parts, out = _alike(out_tangents), _alike(outs), launch.with_rows(out)
     dlses, lses = ([_aligned(x.contiguous()) for x in some] for some in (lse_tangents, lses))
     results = []
@@ -173,7 +176,8 @@ def jvp(
         )  # fmt: skip
         results.append(result)
     partial_outs, partial_lses = zip(*results, strict=True)
-    return dout.copy_(sum(partial_outs)), dlse.copy_(sum(partial_lses))
+    dout.copy_(partial_outs[0] if len(results) == 1 else torch.stack(partial_outs).sum(0))
+    return dout, partial_lses[0] if len(results) == 1 else torch.stack(partial_lses).sum(0)
 
 
 def merge(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.attention_operators import TOKENS, WINDOW
+from tests.kernels.backends import BACKENDS
 from tests.kernels.checks import assert_same_bits, check, check_jvp, run
 from tests.kernels.operators import BLOCK_K, BLOCK_Q, EDGES, LONG_EDGES
 from vattn.kernels import configs
@@ -157,3 +158,19 @@ def test_strided_table_and_its_tangent(backend):
     tangents["table"] = tangents["table"].T.contiguous().T
     check_jvp(backend, case.replace(table=case.tensors["table"].T.contiguous().T), tangents)
     check_jvp(backend, case, tangents | {"table": tangents["table"][:1, :1].expand_as(tangents["table"])})
+
+
+@pytest.mark.parametrize("name", ["B", "H"])
+def test_deterministic_gradient_of_the_table_of_nothing(name, backend):
+    case = EDGES.make(backend.device, rows=[[0]], N=4, deterministic=True, **{name: 0})
+    assert (run(backend, case)["dtable"] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_score_that_is_not_finite_shows_in_the_gradient_of_the_table(deterministic):
+    """Also where it is added up in integers, which have no NaN."""
+    backend = BACKENDS["triton"]
+    case = EDGES.make(backend.device, rows=[[0, 1], [1, 1]], block_size=7, N=13, deterministic=deterministic)
+    case.tensors["query"][0, 0, 5, 2] = torch.nan
+    assert run(backend, case)["dtable"].isnan().any()

@@ -1,11 +1,15 @@
 """What only latent attention has: keys in segments, lengths of keys, and splits where there is little to do at once."""
 
+import dataclasses
+import mmap
+
 import pytest
 import torch
 import triton
 
 from tests.kernels.checks import assert_same_bits, check, check_jvp, run, run_jvp
 from tests.kernels.operators import BLOCK_K, DECODE_K, DECODE_Q, LATENT, LONG, WALK
+from tests.utils import MAP_NORESERVE
 from vattn.kernels import configs
 
 
@@ -176,3 +180,37 @@ def test_tangents_behind_a_key_length_are_not_read(keys, backend):
         for name in ("keys[0]", "values[0]"):
             case.tensors[name][b, :, length:] = tangents[name][b, :, length:] = torch.nan
     assert_same_bits(run_jvp(backend, case, tangents), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has no memory that is mapped and not there")
+def test_rows_far_apart_by_steps_that_are_not(backend):
+    """Each step fits 32 bits, but six of them do not; nor do those of the gradient of lse."""
+    queries, step = 6, 2**29 - 1
+    case = LATENT.make("cpu", queries=queries, keys=(queries,), D=16)
+    memory = mmap.mmap(-1, 4 * (queries * step + 2**16), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    storage = torch.frombuffer(memory, dtype=torch.float32)
+
+    def far(x, place):
+        strides = (0, 0, step, 1)[: x.ndim]
+        return storage.as_strided(x.shape, strides, 4096 * place).copy_(x)
+
+    tensors = {name: far(x, i) for i, (name, x) in enumerate(case.tensors.items())}
+    grads = {name: far(x, 8 + i) for i, (name, x) in enumerate(case.grads.items())}
+    far_case = dataclasses.replace(case, tensors=tensors, grads=grads)
+    assert_same_bits(run(backend, far_case), run(backend, case))
+    tangents = case.random_tangents()
+    far_tangents = {name: far(x, 12 + i) for i, (name, x) in enumerate(tangents.items())}
+    assert_same_bits(run_jvp(backend, far_case, far_tangents), run_jvp(backend, case, tangents))
+
+
+def test_tangents_that_do_not_fit_are_refused(backend):
+    """Before a kernel reads past their end."""
+    case = LATENT.make(backend.device, queries=3, keys=(4, 5))
+    for change in ({"query": torch.zeros(1, 1, 2, 16)}, {"keys[1]": torch.zeros(1, 1, 4, 16)}):
+        tangents = case.random_tangents()
+        name, x = next(iter(change.items()))
+        tangents[name] = x[..., : tangents[name].shape[-1]].to(backend.device)
+        with pytest.raises(ValueError, match="must"):
+            run_jvp(backend, case, tangents)
+    with pytest.raises(TypeError, match="dtype"):
+        run_jvp(backend, case, case.random_tangents() | {"query": case.tensors["query"].double()})

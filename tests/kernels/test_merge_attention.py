@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.kernels.checks import check, check_jvp
+from tests.kernels.checks import assert_same_bits, check, check_jvp, run, run_jvp
 from tests.kernels.operators import MERGE
 from vattn.kernels.merge_attention import MAX_PARTS
 
@@ -75,3 +75,18 @@ def test_tangents_of_parts_far_apart(backend):
     case = MERGE.make(backend.device, shape=(4,))
     far = {f"lses[{i}]": case.tensors[f"lses[{i}]"] + shift for i, shift in enumerate((1000, -1000))}
     check_jvp(backend, case.replace(**far))
+
+
+def test_a_part_without_keys_adds_nothing_whatever_it_holds(backend):
+    """Not even what is not finite: 0 times infinity."""
+    case = MERGE.make(backend.device, count=2, B=1, N=5)
+    case.tensors["lses[0]"].fill_(-torch.inf)
+    tangents = case.random_tangents()
+    expected, expected_tangents = run(backend, case), run_jvp(backend, case, tangents)
+    case.tensors["outs[0]"].fill_(torch.inf)
+    tangents["outs[0]"].fill_(torch.nan)
+    tangents["lses[0]"].fill_(torch.nan)
+    found = run(backend, case)
+    for name in ("out", "lse"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+    assert_same_bits(run_jvp(backend, case, tangents), expected_tangents)

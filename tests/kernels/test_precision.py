@@ -114,3 +114,15 @@ def test_precision_is_that_of_torch(setting, hip, precision, matmul_precision, m
     monkeypatch.setattr(torch.version, "hip", hip)
     matmul_precision(setting)
     assert launch.precision() == precision
+
+
+def test_precision_is_that_of_the_newer_setting():
+    """Which PyTorch forbids to mix with the older one, so that asking that would raise."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert launch.precision() == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert launch.precision() == "tf32x3"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
