@@ -133,9 +133,8 @@ def walk(
                         BLOCK, i, False,
                     )  # fmt: skip
             else:
-                # Of pairs with a bias or a mask, ptxas would serialise the wgmma of a staged loop (C7515).
-                STAGES: tl.constexpr = None if OP.pair is None else 1
-                for start in tl.range(whole, last, BLOCK, num_stages=STAGES):
+                # Staged, ptxas would serialise the wgmma of this loop and of the other (C7515), with most itineraries.
+                for start in tl.range(whole, last, BLOCK, num_stages=1):
                     state = visit(
                         state, own, others[i], program, start, lanes, last, OP, STEP, OF_KEYS, SHAPE, PRECISION, SIGN,
                         BLOCK, i, False,
