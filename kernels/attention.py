@@ -471,7 +471,7 @@ class Call:
     ) -> None:  # fmt: skip
         """Write the gradient of the queries, and delta."""
         grad_out, out, lse = launch.with_rows(grad_out), launch.with_rows(out), lse.contiguous()
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()  # its rows are no further apart than 32 bits say
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()  # 32 bits then reach all its rows
         reads = self.query, self.keys, self.values
         dlse_strides = None if grad_lse is None else launch.strides(grad_lse[..., None])
         steps = (
@@ -498,6 +498,9 @@ class Call:
         douts: Tensor, dlses: Tensor,
     ) -> None:  # fmt: skip
         """Write the tangents of the output and lse, from those of `query`, `keys` and `values`."""
+        for name, given, primals in (("key", keys, self.keys), ("value", values, self.values)):
+            if len(given) != len(primals):
+                raise ValueError(f"jvp: there must be {len(primals)} tangents of {name}s, got {len(given)}")
         _check_tangents((query, *keys, *values), (self.query, *self.keys, *self.values), self.query, out, lse)
         lse = lse.contiguous()
         query, keys, values, out = launch.with_rows(query), _with_rows(keys), _with_rows(values), launch.with_rows(out)
@@ -527,8 +530,6 @@ def _check_tangents(
     tangents: Sequence[Tensor], primals: Sequence[Tensor], query: Tensor, out: Tensor, lse: Tensor
 ) -> None:  # fmt: skip
     """Raise unless each of `tangents` is like its primal, and `out` and `lse` are those of `query`."""
-    if len(tangents) != len(primals):
-        raise ValueError(f"jvp: there must be {len(primals)} tangents, one for each input, got {len(tangents)}")
     for tangent, primal in zip((*tangents, out), (*primals, query), strict=True):
         if tangent.dtype != primal.dtype:
             raise TypeError(f"jvp: tangents and out must have the dtype {primal.dtype}, got {tangent.dtype}")
