@@ -335,9 +335,14 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     row_offsets: Tensor, columns: Tensor, column_offsets: Tensor, rows: Tensor, block_size: int, num_global: int,
     bias_table: Tensor | None, window: Sequence[int], positions: Tensor | None, causal: bool, dropout_p: float,
-    seed: Tensor | None, scale: float, deterministic: bool,
+    seed: Tensor | None, scale: float, *, deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key, value and the table, the last (0,) without one."""
+    """The gradients of query, key, value and the table, the last (0,) without one.
+
+    That of the table is `deterministic`, or, with None, if PyTorch's algorithms are to be.
+    """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     bias = bias_table, window, positions, causal
     call = Call(query, key, value, row_offsets, columns, block_size, num_global, bias, dropout_p, seed, scale)
     dq, dk, dv, delta = empty_rows(query), empty_rows(query), empty_rows(query), torch.empty_like(lse)
@@ -366,9 +371,9 @@ def backward(
 
 def jvp(
     query_tangent: Tensor, key_tangent: Tensor, value_tangent: Tensor, table_tangent: Tensor | None, query: Tensor,
-    key: Tensor, value: Tensor, out: Tensor, lse: Tensor, row_offsets: Tensor, columns: Tensor, block_size: int,
-    num_global: int, bias_table: Tensor | None, window: Sequence[int], positions: Tensor | None, causal: bool,
-    dropout_p: float, seed: Tensor | None, scale: float,
+    key: Tensor, value: Tensor, out: Tensor, lse: Tensor, row_offsets: Tensor, columns: Tensor,
+    column_offsets: Tensor | None, rows: Tensor | None, block_size: int, num_global: int, bias_table: Tensor | None,
+    window: Sequence[int], positions: Tensor | None, causal: bool, dropout_p: float, seed: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The tangents of out and lse."""
     bias = bias_table, window, positions, causal

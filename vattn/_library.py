@@ -11,19 +11,15 @@ device without one, an install without a compiler) the public function runs the 
 own autograd.
 """
 
-import functools
+import importlib
 import importlib.util
 import json
 import pathlib
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl
-from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
 
 
 def build_record() -> dict[str, Any]:
@@ -58,20 +54,10 @@ library = torch.library.Library("vattn", "DEF")
 _without_cpu_kernel: set[str] = set()  # operators that the extension does not know: it is older than they are
 
 
-def define(schema: str, cuda: Callable[..., Any], autocast: int = 0) -> None:
-    """Define an operator by its `schema`, with its CUDA launcher; the CPU kernel is in ``vattn._C``.
-
-    Under autocast its first `autocast` arguments, tensors or lists of them, are cast. A backward has none to cast:
-    it gets what its forward saved, also where autocast is still on around it.
-    """
-    library.define(schema)
-    name = schema.split("(")[0]
+def note_cpu_kernel(name: str) -> None:
+    """Remember an operator that has no kernel in the extension, as one has not that was built before it existed."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CPU"):
         _without_cpu_kernel.add(name)
-    library.impl(name, cuda, "CUDA")
-    for device_type in AUTOCAST_DEVICES if autocast else ():
-        rule = functools.partial(_run_autocast, name, autocast, device_type)
-        library.impl(name, rule, f"Autocast{device_type.upper()}")
 
 
 def runs_reference(x: Tensor, op: str | None = None) -> bool:
@@ -88,31 +74,6 @@ def runs_reference(x: Tensor, op: str | None = None) -> bool:
     return x.device.type not in KERNEL_DEVICES or (x.device.type == "cpu" and op in _without_cpu_kernel)
 
 
-def no_second_derivatives(*names: str) -> None:
-    """Make differentiating these derivatives of an operator, in either mode, an error rather than a silent zero."""
-    for name in names:
-        op = name.rpartition("_")[0]
-
-        def refuse(*args: Any, op: str = op) -> None:
-            raise RuntimeError(
-                f"{op}: second derivatives need float64 inputs, which run the reference; the kernels have first "
-                "derivatives only"
-            )
-
-        reverse_mode = make_autograd_impl(getattr(torch.ops.vattn, name).default, Info(refuse, None))
-        rule = functools.partial(_run_without_tangents, reverse_mode, refuse)
-        library.impl(name, rule, "Autograd", with_keyset=True)
-
-
-def _run_without_tangents(run: Callable[..., Any], refuse: Callable[[], None], keyset: Any, *args: Any) -> Any:
-    # Forward mode has no entry in torch.library: what has a tangent would lose it.
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tree_leaves(args) if isinstance(x, Tensor)
-    ):
-        refuse()
-    return run(keyset, *args)
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the operator will run in: that of `x`, or autocast's."""
     device_type = x.device.type
@@ -124,12 +85,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def empty_rows(like: Tensor) -> Tensor:
     """An empty tensor of the shape ``(B, H, *tokens, D)`` of `like`, laid out so that merging heads is a view."""
     return torch.empty_like(like.movedim(1, -2), memory_format=torch.contiguous_format).movedim(-2, 1)
-
-
-def _run_autocast(name: str, count: int, device_type: str, *args: Any) -> Any:
-    def cast(x: Any) -> Any:
-        return x.to(compute_dtype(x)) if isinstance(x, Tensor) else [cast(y) for y in x]
-
-    args = tuple(cast(x) for x in args[:count]) + args[count:]
-    with torch.autocast(device_type, enabled=False):
-        return getattr(torch.ops.vattn, name)(*args)

@@ -85,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& row_offsets, const at::Tensor& columns, const std::optional<at::Tensor>&,
     const std::optional<at::Tensor>&, int64_t block_size, int64_t num_global,
     const std::optional<at::Tensor>& bias_table, at::IntArrayRef window, const std::optional<at::Tensor>& positions,
-    bool causal, double dropout_p, const std::optional<at::Tensor>& seed, double scale, bool /*deterministic: always*/) {
+    bool causal, double dropout_p, const std::optional<at::Tensor>& seed, double scale) {
   Call call(query, key, value, row_offsets, columns, block_size, num_global, bias_table, window, positions, causal,
             dropout_p, seed, scale);
   EdgeSparseAttention& a = call.a;
@@ -119,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> tangent(
     const at::Tensor& query_tangent, const at::Tensor& key_tangent, const at::Tensor& value_tangent,
     const std::optional<at::Tensor>& table_tangent, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& row_offsets,
-    const at::Tensor& columns, int64_t block_size, int64_t num_global, const std::optional<at::Tensor>& bias_table,
+    const at::Tensor& columns, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, int64_t block_size, int64_t num_global, const std::optional<at::Tensor>& bias_table,
     at::IntArrayRef window, const std::optional<at::Tensor>& positions, bool causal, double dropout_p,
     const std::optional<at::Tensor>& seed, double scale) {
   Call call(query, key, value, row_offsets, columns, block_size, num_global, bias_table, window, positions, causal,

@@ -15,11 +15,11 @@ grid of 2 frames of 3 x 4 tokens, letters name the lines::
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, empty_rows, library, no_second_derivatives, runs_reference
+from vattn._attention import Attention
+from vattn._library import runs_reference
 from vattn.reference.dropout import random_seed
 
 
@@ -90,80 +90,19 @@ def axial_attention(
         axis = int(dim) % len(grid)
         lines = (math.prod(grid[:axis]), grid[axis], math.prod(grid[axis + 1 :]))
         q, k, v = (x.reshape(*x.shape[:2], *lines, x.shape[-1]) for x in (query, key, value))
-        out, lse = torch.ops.vattn.axial_attention(q, k, v, dropout_p, seed, scale)
+        out, lse = _attend(q, k, v, dropout_p, seed, scale)
         out, lse = out.view(query.shape), lse.view(query.shape[:-1])
     return (out, lse) if return_lse else out
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import axial_attention as kernels
-
-    return kernels.forward(*args)
-
-
-def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from vattn.kernels import axial_attention as kernels
-
-    return kernels.backward(*args)
-
-
-def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import axial_attention as kernels
-
-    return kernels.jvp(*args)
+def _pairs(query: Tensor, **others: Any) -> int:
+    return math.prod(query.shape[:-1]) * query.shape[3]
 
 
 # The operator sees every grid as (B, H, outer, line, inner, D): the axes before the line are one, and those behind it.
-define(
+_attend = Attention(
     "axial_attention(Tensor query, Tensor key, Tensor value, float dropout_p, Tensor? seed, float scale) "
     "-> (Tensor out, Tensor lse)",
-    cuda=_cuda,
-    autocast=3,
+    pairs=_pairs,
+    autocast=("query", "key", "value"),
 )
-define(
-    "axial_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-    "Tensor out, Tensor lse, float dropout_p, Tensor? seed, float scale) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    cuda=_cuda_backward,
-)
-define(
-    "axial_attention_jvp(Tensor query_tangent, Tensor key_tangent, Tensor value_tangent, Tensor query, "
-    "Tensor key, Tensor value, Tensor out, Tensor lse, float dropout_p, Tensor? seed, float scale) "
-    "-> (Tensor out_tangent, Tensor lse_tangent)",
-    cuda=_cuda_jvp,
-)
-no_second_derivatives("axial_attention_backward", "axial_attention_jvp")
-
-
-@torch.library.register_fake("vattn::axial_attention", lib=library)
-def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.register_fake("vattn::axial_attention_backward", lib=library)
-def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return empty_rows(query), empty_rows(query), empty_rows(query)
-
-
-@torch.library.register_fake("vattn::axial_attention_jvp", lib=library)
-def _fake_jvp(query_tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(query_tangent), query_tangent.new_empty(query_tangent.shape[:-1], dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.dropout_p, seed, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output, seed)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, seed = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.vattn.axial_attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, ctx.dropout_p, seed, ctx.scale
-    )
-    return *grads, None, None, None
-
-
-torch.library.register_autograd("vattn::axial_attention", _backward, setup_context=_setup_context, lib=library)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, empty_rows, library, no_second_derivatives, runs_reference
+from vattn._attention import Attention
+from vattn._library import empty_rows, runs_reference
 from vattn.layout import BlockLayout
 from vattn.position_bias import RelativePositionBias3D, check_bias
 from vattn.reference.dropout import random_seed
@@ -110,7 +111,7 @@ def edge_sparse_attention(
     else:
         table = None if position_bias is None else position_bias.table.float()
         transposed = layout.transpose() if _backward_reads_transposed(query, key, value, table) else None
-        out, lse, *importance = torch.ops.vattn.edge_sparse_attention(
+        out, lse, *importance = _attend(
             query, key, value, layout.row_offsets, layout.columns,
             None if transposed is None else transposed.row_offsets, None if transposed is None else transposed.columns,
             layout.block_size, layout.num_global, table, [] if position_bias is None else position_bias.window,
@@ -145,53 +146,8 @@ def _backward_reads_transposed(*inputs: Tensor | None) -> bool:
     return needs_grad and inputs[0] is not None and inputs[0].device.type == "cuda"
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from vattn.kernels import edge_sparse_attention as kernels
-
-    return kernels.forward(*args)
-
-
-def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from vattn.kernels import edge_sparse_attention as kernels
-
-    return kernels.backward(*args)
-
-
-def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import edge_sparse_attention as kernels
-
-    return kernels.jvp(*args)
-
-
-define(
-    "edge_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor row_offsets, Tensor columns, "
-    "Tensor? column_offsets, Tensor? rows, int block_size, int num_global, Tensor? bias_table, int[] window, "
-    "Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
-    "-> (Tensor out, Tensor lse, Tensor importance)",
-    cuda=_cuda,
-    autocast=3,
-)
-define(
-    "edge_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-    "Tensor out, Tensor lse, Tensor row_offsets, Tensor columns, Tensor? column_offsets, Tensor? rows, "
-    "int block_size, int num_global, Tensor? bias_table, int[] window, Tensor? positions, bool causal, "
-    "float dropout_p, Tensor? seed, float scale, bool deterministic) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_table)",
-    cuda=_cuda_backward,
-)
-define(
-    "edge_sparse_attention_jvp(Tensor query_tangent, Tensor key_tangent, Tensor value_tangent, "
-    "Tensor? table_tangent, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor row_offsets, "
-    "Tensor columns, int block_size, int num_global, Tensor? bias_table, int[] window, Tensor? positions, "
-    "bool causal, float dropout_p, Tensor? seed, float scale) -> (Tensor out_tangent, Tensor lse_tangent)",
-    cuda=_cuda_jvp,
-)
-no_second_derivatives("edge_sparse_attention_backward", "edge_sparse_attention_jvp")
-
-
-@torch.library.register_fake("vattn::edge_sparse_attention", lib=library)
-def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    num_global, importance = rest[7], rest[-1]
+def _fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_global, importance = others[7], others[-1]
     B, _, length, _ = query.shape
     return (
         empty_rows(query),
@@ -200,40 +156,21 @@ def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("vattn::edge_sparse_attention_backward", lib=library)
-def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    table = rest[10]
-    grad_table = query.new_empty(0, dtype=torch.float32) if table is None else torch.empty_like(table)
-    return empty_rows(query), empty_rows(query), empty_rows(query), grad_table
+def _pairs(query: Tensor, columns: Tensor, row_offsets: Tensor, block_size: int, num_global: int, **others: Any) -> int:
+    B, H, length, _ = query.shape
+    blocks = columns.numel() * block_size**2 // row_offsets.shape[0]  # of a head; the last block counts as a whole one
+    return B * H * (blocks + num_global * (2 * length - num_global))
 
 
-@torch.library.register_fake("vattn::edge_sparse_attention_jvp", lib=library)
-def _fake_jvp(query_tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(query_tangent), query_tangent.new_empty(query_tangent.shape[:-1], dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, row_offsets, columns, column_offsets, rows, ctx.block_size, ctx.num_global, table = inputs[:10]
-    ctx.window, positions, ctx.causal, ctx.dropout_p, seed, ctx.scale, _ = inputs[10:]
-    out, lse, importance = output
-    ctx.save_for_backward(
-        query, key, value, out, lse, row_offsets, columns, column_offsets, rows, table, positions, seed
-    )
-    ctx.mark_non_differentiable(importance)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, row_offsets, columns, column_offsets, rows, table, positions, seed = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    *grads, grad_table = torch.ops.vattn.edge_sparse_attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, row_offsets, columns, column_offsets, rows, ctx.block_size,
-        ctx.num_global, table, ctx.window, positions, ctx.causal, ctx.dropout_p, seed, ctx.scale,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-    no_table = (None,) * 6
-    return *grads, *no_table, None if table is None else grad_table, *(None,) * 7
-
-
-torch.library.register_autograd("vattn::edge_sparse_attention", _backward, setup_context=_setup_context, lib=library)
+_attend = Attention(
+    "edge_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor row_offsets, Tensor columns, "
+    "Tensor? column_offsets, Tensor? rows, int block_size, int num_global, Tensor? bias_table, int[] window, "
+    "Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
+    "-> (Tensor out, Tensor lse, Tensor importance)",
+    inputs=("query", "key", "value", "bias_table"),
+    forward_only=("importance",),
+    fake=_fake,
+    pairs=_pairs,
+    autocast=("query", "key", "value"),
+    shared=("row_offsets", "columns", "column_offsets", "rows", "bias_table"),
+)

@@ -11,14 +11,15 @@ Transformers" (CVPR 2023). The modes of its blocks differ in who reads whom::
     latent_dec     targets <- latents               thousands of queries, 256 keys
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, empty_rows, library, no_second_derivatives, runs_reference
+from vattn._attention import Attention
+from vattn._library import runs_reference
 from vattn.reference.dropout import random_seed
 
 
@@ -101,87 +102,23 @@ def latent_attention(
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None
-    if runs_reference(query):
+    if runs_reference(query, op):
         out, lse = reference.latent_attention(
             query, keys, values, key_lengths=key_lengths, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
         )
     else:
-        out, lse = torch.ops.vattn.latent_attention(query, keys, values, key_lengths, dropout_p, seed, scale)
+        out, lse = _attend(query, keys, values, key_lengths, dropout_p, seed, scale)
     return (out, lse) if return_lse else out
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import latent_attention as kernels
-
-    return kernels.forward(*args)
+def _pairs(query: Tensor, keys: list[Tensor], **others: Any) -> int:
+    return math.prod(query.shape[:-1]) * sum(key.shape[2] for key in keys)  # whatever key_lengths say
 
 
-def _cuda_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    from vattn.kernels import latent_attention as kernels
-
-    return kernels.backward(*args)
-
-
-def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import latent_attention as kernels
-
-    return kernels.jvp(*args)
-
-
-define(
+_attend = Attention(
     "latent_attention(Tensor query, Tensor[] keys, Tensor[] values, Tensor? key_lengths, float dropout_p, "
     "Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
-    cuda=_cuda,
-    autocast=3,
+    inputs=("query", "keys", "values"),
+    pairs=_pairs,
+    autocast=("query", "keys", "values"),
 )
-define(
-    "latent_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor[] keys, Tensor[] values, "
-    "Tensor out, Tensor lse, Tensor? key_lengths, float dropout_p, Tensor? seed, float scale) "
-    "-> (Tensor grad_query, Tensor[] grad_keys, Tensor[] grad_values)",
-    cuda=_cuda_backward,
-)
-define(
-    "latent_attention_jvp(Tensor query_tangent, Tensor[] key_tangents, Tensor[] value_tangents, "
-    "Tensor query, Tensor[] keys, Tensor[] values, Tensor out, Tensor lse, Tensor? key_lengths, float dropout_p, "
-    "Tensor? seed, float scale) -> (Tensor out_tangent, Tensor lse_tangent)",
-    cuda=_cuda_jvp,
-)
-no_second_derivatives("latent_attention_backward", "latent_attention_jvp")
-
-
-@torch.library.register_fake("vattn::latent_attention", lib=library)
-def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.register_fake("vattn::latent_attention_backward", lib=library)
-def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return empty_rows(query), [empty_rows(x) for x in keys], [empty_rows(x) for x in values]
-
-
-@torch.library.register_fake("vattn::latent_attention_jvp", lib=library)
-def _fake_jvp(query_tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(query_tangent), query_tangent.new_empty(query_tangent.shape[:-1], dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, keys, values, key_lengths, ctx.dropout_p, seed, ctx.scale = inputs
-    ctx.segments = len(keys)
-    ctx.save_for_backward(query, *keys, *values, *output, key_lengths, seed)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, *tensors, out, lse, key_lengths, seed = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.vattn.latent_attention_backward(
-        grad_out, grad_lse, query, tensors[: ctx.segments], tensors[ctx.segments :], out, lse, key_lengths,
-        ctx.dropout_p, seed, ctx.scale,
-    )  # fmt: skip
-    return *grads, None, None, None, None
-
-
-torch.library.register_autograd("vattn::latent_attention", _backward, setup_context=_setup_context, lib=library)

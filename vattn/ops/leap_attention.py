@@ -13,11 +13,11 @@ With ``leap=2, group_size=2`` frame 0 attends to itself and to frame 2, frame 1 
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, empty_rows, library, no_second_derivatives, runs_reference
+from vattn._attention import Attention
+from vattn._library import runs_reference
 from vattn.reference.dropout import random_seed
 
 
@@ -88,85 +88,28 @@ def leap_attention(
     # Beyond the clip, distances and sizes mean the same as its length: a leap of 10**18 must not overflow.
     frames = max(query.shape[2], 1)
     leap, group_size = min(leap, frames), min(group_size, frames)
-    if runs_reference(query):
+    if runs_reference(query, op):
         out, lse = reference.leap_attention(
             query, key, value, leap, group_size=group_size, fold_div=fold_div, dropout_p=dropout_p, scale=scale,
             return_lse=True, seed=seed,
         )  # fmt: skip
     else:
-        out, lse = torch.ops.vattn.leap_attention(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale)
+        out, lse = _attend(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale)
     return (out, lse) if return_lse else out
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import leap_attention as kernels
-
-    return kernels.forward(*args)
-
-
-def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from vattn.kernels import leap_attention as kernels
-
-    return kernels.backward(*args)
+def _pairs(query: Tensor, leap: int, group_size: int, **others: Any) -> int:
+    B, H, T, N, _ = query.shape
+    whole, rest = divmod(T, leap * group_size)
+    # In the incomplete last stretch, the first frames of `leap` have one companion more than the others.
+    most, more = divmod(rest, leap)
+    frames = whole * leap * group_size**2 + more * (most + 1) ** 2 + (leap - more) * most**2
+    return B * H * frames * N**2
 
 
-def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import leap_attention as kernels
-
-    return kernels.jvp(*args)
-
-
-define(
+_attend = Attention(
     "leap_attention(Tensor query, Tensor key, Tensor value, SymInt leap, SymInt group_size, int fold_div, "
     "float dropout_p, Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
-    cuda=_cuda,
-    autocast=3,
+    pairs=_pairs,
+    autocast=("query", "key", "value"),
 )
-define(
-    "leap_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-    "Tensor out, Tensor lse, SymInt leap, SymInt group_size, int fold_div, float dropout_p, Tensor? seed, "
-    "float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    cuda=_cuda_backward,
-)
-define(
-    "leap_attention_jvp(Tensor query_tangent, Tensor key_tangent, Tensor value_tangent, Tensor query, "
-    "Tensor key, Tensor value, Tensor out, Tensor lse, SymInt leap, SymInt group_size, int fold_div, "
-    "float dropout_p, Tensor? seed, float scale) -> (Tensor out_tangent, Tensor lse_tangent)",
-    cuda=_cuda_jvp,
-)
-no_second_derivatives("leap_attention_backward", "leap_attention_jvp")
-
-
-@torch.library.register_fake("vattn::leap_attention", lib=library)
-def _fake(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.register_fake("vattn::leap_attention_backward", lib=library)
-def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return empty_rows(query), empty_rows(query), empty_rows(query)
-
-
-@torch.library.register_fake("vattn::leap_attention_jvp", lib=library)
-def _fake_jvp(query_tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(query_tangent), query_tangent.new_empty(query_tangent.shape[:-1], dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *ctx.settings, seed, scale = inputs
-    ctx.scale = scale
-    ctx.save_for_backward(query, key, value, *output, seed)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, seed = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.vattn.leap_attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, *ctx.settings, seed, ctx.scale
-    )
-    return *grads, None, None, None, None, None, None
-
-
-torch.library.register_autograd("vattn::leap_attention", _backward, setup_context=_setup_context, lib=library)

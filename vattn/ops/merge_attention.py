@@ -8,13 +8,13 @@ With w_i = exp(lse_i - lse) and gradients g of out and g_lse of lse, the backwar
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, library, no_second_derivatives, runs_reference
+from vattn._attention import Attention
+from vattn._library import runs_reference
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -66,72 +66,16 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
                 f"got lses[{i}].shape={tuple(lse.shape)}, outs[{i}].shape={tuple(out.shape)}"
             )
     _checks.head_dim(op, outs[0])
-    if runs_reference(outs[0]):
+    if runs_reference(outs[0], op):
         return reference.merge_attention(outs, lses)
-    return torch.ops.vattn.merge_attention(outs, lses)
+    return _merge(outs, lses)
 
 
-def _cuda(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import merge_attention as kernels
-
-    return kernels.forward(outs, lses)
-
-
-def _cuda_backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    from vattn.kernels import merge_attention as kernels
-
-    return kernels.backward(*args)
-
-
-def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import merge_attention as kernels
-
-    return kernels.jvp(*args)
-
-
-define("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", cuda=_cuda, autocast=1)
-define(
-    "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, "
-    "Tensor lse) -> (Tensor[] grad_outs, Tensor[] grad_lses)",
-    cuda=_cuda_backward,
+_merge = Attention(
+    "merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
+    inputs=("outs", "lses"),
+    fake=lambda outs, lses: (torch.empty_like(outs[0]), lses[0].new_empty(lses[0].shape)),
+    like=lambda name, x: x.new_empty(x.shape) if name == "lses" else torch.empty_like(x),
+    autocast=("outs",),
+    any_axes=True,
 )
-define(
-    "merge_attention_jvp(Tensor[] out_tangents, Tensor[] lse_tangents, Tensor[] outs, Tensor[] lses, "
-    "Tensor out, Tensor lse) -> (Tensor out_tangent, Tensor lse_tangent)",
-    cuda=_cuda_jvp,
-)
-no_second_derivatives("merge_attention_backward", "merge_attention_jvp")
-
-
-@torch.library.register_fake("vattn::merge_attention", lib=library)
-def _fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(outs[0]), lses[0].new_empty(lses[0].shape)
-
-
-@torch.library.register_fake("vattn::merge_attention_backward", lib=library)
-def _fake_backward(grad_out, grad_lse, outs, lses, out, lse):
-    return [torch.empty_like(x) for x in outs], [x.new_empty(x.shape) for x in lses]
-
-
-@torch.library.register_fake("vattn::merge_attention_jvp", lib=library)
-def _fake_jvp(out_tangents, lse_tangents, outs, lses, out, lse):
-    return torch.empty_like(out), lse.new_empty(lse.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: tuple[Tensor, Tensor]) -> None:
-    outs, lses = inputs
-    ctx.parts = len(outs)
-    ctx.save_for_backward(*outs, *lses, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    *parts, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    return torch.ops.vattn.merge_attention_backward(
-        grad_out, grad_lse, parts[: ctx.parts], parts[ctx.parts :], out, lse
-    )
-
-
-torch.library.register_autograd("vattn::merge_attention", _backward, setup_context=_setup_context, lib=library)

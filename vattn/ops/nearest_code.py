@@ -8,13 +8,12 @@ NeurIPS 2017)::
     x 0.9 -0.2  ->  codes  0: (0, 0)   1: (1, 0)   2: (0, 1)    ->  1
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import AUTOCAST_DEVICES, define, library, runs_reference
+from vattn._library import runs_reference
+from vattn._operator import Operator
 
 
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
@@ -60,25 +59,16 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         )
     if runs_reference(x, op):
         return reference.nearest_code(x, codebook)
-    return torch.ops.vattn.nearest_code(x, codebook)
+    return _nearest(x, codebook)
 
 
-def _cuda(x: Tensor, codebook: Tensor) -> Tensor:
-    from vattn.kernels import nearest_code as kernels
-
-    return kernels.forward(x, codebook)
-
-
-def _autocast(device_type: str, x: Tensor, codebook: Tensor) -> Tensor:
-    with torch.autocast(device_type, enabled=False):
-        return torch.ops.vattn.nearest_code(x.float(), codebook.float())
-
-
-define("nearest_code(Tensor x, Tensor codebook) -> Tensor", cuda=_cuda)
-for _device_type in AUTOCAST_DEVICES:
-    library.impl("nearest_code", functools.partial(_autocast, _device_type), f"Autocast{_device_type.upper()}")
-
-
-@torch.library.register_fake("vattn::nearest_code", lib=library)
-def _fake(x: Tensor, codebook: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.int64)
+_nearest = Operator(
+    "nearest_code(Tensor x, Tensor codebook) -> Tensor index",
+    fake=lambda x, codebook: x.new_empty(x.shape[:-1], dtype=torch.int64),
+    constant=("index",),
+    autocast=("x", "codebook"),
+    autocast_to=torch.float32,
+    shared=("codebook",),
+    any_axes=True,
+    flops=lambda x, codebook: 2 * x.numel() * codebook.shape[0],
+)

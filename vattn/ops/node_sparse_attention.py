@@ -8,13 +8,15 @@ SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (
     queries      x        x  x              gathered inside the kernel
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, empty_rows, library, no_second_derivatives, runs_reference
+from vattn._attention import Attention
+from vattn._library import runs_reference
 from vattn.reference.dropout import random_seed
 
 
@@ -79,7 +81,7 @@ def node_sparse_attention(
             query, key, value, kept, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
         )
     else:
-        out, lse = torch.ops.vattn.node_sparse_attention(query, key, value, kept, dropout_p, seed, scale)
+        out, lse = _attend(query, key, value, kept, dropout_p, seed, scale)
     return (out, lse) if return_lse else out
 
 
@@ -93,76 +95,13 @@ def _check_kept(op: str, kept: object, query: Tensor) -> None:
         raise ValueError(f"{op}: kept must be on the device of query ({query.device}), got kept.device={kept.device}")
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import node_sparse_attention as kernels
-
-    return kernels.forward(*args)
+def _pairs(query: Tensor, kept: Tensor, **others: Any) -> int:
+    return math.prod(query.shape[:-1]) * kept.shape[1]
 
 
-def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from vattn.kernels import node_sparse_attention as kernels
-
-    return kernels.backward(*args)
-
-
-def _cuda_jvp(*args: Any) -> tuple[Tensor, Tensor]:
-    from vattn.kernels import node_sparse_attention as kernels
-
-    return kernels.jvp(*args)
-
-
-define(
+_attend = Attention(
     "node_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor kept, float dropout_p, Tensor? seed, "
     "float scale) -> (Tensor out, Tensor lse)",
-    cuda=_cuda,
-    autocast=3,
+    pairs=_pairs,
+    autocast=("query", "key", "value"),
 )
-define(
-    "node_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-    "Tensor out, Tensor lse, Tensor kept, float dropout_p, Tensor? seed, float scale) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    cuda=_cuda_backward,
-)
-define(
-    "node_sparse_attention_jvp(Tensor query_tangent, Tensor key_tangent, Tensor value_tangent, "
-    "Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor kept, float dropout_p, Tensor? seed, "
-    "float scale) -> (Tensor out_tangent, Tensor lse_tangent)",
-    cuda=_cuda_jvp,
-)
-no_second_derivatives("node_sparse_attention_backward", "node_sparse_attention_jvp")
-
-
-@torch.library.register_fake("vattn::node_sparse_attention", lib=library)
-def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.register_fake("vattn::node_sparse_attention_backward", lib=library)
-def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_rows(query), empty_rows(key), empty_rows(value)
-
-
-@torch.library.register_fake("vattn::node_sparse_attention_jvp", lib=library)
-def _fake_jvp(query_tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(query_tangent), query_tangent.new_empty(query_tangent.shape[:-1], dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, kept, ctx.dropout_p, seed, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output, kept, seed)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, kept, seed = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.vattn.node_sparse_attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, kept, ctx.dropout_p, seed, ctx.scale
-    )
-    return *grads, None, None, None, None
-
-
-torch.library.register_autograd("vattn::node_sparse_attention", _backward, setup_context=_setup_context, lib=library)

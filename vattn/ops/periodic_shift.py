@@ -8,13 +8,11 @@ LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Vid
 on the periodic shift.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, empty_rows, library, runs_reference
+from vattn._library import empty_rows, runs_reference
+from vattn._operator import Operator
 
 
 def periodic_shift(x: Tensor, fold_div: int) -> Tensor:
@@ -51,32 +49,16 @@ def periodic_shift(x: Tensor, fold_div: int) -> Tensor:
     _checks.tensor(op, "x", x)
     _checks.rank(op, "x", x, "(B, H, T, N, D)")
     _checks.integer(op, "fold_div", fold_div, least=1)
-    if runs_reference(x):
+    if runs_reference(x, op):
         return reference.periodic_shift(x, fold_div)
-    return torch.ops.vattn.periodic_shift(x, fold_div, False)
+    return _shift(x, fold_div, False)
 
 
-def _cuda(x: Tensor, fold_div: int, transpose: bool) -> Tensor:
-    from vattn.kernels import periodic_shift as kernels
-
-    return kernels.forward(x, fold_div, transpose)
-
-
-# The map is linear: its backward is its transpose, which is the same operator with the directions exchanged.
-define("periodic_shift(Tensor x, int fold_div, bool transpose) -> Tensor", cuda=_cuda, autocast=1)
-
-
-@torch.library.register_fake("vattn::periodic_shift", lib=library)
-def _fake(x: Tensor, fold_div: int, transpose: bool) -> Tensor:
-    return empty_rows(x)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
-    _, ctx.fold_div, ctx.transpose = inputs
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.vattn.periodic_shift(grad, ctx.fold_div, not ctx.transpose), None, None
-
-
-torch.library.register_autograd("vattn::periodic_shift", _backward, setup_context=_setup_context, lib=library)
+# The map is linear: its tangent is itself, and its backward its transpose, the same with the directions exchanged.
+_shift: Operator = Operator(
+    "periodic_shift(Tensor x, int fold_div, bool transpose) -> Tensor out",
+    fake=lambda x, fold_div, transpose: empty_rows(x),
+    backward=lambda args, results, grads: {"x": _shift(grads[0], args["fold_div"], not args["transpose"])},
+    jvp=lambda args, results, tangents: (_shift(tangents["x"], args["fold_div"], args["transpose"]),),
+    autocast=("x",),
+)

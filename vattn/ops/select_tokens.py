@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, library, runs_reference
+from vattn._library import runs_reference
+from vattn._operator import Operator
 
 
 def select_tokens(
@@ -75,9 +76,7 @@ def select_tokens(
     importance = importance.detach()
     if runs_reference(tokens, op) or importance.dtype == torch.float64:
         return reference.select_tokens(tokens, importance, keep, positions=positions, num_global=num_global)
-    kept_tokens, kept_positions, _ = torch.ops.vattn.select_tokens(
-        tokens, importance.float(), keep, positions, num_global
-    )
+    kept_tokens, kept_positions, _ = _select(tokens, importance.float(), keep, positions, num_global)
     return kept_tokens, kept_positions
 
 
@@ -95,30 +94,6 @@ def _count(op: str, keep: Any, length: int) -> int:
     return keep
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from vattn.kernels import select_tokens as kernels
-
-    return kernels.forward(*args)
-
-
-def _cuda_backward(*args: Any) -> Tensor:
-    from vattn.kernels import select_tokens as kernels
-
-    return kernels.backward(*args)
-
-
-define(
-    "select_tokens(Tensor tokens, Tensor importance, SymInt keep, Tensor? positions, SymInt num_global) "
-    "-> (Tensor kept_tokens, Tensor kept_positions, Tensor kept_index)",
-    cuda=_cuda,
-)
-define(
-    "select_tokens_backward(Tensor grad_kept, Tensor kept_index, SymInt num_tokens, SymInt num_global) -> Tensor",
-    cuda=_cuda_backward,
-)
-
-
-@torch.library.register_fake("vattn::select_tokens", lib=library)
 def _fake(
     tokens: Tensor, importance: Tensor, keep: int, positions: Tensor | None, num_global: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,36 +102,41 @@ def _fake(
     return tokens.new_empty(B, num_global + keep, C), kept, torch.empty_like(kept)
 
 
-@torch.library.register_fake("vattn::select_tokens_backward", lib=library)
 def _fake_backward(grad_kept: Tensor, kept_index: Tensor, num_tokens: int, num_global: int) -> Tensor:
     return grad_kept.new_empty(grad_kept.shape[0], num_global + num_tokens, grad_kept.shape[2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, importance, _, _, ctx.num_global = inputs
-    ctx.num_tokens = importance.shape[1]
-    ctx.save_for_backward(output[2])
+def _gather(tokens: Tensor | None, kept_index: Tensor, num_global: int) -> Tensor | None:
+    if tokens is None:
+        return None
+    rows = (num_global + kept_index)[..., None].expand(-1, -1, tokens.shape[2])
+    return torch.cat([tokens[:, :num_global], tokens.gather(1, rows)], 1)
 
 
-def _backward(ctx: Any, grad_kept: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    (kept_index,) = ctx.saved_tensors
-    grad = torch.ops.vattn.select_tokens_backward(grad_kept, kept_index, ctx.num_tokens, ctx.num_global)
-    return grad, None, None, None, None
+def _backward(args: dict[str, Any], results: list[Any], grads: list[Any]) -> dict[str, Any]:
+    if grads[0] is None:
+        return {}
+    return {"tokens": _put_back(grads[0], results[2], args["importance"].shape[1], args["num_global"])}
 
 
-def _setup_context_of_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, kept_index, _, ctx.num_global = inputs
-    ctx.save_for_backward(kept_index)
-
-
-def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The selection is linear in the tokens: its adjoint's adjoint is itself, at the same indices."""
-    (kept_index,) = ctx.saved_tensors
-    rows = (ctx.num_global + kept_index)[..., None].expand(-1, -1, grad.shape[2])
-    return torch.cat([grad[:, : ctx.num_global], grad.gather(1, rows)], 1), None, None, None
-
-
-torch.library.register_autograd("vattn::select_tokens", _backward, setup_context=_setup_context, lib=library)
-torch.library.register_autograd(
-    "vattn::select_tokens_backward", _backward_of_backward, setup_context=_setup_context_of_backward, lib=library
+# The selection is linear in the tokens: the tangent of the kept ones is that of those, at the same indices, and the
+# backward puts gradients back there.
+_put_back: Operator = Operator(
+    "select_tokens_backward(Tensor grad_kept, Tensor kept_index, SymInt num_tokens, SymInt num_global) "
+    "-> Tensor grad_tokens",
+    fake=_fake_backward,
+    launch="select_tokens.backward",
+    backward=lambda args, results, grads: {"grad_kept": _gather(grads[0], args["kept_index"], args["num_global"])},
+    jvp=lambda args, results, tangents: (_put_back(tangents["grad_kept"], *list(args.values())[1:]),),
+    keeps=("kept_index",),
+    public=False,
+)
+_select = Operator(
+    "select_tokens(Tensor tokens, Tensor importance, SymInt keep, Tensor? positions, SymInt num_global) "
+    "-> (Tensor kept_tokens, Tensor kept_positions, Tensor kept_index)",
+    fake=_fake,
+    backward=_backward,
+    jvp=lambda args, results, tangents: (_gather(tangents["tokens"], results[2], args["num_global"]), None, None),
+    keeps=("importance", "kept_index"),
+    constant=("kept_positions", "kept_index"),
 )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import define, library, runs_reference
+from vattn._library import runs_reference
+from vattn._operator import Operator
 from vattn.position_bias import RelativePositionBias3D, check_bias
 
 
@@ -82,7 +83,7 @@ def token_importance(
         )
     table = None if position_bias is None else position_bias.table.detach().float()
     window = [] if position_bias is None else position_bias.window
-    return torch.ops.vattn.token_importance(query, key, table, window, num_global, positions, key_lengths, scale)
+    return _importance(query, key, table, window, num_global, positions, key_lengths, scale)
 
 
 def _check_self_attention(
@@ -101,20 +102,16 @@ def _check_self_attention(
     return num_global
 
 
-def _cuda(*args: Any) -> Tensor:
-    from vattn.kernels import token_importance as kernels
-
-    return kernels.forward(*args)
+def _flops(query: Tensor, key: Tensor, **others: Any) -> int:
+    return 2 * 2 * query.numel() * key.shape[2]  # scores for the sums of their powers, and again for the weights
 
 
-define(
+_importance = Operator(
     "token_importance(Tensor query, Tensor key, Tensor? bias_table, int[] window, int num_global, Tensor? positions, "
-    "Tensor? key_lengths, float scale) -> Tensor",
-    cuda=_cuda,
-    autocast=2,
+    "Tensor? key_lengths, float scale) -> Tensor importance",
+    fake=lambda query, key, *others: query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32),
+    constant=("importance",),
+    autocast=("query", "key"),
+    shared=("bias_table",),
+    flops=_flops,
 )
-
-
-@torch.library.register_fake("vattn::token_importance", lib=library)
-def _fake(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)

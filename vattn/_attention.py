@@ -1,0 +1,127 @@
+"""An attention operator from one definition: the schema of its forward, and how many tokens meet.
+
+Its kernels are three ops, whose schemas follow from the first::
+
+    <op>(*inputs, *settings) -> (out, lse, ...)
+    <op>_backward(grad_out, grad_lse, *inputs, out, lse, *settings) -> (the gradient of each input)
+    <op>_jvp(the tangent of each input, *inputs, out, lse, *settings) -> (out_tangent, lse_tangent)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vattn._library import empty_rows
+from vattn._operator import Operator, declared
+
+
+class Attention(Operator):
+    """An operator whose results are out and lse, with its backward and its tangent.
+
+    Args:
+        schema: of the forward. Its first arguments are `inputs`; one that is optional may stand among the settings.
+        inputs: the arguments that have a gradient.
+        forward_only: settings that the other two ops do not take.
+        pairs: of the arguments, by their names: how many pairs of a query and a key meet. In a product of matrices, a
+            pair takes a multiplication and an addition for each channel. The forward has two products, the others five.
+        fake: as for :class:`Operator`, if not that of rows.
+        like: of the name and the value of an input, or of out: an empty tensor for its gradient, or its tangent.
+        settings: as for :class:`Operator`.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        inputs: Sequence[str] = ("query", "key", "value"),
+        forward_only: Sequence[str] = (),
+        pairs: Callable[..., int] | None = None,
+        fake: Callable[..., Any] | None = None,
+        like: Callable[[str, Tensor], Tensor] | None = None,
+        autocast: Sequence[str] = (),
+        shared: Sequence[str] = (),
+        **settings: Any,
+    ) -> None:
+        name = schema.split("(")[0]
+        kinds, results = (declared(part) for part in schema.split(" -> "))
+        self._inputs, self._optional = inputs, [x for x in inputs if kinds[x] == "Tensor?"]
+        self._leading = [x for x in kinds if x in inputs and x not in self._optional]
+        self._rest = [x for x in kinds if x not in self._leading and x not in forward_only]
+        self._pairs, self._empty = pairs, like or _like_rows
+        super().__init__(
+            schema, fake=fake or _fake, backward=self._backward, jvp=self._jvp, keeps=[*kinds, "out", "lse"],
+            constant=list(results)[2:], flops=self._flops(products=2), autocast=autocast, shared=[*shared, "seed"],
+            **settings,
+        )  # fmt: skip
+
+        grads = {x: f"grad_{x}" for x in inputs}
+        tangents = {x: f"{x[:-1]}_tangents" if kinds[x] == "Tensor[]" else f"{x}_tangent" for x in inputs}
+        of_optional = [names[x] for names in (grads, tangents) for x in self._optional]
+        derived: dict[str, Any] = settings | {
+            "flops": self._flops(products=5), "shared": [*shared, "seed", *of_optional], "public": False,
+        }  # fmt: skip
+        primals = [f"{kinds[x]} {x}" for x in self._leading] + ["Tensor out", "Tensor lse"]
+        primals += [f"{kinds[x]} {x}" for x in self._rest]
+        taken = ", ".join(["Tensor grad_out", "Tensor? grad_lse", *primals])
+        given = ", ".join(f"{kinds[x].removesuffix('?')} {grad}" for x, grad in grads.items())
+        self.backward_op = Operator(
+            f"{name}_backward({taken}) -> ({given})",
+            fake=self._fake_backward, launch=f"{name}.backward", **derived,
+        )  # fmt: skip
+        taken = ", ".join([f"{kinds[x]} {tangent}" for x, tangent in tangents.items()] + primals)
+        self.jvp_op = Operator(
+            f"{name}_jvp({taken}) -> (Tensor out_tangent, Tensor lse_tangent)",
+            fake=self._fake_jvp, launch=f"{name}.jvp", **derived,
+        )  # fmt: skip
+
+    def _primals(self, args: dict[str, Any], results: Sequence[Any]) -> list[Any]:
+        return [*(args[x] for x in self._leading), *results[:2], *(args[x] for x in self._rest)]
+
+    def _backward(self, args: dict[str, Any], results: Sequence[Any], grads: Sequence[Any]) -> dict[str, Any]:
+        grad_out = _zeros(results[0]) if grads[0] is None else grads[0]
+        found = self.backward_op(grad_out, grads[1], *self._primals(args, results))
+        return {x: grad for x, grad in zip(self._inputs, found, strict=True) if args[x] is not None}
+
+    def _jvp(self, args: dict[str, Any], results: Sequence[Any], tangents: dict[str, Any]) -> list[Any]:
+        along = [tangents[x] if x in self._optional else _or_zeros(tangents[x], args[x]) for x in self._inputs]
+        return [*self.jvp_op(*along, *self._primals(args, results)), *[None] * len(self.constant)]
+
+    def _flops(self, products: int) -> Callable[..., int] | None:
+        if self._pairs is None:
+            return None
+        count, first = self._pairs, self._leading[0]
+        return lambda **args: 2 * products * count(**args) * args[first].shape[-1]
+
+    def _fake_backward(self, *args: Any) -> tuple[Any, ...]:
+        by_name = dict(zip(self.backward_op.arguments, args, strict=True))
+        nothing = by_name["out"].new_empty(0, dtype=torch.float32)
+        return tuple(nothing if by_name[x] is None else self._like(x, by_name[x]) for x in self._inputs)
+
+    def _fake_jvp(self, *args: Any) -> tuple[Tensor, Tensor]:
+        by_name = dict(zip(self.jvp_op.arguments, args, strict=True))
+        return self._like("out", by_name["out"]), by_name["lse"].new_empty(by_name["lse"].shape)
+
+    def _like(self, name: str, x: Any) -> Any:
+        return self._empty(name, x) if isinstance(x, Tensor) else [self._empty(name, y) for y in x]
+
+
+def _fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _like_rows(name: str, x: Tensor) -> Tensor:
+    """As :func:`empty_rows` of rows (B, H, ..., D); as it lies, of what has fewer axes."""
+    return empty_rows(x) if x.dim() > 3 else torch.empty_like(x)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros of the shape of `like`, in the memory of one row."""
+    return like.new_zeros(like.shape[-1:]).expand(like.shape)
+
+
+def _or_zeros(tangent: Any, primal: Any) -> Any:
+    if isinstance(primal, Tensor):
+        return _zeros(primal) if tangent is None else tangent
+    return [_or_zeros(*each) for each in zip(tangent, primal, strict=True)]
