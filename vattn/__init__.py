@@ -13,35 +13,11 @@ _root = pathlib.Path(__file__).resolve().parent
 if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "flash.py").is_file():
     __path__.append(str(_root.parent))
 
-from vattn import nn, reference
+from vattn import nn, ops, reference
 from vattn._version import __version__
 from vattn.layout import BlockLayout
-from vattn.ops.axial_attention import axial_attention
-from vattn.ops.edge_sparse_attention import edge_sparse_attention
-from vattn.ops.latent_attention import latent_attention
-from vattn.ops.leap_attention import leap_attention
-from vattn.ops.merge_attention import merge_attention
-from vattn.ops.nearest_code import nearest_code
-from vattn.ops.node_sparse_attention import node_sparse_attention
-from vattn.ops.periodic_shift import periodic_shift
-from vattn.ops.select_tokens import select_tokens
-from vattn.ops.token_importance import token_importance
+from vattn.ops import *  # noqa: F403
 from vattn.position_bias import RelativePositionBias3D
 
-__all__ = [
-    "BlockLayout",
-    "RelativePositionBias3D",
-    "__version__",
-    "axial_attention",
-    "edge_sparse_attention",
-    "latent_attention",
-    "leap_attention",
-    "merge_attention",
-    "nearest_code",
-    "nn",
-    "node_sparse_attention",
-    "periodic_shift",
-    "reference",
-    "select_tokens",
-    "token_importance",
-]
+__all__ = ["BlockLayout", "RelativePositionBias3D", "__version__", "nn", "reference"]
+__all__ += ops.__all__

@@ -44,11 +44,7 @@ def collect() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "operators": {
-            name: {device: _runs(name, device) for device in DEVICES}
-            for name in vattn.__all__
-            if hasattr(torch.ops.vattn, name)
-        },
+        "operators": {name: {device: _runs(name, device) for device in DEVICES} for name in vattn.ops.OPERATORS},
     }
 
 

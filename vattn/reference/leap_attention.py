@@ -42,19 +42,23 @@ def leap_attention(
     scale = D**-0.5 if scale is None else scale
     if dropout_p > 0 and seed is None:
         seed = random_seed(query.device)
-    out = query.new_empty(B, T, N, H, D).permute(0, 3, 1, 2, 4)
-    lse = query.new_empty(B, H, T, N, dtype=torch.promote_types(query.dtype, torch.float32))
     bh = torch.arange(B * H, device=query.device).view(B, H, 1, 1)
     tokens = torch.arange(T * N, device=query.device).view(T, N)
-    for frames in leap_groups(T, leap, group_size):
+    groups = leap_groups(T, leap, group_size)
+    outs = [query[:, :, :0]]
+    lses = [outs[0].sum(-1, dtype=torch.promote_types(query.dtype, torch.float32))]
+    for frames in groups:
         keep = None
         if seed is not None:
             members = tokens[frames].flatten()
             keep = dropout_keep(seed, bh, members[:, None], members, dropout_p)
         q, k, v = (x[:, :, frames].flatten(2, 3) for x in (query, key, value))
         o, group_lse = attention(q, k, v, scale=scale, keep=keep, dropout_p=dropout_p)
-        out[:, :, frames] = o.unflatten(2, (len(frames), N))
-        lse[:, :, frames] = group_lse.unflatten(2, (len(frames), N))
+        outs.append(o.unflatten(2, (len(frames), N)))
+        lses.append(group_lse.unflatten(2, (len(frames), N)))
+    place = torch.tensor([t for frames in groups for t in frames], dtype=torch.int64, device=query.device).argsort()
+    out, lse = (torch.cat(parts, 2)[:, :, place] for parts in (outs, lses))
+    out = out.movedim(1, -2).contiguous().movedim(-2, 1)
     if fold_div > 0:
         out = periodic_shift(out, fold_div)
     return (out, lse) if return_lse else out
