@@ -4,6 +4,8 @@ What has no derivative raises; nothing gives a silent zero.
 """
 
 import contextlib
+import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -410,3 +412,21 @@ def test_functional_call_of_an_ensemble():
         parameters = {name: p.detach() for name, p in model.named_parameters()}
         for name, g in grad(loss)(parameters, x).items():
             torch.testing.assert_close(together[name][i], g, rtol=1e-4, atol=1e-6)
+
+
+def test_meanflow_of_the_documents():
+    """The loss and the gradients of every parameter, in float32 by the kernels and in float64 by the reference."""
+    page = pathlib.Path(__file__).parents[1] / "docs" / "derivatives.md"
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[0], names)
+    model = names["LeapFlow"](channels=3, num_frames=4)
+    x, e = torch.randn(2, 2, 4, 9, 3)
+    r, t = torch.rand(2, 2).sort(0).values
+    losses, grads = [], []
+    for dtype in (torch.float32, torch.float64):
+        model = model.to(dtype)
+        losses.append(names["meanflow_loss"](model, *(y.to(dtype) for y in (x, e, r, t))))
+        grads.append(torch.autograd.grad(losses[-1], list(model.parameters())))
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=1e-6)
+    for actual, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(actual.double(), truth, rtol=1e-3, atol=1e-5)

@@ -13,8 +13,12 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 import vattn
+from benchmarks.registry import load_operator, operator_names
 from tests.calls import DIFFERENTIABLE, OPERATORS, WITH_LSE, as_tuple, calls, parts, video
 from tests.utils import assert_within_budget, magnitude
 from vattn import _library, reference
@@ -76,35 +80,73 @@ def test_float64_and_kernels_agree(op):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
+class Recorded(TorchDispatchMode):
+    """The calls of our ops, as the dispatcher sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vattn":
+            self.calls[func] = args
+        return func(*args, **(kwargs or {}))
+
+
 @needs_kernels
-def test_opcheck():
-    seed = torch.tensor([7])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_opcheck(op):
+    """Of the forward, the backward and the tangent, with the arguments that the public function gives them."""
+    function, tensors = calls(torch.float32)[op]
+    plain = [x.detach() for x in tensors]
+    with Recorded() as recorded:
+        results = [x for x in as_tuple(function(*tensors)) if x.requires_grad]
+        if op in DIFFERENTIABLE:
+            torch.autograd.grad(results, tensors, [torch.randn_like(x) for x in results])
+            torch.func.jvp(function, tuple(plain), tuple(plain))
+    assert len(recorded.calls) == (1 if op not in DIFFERENTIABLE else 3 if op in WITH_LSE else len(recorded.calls))
+    for overload, args in recorded.calls.items():
+
+        def leaf(x: Any, forward: bool = overload is vattn.ops.OPERATORS[op].op) -> Any:
+            return x.detach().requires_grad_(forward and x.is_floating_point()) if isinstance(x, Tensor) else x
+
+        torch.library.opcheck(overload, tree_map(leaf, args))
+
+
+@needs_kernels
+def test_opcheck_with_dropout():
     q, k, v = video(1, 2, 5, 3, 6)
-    out, lse = (x.detach() for x in torch.ops.vattn.leap_attention(q, k, v, 2, 2, 3, 0.2, seed, 0.5))
-    outs, lses = parts(4, 6)
-    merged = [x.detach() for x in torch.ops.vattn.merge_attention(outs, lses)]
-    plain, plain_lses = [x.detach() for x in outs], [x.detach() for x in lses]
-    primals = [x.detach() for x in (q, k, v)]
-    lines = video(1, 2, 2, 3, 2, 6)
-    plain_lines = [x.detach() for x in lines]
-    out_lines, lse_lines = torch.ops.vattn.axial_attention(*plain_lines, 0.2, seed, 0.5)
-    for op, args in [
-        ("axial_attention", (*lines, 0.2, seed, 0.5)),
-        ("axial_attention_backward", (out_lines, None, *plain_lines, out_lines, lse_lines, 0.2, seed, 0.5)),
-        ("axial_attention_jvp", (*plain_lines[::-1], *plain_lines, out_lines, lse_lines, 0.2, seed, 0.5)),
-        ("leap_attention", (q, k, v, 2, 2, 3, 0.2, seed, 0.5)),
-        ("leap_attention", (q, k, v, 1, 5, 0, 0.0, None, 0.5)),
-        ("leap_attention_backward", (out, lse, *primals, out, lse, 2, 2, 3, 0.2, seed, 0.5)),
-        ("leap_attention_backward", (out, None, *primals, out, lse, 2, 2, 3, 0.2, seed, 0.5)),
-        ("leap_attention_jvp", (*primals[::-1], *primals, out, lse, 2, 2, 3, 0.2, seed, 0.5)),
-        ("periodic_shift", (q, 3, False)),
-        ("periodic_shift", (q, 3, True)),
-        ("merge_attention", (outs, lses)),
-        ("merge_attention_backward", (merged[0], merged[1], plain, plain_lses, *merged)),
-        ("merge_attention_backward", (merged[0], None, plain, plain_lses, *merged)),
-        ("merge_attention_jvp", (plain[::-1], plain_lses[::-1], plain, plain_lses, *merged)),
-    ]:
-        torch.library.opcheck(getattr(torch.ops.vattn, op).default, args)
+    torch.library.opcheck(torch.ops.vattn.leap_attention.default, (q, k, v, 2, 2, 3, 0.2, torch.tensor([7]), 0.5))
+    torch.library.opcheck(torch.ops.vattn.leap_attention.default, (q, k, v, 1, 5, 0, 0.0, None, 0.5))
+
+
+@needs_kernels
+def test_floating_point_operations():
+    """Products of matrices: two in the forward, five in the backward and in the tangent."""
+    q, k, v = video(2, 3, 6, 5, 8)  # groups of frames 0 2, 1 3, 4, 5
+    pairs = 2 * 3 * (4 + 4 + 1 + 1) * 5 * 5
+    with FlopCounterMode(display=False) as counter:
+        out = vattn.leap_attention(q, k, v, 2)
+        assert counter.get_total_flops() == 2 * 2 * pairs * 8
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * 7 * pairs * 8
+    plain = [x.detach() for x in (q, k, v)]
+    with FlopCounterMode(display=False) as counter:
+        torch.func.jvp(lambda *x: vattn.leap_attention(*x, 2), tuple(plain), tuple(plain))
+    assert counter.get_total_flops() == 2 * 7 * pairs * 8
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", operator_names())
+def test_floating_point_operations_of_the_benchmarks(name):
+    """What the operator counts is what the benchmark divides by."""
+    operator = load_operator(name)
+    case = operator.cases["quick"][0]
+    provider = next(x for x in operator.providers if x.role == "vattn")
+    run, leaves = provider.build(case, torch.device("cpu")), [torch.randn(shape) for shape in case.leaf_shapes]
+    with FlopCounterMode(display=False) as counter:
+        run(*leaves)
+    assert counter.get_total_flops() == pytest.approx(case.forward_flops, rel=0.01)
 
 
 @needs_kernels

@@ -134,10 +134,10 @@ def same_but_tokens(op: str, query: Tensor, name: str, x: Tensor) -> None:
 
 def in_range(op: str, name: str, x: Tensor, count: int) -> None:
     """All of `x` number one of `count` things. Waits for the device; what is traced, or meta, holds no values."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # such as the samples of vmap: look at all of them
-        x = torch._C._functorch.get_unwrapped(x)
     if torch.compiler.is_compiling() or x.is_meta or x.numel() == 0:
         return
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # such as the samples of vmap: look at all of them
+        x = torch._C._functorch.get_unwrapped(x)
     least, most = (int(value) for value in x.aminmax())
     if least < 0 or most >= count:
         raise ValueError(
