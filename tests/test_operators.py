@@ -114,6 +114,25 @@ def test_opcheck(op):
 
 
 @needs_kernels
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_results_may_be_modified_in_place(op):
+    """As those of PyTorch's attention: residuals are added to them."""
+    function, tensors = calls(torch.float32)[op]
+    grad = torch.randn_like(as_tuple(function(*tensors))[0])
+    expected = torch.autograd.grad(as_tuple(function(*tensors))[0] * 3, tensors, grad, materialize_grads=True)
+    out = as_tuple(function(*tensors))[0]
+    out += 1
+    assert out.grad_fn is not None and out._version == 1
+    if op in WITH_LSE:  # their backward reads out
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+        return
+    out *= 3
+    for x, y in zip(torch.autograd.grad(out, tensors, grad, materialize_grads=True), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_kernels
 def test_opcheck_with_dropout():
     q, k, v = video(1, 2, 5, 3, 6)
     torch.library.opcheck(torch.ops.vattn.leap_attention.default, (q, k, v, 2, 2, 3, 0.2, torch.tensor([7]), 0.5))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -117,8 +118,8 @@ class Operator:
         return self.name.removesuffix("_backward").removesuffix("_jvp")
 
     def run(self, *args: Any) -> Any:
-        """The kernel, without derivatives."""
-        with torch._C._AutoDispatchBelowAutograd():
+        """The kernel, without derivatives. Its results are no views, whatever it does to lay them out."""
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return self.op(*args)
 
     def _differentiate(self, *args: Any) -> Any:
@@ -133,8 +134,8 @@ class Operator:
             or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         ):
             return self.run(*args)
-        sizes = self.sizes(args)
-        results = nested(self.results, _Differentiable.apply(self, sizes, *self.flat(args)), sizes)
+        sizes = self.sizes(args) if self._has_lists else ()
+        results = nested(self.results, _apply(self, sizes, *self.flat(args)), sizes)
         return results[0] if len(results) == 1 else tuple(results)
 
     def _differentiate_op(self, *args: Any) -> Any:
@@ -173,13 +174,13 @@ class _Differentiable(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, ctx.sizes, *flat = inputs
         ctx.others = [None if isinstance(x, Tensor) else x for x in flat]
-        arguments = zip(_flat_names(ctx.op.arguments, ctx.sizes), flat, strict=True)
-        results = list(zip(_flat_names(ctx.op.results, ctx.sizes), output, strict=True))
-        kept = [x if isinstance(x, Tensor) and name in ctx.op.keeps else None for name, x in [*arguments, *results]]
+        keeps = _flags(ctx.op, ctx.sizes)
+        kept = [x if keep and isinstance(x, Tensor) else None for keep, x in zip(keeps, [*flat, *output], strict=True)]
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
-        if constant := [x for name, x in results if name in ctx.op.constant]:
-            ctx.mark_non_differentiable(*constant)
+        if ctx.op.constant:
+            results = zip(_flat_names(ctx.op.results, ctx.sizes), output, strict=True)
+            ctx.mark_non_differentiable(*(x for name, x in results if name in ctx.op.constant))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -210,6 +211,13 @@ class _Differentiable(torch.autograd.Function):
         return flat_results, tuple(y for x in out_dims for y in (x if isinstance(x, list) else [x]))
 
 
+def _apply(*args: Any) -> tuple[Tensor, ...]:
+    """``_Differentiable.apply``, which inspects the signature of `forward` in every call: for a third of its time."""
+    if torch._C._are_functorch_transforms_active():
+        return _Differentiable.apply(*args)
+    return super(torch.autograd.Function, _Differentiable).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
 def nested(kinds: Mapping[str, str], flat: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
     """The values of arguments or results of these `kinds`, with lists of `sizes` where a kind is ``Tensor[]``."""
     if "Tensor[]" not in kinds.values():
@@ -223,6 +231,12 @@ def nested(kinds: Mapping[str, str], flat: Sequence[Any], sizes: Sequence[int]) 
 def _flat_names(kinds: Mapping[str, str], sizes: Sequence[int]) -> list[str]:
     left = iter(sizes)
     return [name for name, kind in kinds.items() for _ in range(next(left) if kind == "Tensor[]" else 1)]
+
+
+@functools.cache
+def _flags(op: Operator, sizes: tuple[int, ...]) -> list[bool]:
+    """Which of the flat arguments and results are kept for derivatives."""
+    return [name in op.keeps for kinds in (op.arguments, op.results) for name in _flat_names(kinds, sizes)]
 
 
 def _kept(ctx: Any) -> tuple[dict[str, Any], list[Any]]:
