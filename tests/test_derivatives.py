@@ -87,7 +87,7 @@ def test_grad_and_vjp(op):
     problem.check(lambda f, x: grad(loss_of(f), problem.places)(*x), problem.tensors)
 
     def pulled_back(function: Function, x: Sequence[Tensor]) -> Any:
-        out, pull = vjp(lambda *y: tuple(differentiable(function(*y))), *x)
+        out, pull, *_ = vjp(lambda *y: tuple(differentiable(function(*y))), *x)
         return out, pull(tree_map(torch.cos, out))
 
     problem.check(pulled_back, problem.tensors)
@@ -199,7 +199,7 @@ def test_reverse_mode_over_a_detached_tangent(op):
         def model(*y: Tensor) -> tuple[Tensor, ...]:
             return tuple(differentiable(function(*(w * z for w, z in zip(weights, y, strict=True)))))
 
-        out, along = jvp(model, tuple(x), tuple(dx))
+        out, along, *_ = jvp(model, tuple(x), tuple(dx))
         loss = torch.stack([(a - b.detach()).square().sum().double() for a, b in zip(out, along, strict=True)]).sum()
         return torch.autograd.grad(loss, weights)
 
@@ -210,7 +210,7 @@ def test_reverse_mode_over_a_detached_tangent(op):
             def model(*y: Tensor) -> tuple[Tensor, ...]:
                 return tuple(differentiable(function(*(w * z for w, z in zip(weights, y, strict=True)))))
 
-            out, along = jvp(model, tuple(x), tuple(dx))
+            out, along, *_ = jvp(model, tuple(x), tuple(dx))
             terms = [(a - b.detach()).square().sum().double() for a, b in zip(out, along, strict=True)]
             return torch.stack(terms).sum()
 
@@ -267,7 +267,7 @@ def test_ops_called_directly(op):
     called: list[tuple[Any, tuple[Any, ...]]] = []
     operator = vattn.ops.OPERATORS[op]
     run = operator.run
-    operator.run = lambda *args: called.append((operator.op, args)) or run(*args)  # type: ignore
+    operator.run = lambda *args: called.append((operator.op, args)) or run(*args)
     try:
         problem.function(*problem.tensors)
     finally:
@@ -350,8 +350,9 @@ def test_randomness_of_vmap():
     """As of PyTorch's own dropout: an error unless it is said what to draw."""
     x = torch.randn(3, 3, 1, 2, 4, 5, 8)
 
-    def drop(x: Tensor) -> Tensor:
-        return vattn.leap_attention(*x, 1, dropout_p=0.5)
+    def drop(x: Tensor) -> Any:
+        q, k, v = x
+        return vattn.leap_attention(q, k, v, 1, dropout_p=0.5)
 
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(drop)(x)
@@ -369,7 +370,7 @@ def test_what_samples_share_may_differ_under_vmap():
     positions = torch.stack([torch.randperm(8)[:5] for _ in range(3)])
     tables = torch.randn(3, *bias.table.shape)
 
-    def attend(table: Tensor, q: Tensor, positions: Tensor) -> Tensor:
+    def attend(table: Tensor, q: Tensor, positions: Tensor) -> Any:
         call = {"position_bias": bias, "positions": positions}
         with torch.nn.utils.stateless._reparametrize_module(bias, {"table": table}):
             return vattn.edge_sparse_attention(q, q, q, layout, **call)
@@ -400,7 +401,7 @@ def test_autocast(dtype):
 def test_functional_call_of_an_ensemble():
     """Parameters of several models, stacked; gradients of each."""
     models = [vattn.nn.LatentAttention(8, 2) for _ in range(3)]
-    stacked, _ = torch.func.stack_module_state(models)  # type: ignore[arg-type]
+    stacked, _ = torch.func.stack_module_state(models)
     x, y = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:

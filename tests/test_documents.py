@@ -1,12 +1,9 @@
-"""The programs in the documents run, and every operator is documented."""
+"""The programs in the documents run, and their links lead somewhere."""
 
 import pathlib
 import re
 
 import pytest
-import torch
-
-import vattn
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -17,13 +14,6 @@ def test_programs_run(path):
     names = {}
     for program in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
         exec(compile(program, path.name, "exec"), names)
-
-
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs" / "operators.md"], ids=lambda p: p.name)
-def test_every_operator_is_documented(path):
-    operators = [name for name in vattn.__all__ if hasattr(torch.ops.vattn, name)]
-    assert operators
-    assert [name for name in operators if name not in path.read_text()] == []
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.name)

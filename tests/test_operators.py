@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vattn
 from benchmarks.registry import load_operator, operator_names
-from tests.calls import DIFFERENTIABLE, OPERATORS, WITH_LSE, as_tuple, calls, parts, video
+from tests.calls import DIFFERENTIABLE, OPERATORS, WITH_LSE, as_tuple, calls, leaves
 from tests.utils import assert_within_budget, magnitude
 from vattn import _library, reference
 
@@ -32,10 +32,9 @@ def _seed():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-def test_every_public_operator_is_here(op):
-    assert set(OPERATORS) == {name for name in vattn.__all__ if hasattr(torch.ops.vattn, name)}
-    assert hasattr(reference, op)
+def video(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Query, key and value (B, H, T, N, D) that require gradients."""
+    return leaves(*[shape] * 3, dtype=dtype)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
@@ -54,7 +53,7 @@ def test_gradcheck_with_dropout():
 
 
 def test_gradcheck_of_parts_without_keys():
-    outs, lses = parts(4, 3, count=2, dtype=torch.float64)
+    outs, lses = (leaves(*[shape] * 2, dtype=torch.float64) for shape in ((4, 3), (4,)))
     with torch.no_grad():
         lses[0][:2] = -torch.inf
         lses[1][1:3] = -torch.inf

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.kernels.checks import check, check_jvp, run, run_jvp
-from tests.kernels.operators import AXIAL, CPP_TILE
+from tests.kernels.sizes import CPP_TILE
+from tests.operators.axial_attention import OPERATOR as AXIAL
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.kernels.attention_operators import SEED, Attention
+from tests.kernels.attention import SEED, Attention
 from tests.kernels.checks import assert_right, assert_same_bits, check, poisoned, run
 from tests.kernels.operators import OPERATORS, over
 from tests.kernels.strides import STRIDES, STRIDES_OF_GRADIENTS, restrided

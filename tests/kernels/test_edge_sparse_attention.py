@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from tests.kernels.attention_operators import TOKENS, WINDOW
 from tests.kernels.backends import BACKENDS
 from tests.kernels.checks import assert_same_bits, check, check_jvp, run
-from tests.kernels.operators import BLOCK_K, BLOCK_Q, EDGES, LONG_EDGES
+from tests.kernels.sizes import BLOCK_K, BLOCK_Q, LONG_EDGES
+from tests.operators.edge_sparse_attention import OPERATOR as EDGES
+from tests.operators.edge_sparse_attention import TOKENS, WINDOW
 from vattn.kernels import configs
 
 SOME = [[0, 2], [1, 3, 0], [3], [2, 2, 1]]  # of four blocks, the last of which may be short

@@ -8,7 +8,8 @@ import torch
 import triton
 
 from tests.kernels.checks import assert_same_bits, check, check_jvp, run, run_jvp
-from tests.kernels.operators import BLOCK_K, DECODE_K, DECODE_Q, LATENT, LONG, WALK
+from tests.kernels.sizes import BLOCK_K, DECODE_K, DECODE_Q, LONG, WALK
+from tests.operators.latent_attention import OPERATOR as LATENT
 from tests.utils import MAP_NORESERVE
 from vattn.kernels import configs
 

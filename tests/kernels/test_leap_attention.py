@@ -3,7 +3,7 @@
 import pytest
 
 from tests.kernels.checks import check, check_jvp
-from tests.kernels.operators import LEAP
+from tests.operators.leap_attention import OPERATOR as LEAP
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.checks import assert_same_bits, check, check_jvp, run, run_jvp
-from tests.kernels.operators import MERGE
+from tests.operators.merge_attention import OPERATOR as MERGE
 from vattn.kernels.merge_attention import MAX_PARTS
 
 

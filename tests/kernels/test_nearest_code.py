@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.checks import check, run
-from tests.kernels.operators import CODES
+from tests.operators.nearest_code import OPERATOR as CODES
 
 
 def case_of(x, codebook):

@@ -5,7 +5,8 @@ import torch
 
 from tests.kernels.backends import BACKENDS
 from tests.kernels.checks import assert_same_bits, check, check_jvp, run, run_jvp
-from tests.kernels.operators import BLOCK_K, LONG, NODES
+from tests.kernels.sizes import BLOCK_K, LONG
+from tests.operators.node_sparse_attention import OPERATOR as NODES
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.checks import check
-from tests.kernels.operators import SHIFT
+from tests.operators.periodic_shift import OPERATOR as SHIFT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -6,7 +6,7 @@ Truth is forward mode through the reference in float64. The kernels read what fo
 import pytest
 import torch
 
-from tests.kernels.attention_operators import SEED, Attention
+from tests.kernels.attention import SEED, Attention
 from tests.kernels.checks import assert_right_jvp, assert_same_bits, check_jvp, poisoned, run, run_jvp
 from tests.kernels.operators import OPERATORS, over
 from tests.kernels.strides import STRIDES, everywhere, restrided

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from tests.kernels.attention_operators import TOKENS, WINDOW
 from tests.kernels.checks import check, run
-from tests.kernels.operators import BLOCK_Q, IMPORTANCE
+from tests.kernels.sizes import BLOCK_Q
+from tests.operators.edge_sparse_attention import TOKENS, WINDOW
+from tests.operators.token_importance import OPERATOR as IMPORTANCE
 
 
 @pytest.mark.parametrize("num_global", [0, 1, BLOCK_Q + 1])

@@ -1,0 +1,152 @@
+"""Edge-sparse attention: how the tests make its inputs and call it, and which sizes they try."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vattn
+from tests.calls import Call, leaves
+from tests.kernels.attention import Attention, batch_heads, showing
+from tests.kernels.backends import CppLaunchers, Launchers
+from tests.kernels.cases import Case, Sizes, Tensors
+from tests.kernels.sizes import BLOCK_K, BLOCK_Q, LONG_EDGES, around, without
+from tests.layouts import bias_without_table, layout_of
+from tests.utils import magnitude
+from vattn import reference
+from vattn.position_bias import num_offsets
+from vattn.reference.dropout import dropout_keep
+
+WINDOW, TOKENS = (2, 3, 4), 24  # a grid of 24 tokens
+
+
+class EdgeSparseAttention(Attention):
+    name = "edge_sparse_attention"
+    scored = ("query", "key", "table")
+
+    def make(
+        self, device: str, dtype: torch.dtype = torch.float32, *, rows: list[list[int]] | None = None,
+        more: Sequence[list[list[int]]] = (), block_size: int = 5, B: int = 1, H: int = 1, G: int = 1, N: int = 4,
+        D: int = 16, window: tuple[int, ...] = WINDOW, positions: Tensor | None = None, causal: bool = False,
+        deterministic: bool = False, **common: Any,
+    ) -> Case:  # fmt: skip
+        """`rows` are what the blocks of all heads read, or those of the first and `more`. No window means no bias."""
+        lists = [[0]] if rows is None else rows
+        layout = layout_of([*lists, *(row for head in more for row in head)], N, block_size, G, 1 + len(more))
+        shapes = dict.fromkeys(("query", "key", "value"), (B, H, G + N, D))
+        case = self.random(
+            device, dtype, shapes, layout=layout.to(device), window=window, positions=positions, causal=causal,
+            deterministic=deterministic, **common,
+        )  # fmt: skip
+        if not window:
+            return case
+        return case.replace(table=torch.randn(num_offsets(window) + 2 * G + G * G, H, device=device))
+
+    def _call(self, case: Case) -> tuple[list[Tensor | None], list[Any]]:
+        """The tensors but for the table, and the settings of forward and backward."""
+        s, layout = case.settings, case.settings["layout"]
+        transposed = layout.transpose()
+        tensors: list[Tensor | None] = [*case.tensors.values(), None]
+        *tensors, table = tensors[:4]
+        return tensors, [
+            layout.row_offsets, layout.columns, transposed.row_offsets, transposed.columns, layout.block_size,
+            layout.num_global, table, s["window"], s["positions"], s["causal"], s["dropout_p"], s["seed"], s["scale"],
+        ]  # fmt: skip
+
+    def forward(self, launchers: Launchers, case: Case) -> Tensors:
+        tensors, settings = self._call(case)
+        importance = case.settings["layout"].num_global > 0
+        *results, seen = launchers.forward(*tensors, *settings, importance)
+        assert importance or seen.shape == (0,)
+        return dict(zip(self.results, results, strict=True)) | ({"importance": seen} if importance else {})
+
+    def backward(self, launchers: Launchers, case: Case, results: Tensors) -> Tensors:
+        tensors, settings = self._call(case)
+        always = isinstance(launchers, CppLaunchers)  # deterministic
+        *grads, table = launchers.backward(
+            case.grads["out"], case.grads.get("lse"), *tensors, results["out"], results["lse"], *settings,
+            **({} if always else {"deterministic": case.settings["deterministic"]}),
+        )  # fmt: skip
+        if "table" in case.tensors:
+            grads.append(table)
+        else:
+            assert table.shape == (0,)
+        return dict(zip(case.tensors, grads, strict=True))
+
+    def jvp(self, launchers: Launchers, case: Case, results: Tensors, tangents: Tensors) -> Tensors:
+        s, layout = case.settings, case.settings["layout"]
+        of_inputs, inputs = ([x[name] for name in ("query", "key", "value")] for x in (tangents, case.tensors))
+        found = launchers.jvp(
+            *of_inputs, tangents.get("table"), *inputs, results["out"], results["lse"],
+            layout.row_offsets, layout.columns, None, None, layout.block_size, layout.num_global,
+            case.tensors.get("table"), s["window"], s["positions"], s["causal"], s["dropout_p"], s["seed"], s["scale"],
+        )  # fmt: skip
+        return dict(zip(self.results, found, strict=True))
+
+    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
+        taken = {name: settings[name] for name in ("layout", "positions", "causal", "dropout_p", "scale", "seed")}
+        if "table" in tensors:
+            heads, num_global = tensors["query"].shape[1], settings["layout"].num_global
+            bias = taken["position_bias"] = bias_without_table(settings["window"], max(heads, 1), num_global)
+            bias.table = tensors["table"]  # type: ignore[assignment]
+        names = (*self.results, "importance") if settings["layout"].num_global > 0 else self.results
+        found = reference.edge_sparse_attention(
+            tensors["query"], tensors["key"], tensors["value"], **taken, return_lse=True,
+            return_importance="importance" in names,
+        )  # fmt: skip
+        return dict(zip(names, found, strict=True))
+
+    def intermediate(self, case: Case, truth: Tensors, gradients: Tensors) -> dict[str, float]:
+        # Importance, too, is exp(s - lse) of a rounded lse.
+        return {"importance": magnitude(truth["lse"], torch.ones(1)), **super().intermediate(case, truth, gradients)}
+
+    def show_dropout(self, device: str, seed: int) -> tuple[Case, Tensor, Tensor]:
+        """Tokens count from the first global one."""
+        G, N, dropout_p = 2, 30, 0.3
+        case = self.make(
+            device, rows=[[0, 3], [2], [1, 0], [3]], block_size=8, N=N, G=G, H=2, D=G + N, window=(),
+            dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
+        units, tokens = torch.eye(G + N, device=device).expand(1, 2, -1, -1), torch.arange(G + N, device=device)
+        keep = dropout_keep(case.settings["seed"], batch_heads(1, 2, device), tokens[:, None], tokens, dropout_p)
+        keep &= case.settings["layout"].to_mask()
+        return showing(case.replace(value=units), units), keep, keep.mT
+
+
+def ring_of_blocks(block_size: int) -> Sizes:
+    """Every block reads itself and the next one; the last one is short, or there is one and it is larger than all."""
+    tokens = 6 if block_size == 1 else min(2 * block_size - 3, 35)
+    blocks = -(-tokens // block_size)
+    rows = [[i, (i + 1) % blocks] for i in range(blocks)]
+    return {"rows": rows, "block_size": block_size, "N": tokens, "G": 2, "window": (5, 7, 1)}
+
+
+OPERATOR = EdgeSparseAttention(
+    narrow={"a block": {"rows": [[0, 0]], "block_size": 11, "N": 11}},
+    cases={
+        "bias": {"rows": [[0, 1], [1, 1]], "block_size": 7, "N": 13},
+        "plain": {"rows": [[0, 1], [1]], "block_size": 7, "N": 13, "window": ()},
+    },
+    paths={
+        "causal": {"rows": [[1, 0], [1]], "block_size": 7, "N": 13, "B": 2, "causal": True},
+        "global tokens alone": {"rows": [[], []], "block_size": 7, "N": 13, "window": (1, 1, 13)},
+        "splits": {"rows": [[], []], "G": 2, "window": (1, 9, 29), "block_size": LONG_EDGES - 20, "N": LONG_EDGES - 2},
+    },
+    lengths={f"blocks of {size}": ring_of_blocks(size) for size in around(BLOCK_Q, BLOCK_K) if size != 2},
+    strided={"bias": {"B": 2, "H": 2, "rows": [[0], [0]], "block_size": 5, "N": 8}},
+    far={"B": 2, "H": 2, "rows": [[0]], "block_size": 2, "N": 1},
+    empty=without({"rows": [[0]], "N": 4}, "B", "H") | {"no tokens": {"rows": [], "N": 0, "G": 0}},
+    repeatable={"deterministic": True},
+)
+
+
+def call(dtype: torch.dtype) -> Call:
+    layout = layout_of([[0, 2, 2], [], [1, 0]], num_tokens=5, block_size=2, num_global=1)
+    bias = bias_without_table((1, 2, 3), num_heads=2)
+
+    def edges(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Any:
+        bias.table = table  # type: ignore[assignment]
+        return vattn.edge_sparse_attention(query, key, value, layout, position_bias=bias, return_lse=True)
+
+    return Call(edges, leaves((1, 2, 6, 3), (1, 2, 6, 3), (1, 2, 6, 3), (18, 2), dtype=dtype))

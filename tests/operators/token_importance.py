@@ -1,0 +1,61 @@
+"""Token importance: how the tests make its inputs and call it, and which sizes they try."""
+
+import torch
+from torch import Tensor
+
+import vattn
+from tests.calls import Call, leaves
+from tests.kernels.cases import Case, Operator, Sizes, Tensors
+from tests.kernels.sizes import BLOCK_K, BLOCK_Q, LONG, around, one_long, without
+from tests.layouts import bias_without_table
+from tests.utils import magnitude
+from vattn import reference
+from vattn.position_bias import num_offsets
+
+
+class TokenImportance(Operator):
+    name = "token_importance"
+    results = ("importance",)
+    settings = ("table", "window", "num_global", "positions", "key_lengths", "scale")
+    differentiable = False
+
+    def make(
+        self, device: str, dtype: torch.dtype = torch.float32, *, B: int = 1, H: int = 1, queries: int = 2,
+        keys: int = 2, D: int = 16, G: int = 0, window: tuple[int, ...] = (), positions: Tensor | None = None,
+        key_lengths: Tensor | None = None, scale: float | None = None,
+    ) -> Case:  # fmt: skip
+        query, key = (torch.randn(B, H, length, D, device=device).to(dtype) for length in (queries, keys))
+        table = torch.randn(num_offsets(window) + 2 * G + G * G, H, device=device) if window else None
+        scale = D**-0.5 if scale is None else scale
+        settings = {"table": table, "window": window, "num_global": G, "positions": positions}
+        return Case(self, {"query": query, "key": key}, {}, settings | {"key_lengths": key_lengths, "scale": scale})
+
+    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
+        taken = {name: settings[name] for name in ("positions", "key_lengths", "scale")}
+        if settings["window"]:
+            heads = tensors["query"].shape[1]
+            bias = taken["position_bias"] = bias_without_table(settings["window"], heads, settings["num_global"])
+            bias.table = settings["table"].to(torch.promote_types(tensors["query"].dtype, torch.float32))
+        return {"importance": reference.token_importance(*tensors.values(), **taken)}
+
+    def intermediate(self, case: Case, truth: Tensors, gradients: Tensors) -> dict[str, float]:
+        # As in the backward of attention, exp(s - lse) carries the rounding of a score and of lse, which are larger.
+        query, key = (x.double() for x in case.tensors.values())
+        largest = magnitude(query @ key.mT * case.settings["scale"], torch.ones(1))
+        return {"importance": largest * magnitude(truth["importance"], torch.zeros(1))}
+
+
+OPERATOR = TokenImportance(
+    narrow={"keys": {"B": 2, "H": 2, "queries": 18, "keys": 37}},
+    head_dims=(1, 64, 80, 256),
+    cases={"plain": {"queries": 20, "keys": 20}, "bias": {"queries": 20, "keys": 20, "G": 1, "window": (1, 1, 19)}},
+    paths={"few queries": {"queries": 9, "keys": LONG}, "few keys": {"queries": LONG, "keys": 3}},
+    lengths=one_long("keys", "queries", [0, *around(BLOCK_Q, BLOCK_K)], 3),
+    strided={"plain": {"B": 2, "H": 2, "queries": 20, "keys": 20}},
+    far={"B": 2, "H": 2, "queries": 2, "keys": 2},
+    empty=without({"queries": 3, "keys": 4}, "B", "H", "queries", "keys"),
+)
+
+
+def call(dtype: torch.dtype) -> Call:
+    return Call(vattn.token_importance, leaves((2, 2, 3, 5), (2, 2, 4, 5), dtype=dtype))
