@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn.models._codebook import Codebook, Quantized
-from vattn.models._common import count_blocks, official_weights
-from vattn.models._draws import Randomness
+from vattn.models.checkpoints import count_blocks, official_weights
+from vattn.models.draws import Randomness
 
 Size = tuple[int, int, int]
 

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import count_blocks, init_linear, load, official_weights
-from vattn.models._draws import Draws, Randomness, draws_of
+from vattn.models.checkpoints import count_blocks, load, official_weights
+from vattn.models.draws import Draws, Randomness, draws_of
+from vattn.models.layers import init_linear
 from vattn.models.mebt_masks import (
     SCHEDULES,
     Partition,

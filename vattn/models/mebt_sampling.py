@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vattn.models._common import progress_bar
-from vattn.models._draws import Randomness, draws_of
+from vattn.models.draws import Randomness, draws_of
 from vattn.models.mebt_masks import (
     Partition,
     draft_partitions,
@@ -31,6 +30,7 @@ from vattn.models.mebt_masks import (
     num_masked,
     revise_partitions,
 )
+from vattn.models.sampling import progress_bar
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A model: codes ``(B, N)``, contexts ``(B, NC)``, targets ``(B, NT)`` to the logits of the targets ``(B, NT, V)``."""

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import count_blocks, load, official_weights, progress_bar
-from vattn.models._draws import Randomness, draws_of
+from vattn.models.checkpoints import count_blocks, load, official_weights
+from vattn.models.draws import Randomness, draws_of
 from vattn.models.mebt_sampling import sample_tokens
+from vattn.models.sampling import progress_bar
 from vattn.models.videogpt_layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
 from vattn.models.videogpt_resnet import ResNet3d, resnet_like
 

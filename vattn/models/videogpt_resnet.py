@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models._common import count_blocks
 from vattn.models._tokenizer import Size, level_strides
+from vattn.models.checkpoints import count_blocks
 
 OFFICIAL_BLOCKS = (3, 4, 6, 3)
 """Those of a ResNet-34."""

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models._codebook import Codebook
-from vattn.models._common import load, named
 from vattn.models._tokenizer import (
     SamePadConv3d,
     SamePadConvTranspose3d,
@@ -29,6 +28,8 @@ from vattn.models._tokenizer import (
     level_strides,
     tokenizer_weights,
 )
+from vattn.models.checkpoints import load
+from vattn.models.layers import named
 
 
 class ResidualBlock(nn.Module):

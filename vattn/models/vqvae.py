@@ -25,8 +25,6 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models._codebook import Codebook, Quantized
-from vattn.models._common import count_blocks, load
-from vattn.models._draws import Randomness
 from vattn.models._tokenizer import (
     SamePadConv3d,
     SamePadConvTranspose3d,
@@ -34,6 +32,8 @@ from vattn.models._tokenizer import (
     level_strides,
     tokenizer_weights,
 )
+from vattn.models.checkpoints import count_blocks, load
+from vattn.models.draws import Randomness
 from vattn.models.vqgan import VQGAN
 from vattn.nn.axial import AxialAttention
 
