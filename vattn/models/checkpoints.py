@@ -161,9 +161,9 @@ class PretrainedModel(nn.Module):
         return load(weights, lambda: cls(**override(settings, overrides or {})))
 
     def _reconfigure(self, **settings: Any) -> None:
-        """Record settings that are others than those the model was made with."""
-        op = type(self).__name__
-        self._settings = self._settings | {name: plain(f"{op}: {name}", value) for name, value in settings.items()}
+        """Record that settings, of those that there are, are others than those the model was made with."""
+        op, names = type(self).__name__, [name for name in settings if name in self._settings]
+        self._settings = self._settings | {name: plain(f"{op}: {name}", settings[name]) for name in names}
 
 
 def load(weights: Mapping[str, Tensor], build: Callable[[], Model]) -> Model:

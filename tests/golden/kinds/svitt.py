@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from vattn import BlockLayout, RelativePositionBias3D
-from vattn.models import _svitt_weights as names
 from vattn.models.svitt import (
     Draws,
     Negatives,
@@ -27,7 +26,8 @@ from vattn.models.svitt import (
     matching_loss,
     negative_weights,
 )
-from vattn.models.svitt_video import official_sparsity
+from vattn.models.svitt import weights as names
+from vattn.models.svitt.sparsity import official_sparsity
 from vattn.nn import SparseSelfAttention
 from vattn.position_bias import relative_position_index
 
@@ -196,12 +196,14 @@ def svitt_retrieval(golden: Any) -> None:
     text_meta = meta["text"]
     model = SViTT.from_official(
         golden.weights(),
-        meta | {"token_keep_rate": meta["keep_vision"]},
         {
-            "num_attention_heads": text_meta["heads"],
-            "token_keep_rate": meta["keep_text"],
-            "token_drop_loc": text_meta["drop_loc"],
-            "token_keep_strategy": meta["text_strategy"],
+            "video": meta | {"token_keep_rate": meta["keep_vision"]},
+            "text": {
+                "num_attention_heads": text_meta["heads"],
+                "token_keep_rate": meta["keep_text"],
+                "token_drop_loc": text_meta["drop_loc"],
+                "token_keep_strategy": meta["text_strategy"],
+            },
         },
     )
     assert (model.text.fusion_layer, len(model.text.layers)) == (text_meta["fusion"], text_meta["layers"])

@@ -94,7 +94,14 @@ def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
 
 
-def settings_of(op: str, config: Mapping[str, Any], dim: int, **names: str) -> dict[str, Any]:
-    """The heads, and those settings that `config` has under official names, here as ``ours="official"``."""
-    settings = {ours: config[official] for ours, official in names.items() if official in config}
-    return settings | {"num_heads": heads_or_default(op, config.get("num_attention_heads"), dim)}
+def heads_of(op: str, config: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> int:
+    """How many heads `settings`, or else an official configuration, say that there are; or heads of 64 channels."""
+    return heads_or_default(op, settings.get("num_heads", config.get("num_attention_heads")), dim)
+
+
+def sections(op: str, config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The configurations of the video encoder and of the text encoder."""
+    config = config or {}
+    if set(config) - {"video", "text"}:
+        raise ValueError(f"{op}: config must have the sections video and text, got {', '.join(map(str, config))}")
+    return config.get("video") or {}, config.get("text") or {}

@@ -21,6 +21,18 @@ IGNORED = -100
 """The label of words that no loss asks for, as in :func:`torch.nn.functional.cross_entropy`."""
 
 
+class Losses(NamedTuple):
+    """The losses of one training step, scalars; `masked_words` is 0 without a head for words."""
+
+    contrastive: Tensor
+    matching: Tensor
+    masked_words: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.contrastive + self.matching + self.masked_words
+
+
 class Negatives(NamedTuple):
     """For each text a video that is not its own, and for each video a text, ``(N,)`` int64 each."""
 
