@@ -239,12 +239,12 @@ def _fill(model: Model, weights: Mapping[str, Tensor]) -> Model:
             filled |= dict.fromkeys(names, weight)
     model.load_state_dict(filled, assign=True)
     device = next((weight.device for weight in weights.values()), torch.device("cpu"))
-    for path, module in model.named_modules():
+    for module in model.modules():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]
             if buffer is not None and buffer.is_meta:
                 raise RuntimeError(
-                    f"{type(model).__name__}: {path}.{name} is not saved: its constructor must name a device"
+                    f"{type(module).__name__}: {name} is not saved, so its constructor must name a device"
                 )
             module._buffers[name] = None if buffer is None else buffer.to(device)
     return model.eval()
