@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vattn.models.videogpt import AttentionStack, ResNet3d, VideoGPT, generate
-from vattn.models.videogpt_layers import GridEmbedding, LayerNorm
+from vattn.models.videogpt.layers import GridEmbedding, LayerNorm
 from vattn.models.vqvae import VQVAE
 from vattn.nn import AxialAttention
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.golden.replay import Replay, recorded
 from vattn import BlockLayout, edge_sparse_attention
 from vattn.models.videogpt import ResNet3d, VideoGPT, generate
-from vattn.models.videogpt_layers import AttentionStack, GridEmbedding, LayerNorm, QuickGELU, RightShift
+from vattn.models.videogpt.layers import AttentionStack, GridEmbedding, LayerNorm, QuickGELU, RightShift
 from vattn.models.vqvae import PIXEL_VARIANCE, VQVAE, AttentionResidualBlock, AxialBlock, Codebook
 
 

@@ -12,8 +12,7 @@ three axes. With ``downsample`` = (4, 4, 4)::
     codes  (4, 32, 32)
     video                                          the same way back
 
-A dimension that is down to its size already keeps it. The tokenizer of MeBT is in :mod:`vattn.models.vqgan`; its names
-are here, too.
+A dimension that is down to its size already keeps it. The tokenizer of MeBT is in :mod:`vattn.models.vqvae.vqgan`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,31 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._codebook import Codebook, Quantized
 from vattn.models._common import count_blocks, load
 from vattn.models._draws import Randomness
-from vattn.models._tokenizer import (
+from vattn.models.vqvae.codebook import Codebook
+from vattn.models.vqvae.tokenizer import (
     SamePadConv3d,
     SamePadConvTranspose3d,
     Tokenizer,
     level_strides,
     tokenizer_weights,
 )
-from vattn.models.vqgan import VQGAN
 from vattn.nn.axial import AxialAttention
-
-__all__ = [
-    "VQGAN",
-    "VQVAE",
-    "AttentionResidualBlock",
-    "AxialBlock",
-    "Codebook",
-    "Quantized",
-    "SamePadConv3d",
-    "SamePadConvTranspose3d",
-    "Tokenizer",
-    "level_strides",
-]
 
 PIXEL_VARIANCE = 0.06
 """Of the official data, pixels from -0.5 to 0.5: what squared errors are a share of."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn.models._common import count_blocks
-from vattn.models._tokenizer import Size, level_strides
+from vattn.models.vqvae.tokenizer import Size, level_strides
 
 OFFICIAL_BLOCKS = (3, 4, 6, 3)
 """Those of a ResNet-34."""

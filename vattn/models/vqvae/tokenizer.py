@@ -9,9 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models._codebook import Codebook, Quantized
 from vattn.models._common import count_blocks, official_weights
 from vattn.models._draws import Randomness
+from vattn.models.vqvae.codebook import Codebook, Quantized
 
 Size = tuple[int, int, int]
 

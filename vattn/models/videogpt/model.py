@@ -11,7 +11,7 @@ Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021). C
     output   c0 c1 c2 c3 ...
 
 A class changes the gain and the bias of every norm. First frames, as pixels, go through a 3-D ResNet, whose features
-every layer reads. The layers are in :mod:`vattn.models.videogpt_layers`.
+every layer reads. The layers are in :mod:`vattn.models.videogpt.layers`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import count_blocks, load, official_weights, progress_bar
-from vattn.models._draws import Randomness, draws_of
-from vattn.models.mebt_sampling import sample_tokens
-from vattn.models.videogpt_layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
-from vattn.models.videogpt_resnet import ResNet3d, resnet_like
-
-__all__ = ["AttentionStack", "Decoding", "ResNet3d", "VideoGPT", "generate"]
+from vattn.models._common import count_blocks, load, official_weights
+from vattn.models.videogpt.layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
+from vattn.models.videogpt.resnet import ResNet3d, resnet_like
 
 
 class VideoGPT(nn.Module):
@@ -63,6 +59,7 @@ class VideoGPT(nn.Module):
         >>> codes, classes = torch.randint(10, (2, 2, 3, 3)), torch.tensor([2, 0])
         >>> model.training_loss(codes, classes=classes)
         tensor(2.3026, grad_fn=<NllLossBackward0>)
+        >>> from vattn.models.videogpt import generate
         >>> generate(model.eval(), 2, classes=classes, generator=torch.Generator()).shape
         torch.Size([2, 2, 3, 3])
     """
@@ -232,45 +229,6 @@ class VideoGPT(nn.Module):
                 )
             memory = self.resnet(frames).flatten(1, -2) + self.cond_pos_embd()
         return classes, memory
-
-
-@torch.no_grad()
-def generate(
-    model: VideoGPT,
-    batch: int = 1,
-    *,
-    classes: Tensor | None = None,
-    frames: Tensor | None = None,
-    generator: Randomness = None,
-    progress: bool = False,
-    **sampling: Any,
-) -> Tensor:
-    """Videos from nothing, or from their class and first frames, code by code.
-
-    Args:
-        model: in evaluation mode.
-        batch: how many videos.
-        classes, frames: as in :class:`VideoGPT`.
-        generator: a generator, or :class:`vattn.models.mebt.Draws`; its seed decides the sample.
-        progress: show a bar.
-        sampling: `temperature`, `top_k` and `top_p` of :func:`vattn.models.mebt.sample_tokens`.
-
-    Returns:
-        Codes ``(batch, *grid)`` int64.
-
-    Raises:
-        ValueError: a setting that does not fit.
-
-    Source:
-        Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021).
-    """
-    if model.training:
-        raise ValueError("generate: model must be in evaluation mode, got model.training=True")
-    draws, state = draws_of(generator), model.begin(batch, classes=classes, frames=frames)
-    codes = [torch.zeros(batch, dtype=torch.int64, device=model.embeddings.device)]  # comes before the first one
-    for _ in progress_bar(range(torch.Size(model.grid).numel()), "VideoGPT", progress):
-        codes.append(sample_tokens(model.step(codes[-1], state), **sampling, generator=draws)[0])
-    return torch.stack(codes[1:], 1).unflatten(1, model.grid)
 
 
 def _grid(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._codebook import Codebook
 from vattn.models._common import load, named
-from vattn.models._tokenizer import (
+from vattn.models.vqvae.codebook import Codebook
+from vattn.models.vqvae.tokenizer import (
     SamePadConv3d,
     SamePadConvTranspose3d,
     Tokenizer,
