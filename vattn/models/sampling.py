@@ -1,7 +1,10 @@
-"""From logits to tokens: temperature, the k most likely ones, those that make up a probability of p.
+"""What sampling from models has in common: tokens from logits, and how many codes are wanted.
 
 p(token) = top_p(softmax(top_k(logits / temperature))),   token = argmax p / q,  q ~ Exp(1)
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,3 +68,13 @@ def sample_tokens(
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     exponential = draws_of(generator).exponential(*logits.shape, device=logits.device)
     return (probabilities / exponential).argmax(-1), probabilities
+
+
+def codes_shape(op: str, model: Any, shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of the codes that are to be generated: `shape`, or so many videos of the grid of `model`."""
+    if not isinstance(shape, int):
+        return tuple(shape)
+    grid = getattr(model, "grid", None)
+    if grid is None:
+        raise TypeError(f"{op}: shape must be that of the codes for a model without a grid, got shape={shape}")
+    return (shape, *grid)

@@ -171,9 +171,8 @@ def mebt_vqgan(golden: Any) -> None:
     tolerance = 1e-6 if is_double else 1e-4
     model = VQGAN.from_official(
         golden.weights(),
-        meta["downsample"],
-        groups=meta.get("groupnorm_groups", 32),
-        padding_mode=meta.get("padding_type", "replicate"),
+        {"downsample": meta["downsample"], "padding_type": meta.get("padding_type") or "replicate"},
+        groups=meta.get("groupnorm_groups") or 32,
     )
     hidden: dict[str, Tensor] = {}
     for name, module in (("enc_out", model.encoder), ("pre_vq", model.pre_vq_conv)):

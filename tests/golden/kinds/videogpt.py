@@ -76,7 +76,7 @@ def videogpt_vqvae(golden: Any) -> None:
     meta = golden.meta
 
     def run(golden: Any) -> dict[str, Tensor]:
-        model = VQVAE.from_official(golden.weights(), meta["downsample"])
+        model = VQVAE.from_official(golden.weights(), {"downsample": meta["downsample"]})
         hidden: dict[str, Tensor] = {}
         for name, module in (("enc_out", model.encoder), ("pre_vq", model.pre_vq_conv)):
             module.register_forward_hook(lambda _module, _inputs, out, name=name: hidden.update({name: out}))
@@ -155,7 +155,8 @@ def videogpt_gpt(golden: Any) -> None:
     meta = golden.meta
 
     def run(golden: Any) -> dict[str, Tensor]:
-        model = VideoGPT.from_official(golden.weights(), meta["heads"], attention=meta.get("attn", "full"))
+        config = {"heads": meta["heads"], "attn_type": meta.get("attn") or "full"}
+        model = VideoGPT.from_official(golden.weights(), config)
         assert model.grid == tuple(meta["latent_shape"]) and model.num_classes == meta["class_cond_dim"]
         classes, codes = golden["class_cond"] if meta["class_cond_dim"] else None, golden["codes"]
         logits, loss = model(codes, classes=classes), model.training_loss(codes, classes=classes)

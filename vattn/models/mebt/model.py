@@ -13,7 +13,7 @@ Transformers" (CVPR 2023). Contexts and targets never read each other, but laten
     targets                                                 latents     latents
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models._common import count_blocks, init_linear, load, official_weights
+from vattn.models._config import official_settings
 from vattn.models._draws import Randomness
 from vattn.models.mebt.training import draw_partition, masked_loss
 from vattn.nn import LatentBlock
@@ -32,6 +33,16 @@ OFFICIAL_MODES = (
     *("lt2l", "latent_dec") * 5,
 )
 """The 24 layers of the official configurations."""
+
+OFFICIAL_NAMES = {
+    "num_heads": "n_head",
+    "modes": "mode",
+    "grid": "shape",
+    "embed_drop": "embd_pdrop",
+    "attn_drop": "attn_pdrop",
+    "proj_drop": "resid_pdrop",
+}
+"""What the official configurations call the settings of :class:`MeBT`."""
 
 
 class LatentTransformer(nn.Module):
@@ -121,7 +132,7 @@ class MeBT(nn.Module):
     def __init__(
         self,
         vocab_size: int = 16384,
-        grid: tuple[int, int, int] = (4, 16, 16),
+        grid: Sequence[int] = (4, 16, 16),
         dim: int = 1024,
         num_heads: int = 16,
         modes: Sequence[str] = OFFICIAL_MODES,
@@ -148,7 +159,9 @@ class MeBT(nn.Module):
             nn.init.normal_(embedding, std=0.02)
 
     @classmethod
-    def from_official(cls, state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> "MeBT":
+    def from_official(
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> "MeBT":
         """The model of an official checkpoint, in evaluation mode.
 
         Args:
@@ -157,35 +170,28 @@ class MeBT(nn.Module):
             config: the official configuration, whole or in part, of which ``n_head``, ``mode``, ``shape`` and, if it
                 has them, ``embd_pdrop``, ``attn_pdrop`` and ``resid_pdrop`` are read; sizes are those of the weights.
                 As in the official code, blocks that ``mode`` does not name are of the mode "maskgit".
+            overrides: settings of this class, which win over `config` and what the weights tell; without `config`,
+                `num_heads`, `modes` and `grid` must be among them.
 
         Raises:
+            TypeError: `config` is not a mapping, or there is no such setting.
             ValueError: the weights or the configuration do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op = "MeBT.from_official"
         weights = official_weights(op, state_dict, "tok_emb.weight", "pos_emb", "sos_emb", "transformer.head.weight")
         weights = {name: x for name, x in weights.items() if not name.startswith("first_stage_model.")}
-        settings = dict(_leaves(config))
-        for name in ("n_head", "mode", "shape"):
-            if name not in settings:
-                raise ValueError(f"{op}: config must have {name}, got {', '.join(map(str, settings)) or 'nothing'}")
-        depth = count_blocks({name.removeprefix("transformer."): x for name, x in weights.items()}, "blocks")
-        modes = (*settings["mode"], *["maskgit"] * (depth - len(settings["mode"])))
         vocab_size, dim = weights["tok_emb.weight"].shape
-        return load(
-            weights,
-            lambda: cls(
-                vocab_size,
-                tuple(settings["shape"]),
-                dim,
-                settings["n_head"],
-                modes,
-                weights["sos_emb"].shape[1],
-                embed_drop=settings.get("embd_pdrop", 0.0),
-                attn_drop=settings.get("attn_pdrop", 0.0),
-                proj_drop=settings.get("resid_pdrop", 0.0),
-            ),
-        )
+        sizes = {"vocab_size": vocab_size, "dim": dim, "num_latents": weights["sos_emb"].shape[1]}
+        found = official_settings(op, config, **OFFICIAL_NAMES)
+        settings = sizes | found | overrides
+        for name in ("num_heads", "modes", "grid"):
+            if name not in settings:
+                had = ", ".join(OFFICIAL_NAMES[known] for known in found) or "nothing"
+                raise ValueError(f"{op}: config must have {OFFICIAL_NAMES[name]}, got {had}")
+        depth = count_blocks({name.removeprefix("transformer."): x for name, x in weights.items()}, "blocks")
+        settings["modes"] = [*settings["modes"], *["maskgit"] * (depth - len(settings["modes"]))]
+        return load(weights, lambda: cls(**settings))
 
     def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
         codes = codes.flatten(1)
@@ -242,12 +248,3 @@ class MeBT(nn.Module):
             self(codes, context, target), codes.flatten(1).gather(1, target), num_tokens - context.shape[1],
             num_tokens, average=average, label_smoothing=label_smoothing,
         )  # fmt: skip
-
-
-def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings of a configuration, without the sections they are in."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        else:
-            yield name, value

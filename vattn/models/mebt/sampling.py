@@ -13,17 +13,17 @@ interpolation are inpainting with a certain mask.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vattn.models._common import progress_bar
 from vattn.models._draws import Randomness, draws_of
 from vattn.models.mebt.masks import Partition, draft_partitions, next_partition, num_masked, revise_partitions
-from vattn.models.sampling import sample_tokens
+from vattn.models.sampling import codes_shape, sample_tokens
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A model: codes ``(B, N)``, contexts ``(B, NC)``, targets ``(B, NT)`` to the logits of the targets ``(B, NT, V)``."""
@@ -274,8 +274,34 @@ def inpaint(
     return sampler(model, codes, order[:, :known], order[:, known:], **settings).codes.view_as(codes)
 
 
-def generate(model: Logits, shape: tuple[int, ...], *, device: torch.device | str = "cpu", **settings: Any) -> Tensor:
-    """Videos from nothing: codes of `shape`, such as ``(B, T, height, width)``. Settings are those of :func:`inpaint`.
+def generate(
+    model: Logits,
+    shape: int | Sequence[int] = 1,
+    *,
+    device: torch.device | str | None = None,
+    generator: Randomness = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Tensor:
+    """Videos from nothing.
+
+    Args:
+        model: as in :func:`maskgit`.
+        shape: of the codes, such as ``(B, T, height, width)``; or B, for so many videos of the model's own grid.
+        device: of the codes; by default that of the model's parameters.
+        generator: a generator, or :class:`vattn.models.mebt.Draws`; its seed decides the sample.
+        progress: show a bar.
+        settings: of :func:`inpaint`: `sampler`, `num_steps`, `temperature`, `top_k`, `top_p` and others.
+
+    Returns:
+        Codes of `shape`, int64.
+
+    Raises:
+        ValueError: a setting that does not fit.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers", section 4.
 
     Example:
         >>> def model(codes, context, target):  # any model: here it says 0, 1, 2, 3
@@ -284,8 +310,11 @@ def generate(model: Logits, shape: tuple[int, ...], *, device: torch.device | st
         tensor([[[0, 1],
                  [2, 3]]])
     """
-    codes = torch.zeros(shape, dtype=torch.int64, device=device)
-    return inpaint(model, codes, torch.ones_like(codes, dtype=torch.bool), **settings)
+    if device is None and isinstance(model, nn.Module):
+        device = next((parameter.device for parameter in model.parameters()), None)
+    codes = torch.zeros(codes_shape("generate", model, shape), dtype=torch.int64, device=device)
+    everything = torch.ones_like(codes, dtype=torch.bool)
+    return inpaint(model, codes, everything, generator=generator, progress=progress, **settings)
 
 
 def continue_video(model: Logits, first: Tensor, num_frames: int, **settings: Any) -> Tensor:
