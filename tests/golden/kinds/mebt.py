@@ -139,7 +139,8 @@ def mebt_decode(golden: Any) -> None:
         prefix, masked = name.removesuffix("loss"), _num_masked(meta["schedule"], float(t), indices.shape[1])
         parts = split_positions(indices, masked)
         logits, wanted = model(codes, *parts), codes.flatten(1).gather(1, parts[1])
-        golden.equal(f"{prefix}ratio", torch.tensor(masked / indices.shape[1]).float())
+        stored = torch.from_numpy(golden.arrays[f"{prefix}ratio"])  # float32 or float64
+        golden.equal(f"{prefix}ratio", torch.tensor(masked / indices.shape[1], dtype=stored.dtype))
         golden.equal(f"{prefix}target", wanted)
         golden.operator(f"{prefix}logits", logits)
         golden.operator(name, masked_loss(logits, wanted, masked, indices.shape[1], average=float(average)))

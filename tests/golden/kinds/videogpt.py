@@ -158,7 +158,8 @@ def videogpt_gpt(golden: Any) -> None:
         config = {"heads": meta["heads"], "attn_type": meta.get("attn") or "full"}
         model = VideoGPT.from_official(golden.weights(), config)
         assert model.grid == tuple(meta["latent_shape"]) and model.num_classes == meta["class_cond_dim"]
-        classes, codes = golden["class_cond"] if meta["class_cond_dim"] else None, golden["codes"]
+        given = [golden[name] for name in ("class_cond", "label") if name in golden.arrays]  # weights, or numbers
+        classes, codes = given[0] if meta["class_cond_dim"] else None, golden["codes"]
         logits, loss = model(codes, classes=classes), model.training_loss(codes, classes=classes)
         golden.equal("greedy_samples", generate(model, len(codes), classes=classes, temperature=0.0))
         parameters = _parameters(model)
