@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vattn.models._common import heads_or_default, official_weights
+from vattn.models.checkpoints import heads_or_default, official_weights
 
 VIDEO_NAMES = (
     ("relative_position_bias.relative_position_bias_table", "position_bias.table"),

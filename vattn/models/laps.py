@@ -21,19 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vattn.models._common import (
-    Block,
-    FrameModel,
-    Levels,
-    count_blocks,
-    heads_or_default,
-    hidden_size,
-    init_linear,
-    layer_leaps,
-    load,
-    named,
-    official_weights,
-)
+from vattn.models._common import Block, FrameModel, Levels, hidden_size, layer_leaps
+from vattn.models.checkpoints import count_blocks, heads_or_default, load, official_weights
+from vattn.models.layers import init_linear, named
 from vattn.models.video_from_image import VideoFromImage, video_from_image
 from vattn.models.visformer import LapsVisformer
 from vattn.nn import LeapAttention

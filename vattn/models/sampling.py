@@ -3,13 +3,15 @@
 p(token) = top_p(softmax(top_k(logits / temperature))),   token = argmax p / q,  q ~ Exp(1)
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from vattn.models._draws import Randomness, draws_of
+from vattn.models.draws import Randomness, draws_of
+
+Item = TypeVar("Item")
 
 
 def sample_tokens(
@@ -78,3 +80,12 @@ def codes_shape(op: str, model: Any, shape: int | Sequence[int]) -> tuple[int, .
     if grid is None:
         raise TypeError(f"{op}: shape must be that of the codes for a model without a grid, got shape={shape}")
     return (shape, *grid)
+
+
+def progress_bar(items: Iterable[Item], title: str, shown: bool) -> Iterable[Item]:
+    """`items`, with a progress bar if there shall be one."""
+    if not shown:
+        return items
+    from tqdm.auto import tqdm  # not needed otherwise
+
+    return tqdm(items, desc=title)

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn.layout import BlockLayout
-from vattn.models._common import init_linear, load, official_weights
-from vattn.models._draws import Draws, Randomness, draws_of
 from vattn.models._svitt_weights import head_weights, part, text_weights, video_weights
+from vattn.models.checkpoints import load, official_weights
+from vattn.models.draws import Draws, Randomness, draws_of
+from vattn.models.layers import init_linear
 from vattn.models.svitt_answers import VideoAnswers
 from vattn.models.svitt_losses import (
     Negatives,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vattn.models._common import load, official_weights
-from vattn.models._draws import Randomness
 from vattn.models._svitt_weights import head_weights, part, text_weights, video_weights
+from vattn.models.checkpoints import load, official_weights
+from vattn.models.draws import Randomness
 from vattn.models.svitt_text import TextEncoder, TokenHead, text_settings
 from vattn.models.svitt_video import VideoEncoder, video_settings
 

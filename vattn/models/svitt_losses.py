@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vattn.models._draws import Randomness, draws_of
+from vattn.models.draws import Randomness, draws_of
 
 IGNORED = -100
 """The label of words that no loss asks for, as in :func:`torch.nn.functional.cross_entropy`."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vattn.models._common import progress_bar
+from vattn.models.sampling import progress_bar
 from vattn.models.svitt_video import VideoTokens
 
 if TYPE_CHECKING:

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import init_linear, load, named
 from vattn.models._svitt_weights import settings_of, text_weights
+from vattn.models.checkpoints import load
+from vattn.models.layers import init_linear, named
+from vattn.nn import merge_heads, split_heads
 from vattn.ops.latent_attention import latent_attention
 from vattn.ops.node_sparse_attention import node_sparse_attention
 from vattn.ops.select_tokens import select_tokens
@@ -258,7 +260,7 @@ class TextAttention(nn.Module):
     def heads(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, ``(B, H, tokens, D)``; one source for all samples is projected once."""
         query, key, value = (
-            y.unflatten(-1, (self.num_heads, y.shape[-1] // self.num_heads)).transpose(1, 2).expand(len(x), -1, -1, -1)
+            split_heads(y, self.num_heads).expand(len(x), -1, -1, -1)
             for y in (self.query(x), self.key(source), self.value(source))
         )
         return query, key, value
@@ -277,7 +279,7 @@ class TextAttention(nn.Module):
         return cast(Tensor, latent_attention(query, key, value, dropout_p=dropout_p))
 
     def residual(self, x: Tensor, out: Tensor) -> Tensor:
-        return self.norm(x + self.drop(self.proj(out.transpose(1, 2).flatten(2))))
+        return self.norm(x + self.drop(self.proj(merge_heads(out))))
 
 
 @torch.no_grad()

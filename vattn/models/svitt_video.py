@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.layout import BlockLayout
-from vattn.models._common import Model, count_blocks, init_linear, load, named
-from vattn.models._draws import Draws, Randomness, draws_of
 from vattn.models._svitt_weights import settings_of, video_weights
+from vattn.models.checkpoints import Model, count_blocks, load
+from vattn.models.draws import Draws, Randomness, draws_of
+from vattn.models.layers import init_linear, named
 from vattn.models.token_order import token_order
 from vattn.nn import SparseSelfAttention
 from vattn.ops.select_tokens import select_tokens

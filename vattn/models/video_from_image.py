@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from vattn.models._common import FrameModel, Levels, layer_leaps
-from vattn.nn import LeapAttention, attend_frames, require_only
+from vattn.nn import LeapAttention, attend_frames, require_only, split_heads
 
 
 class SplitNames(NamedTuple):
@@ -80,7 +80,7 @@ class SplitLeapAttention(nn.Module):
                 + ", ".join([*unsupported, *(["output_attentions=True"] if output_attentions else [])])
             )
         query, key, value = (
-            self.get_submodule(name)(hidden_states).unflatten(-1, (self.num_heads, -1)) for name in self.names[:3]
+            split_heads(self.get_submodule(name)(hidden_states), self.num_heads) for name in self.names[:3]
         )
         out = attend_frames(
             query, key, value, num_frames=self.num_frames, leap=self.leap, fold_div=self.fold_div,

@@ -9,7 +9,7 @@ Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-E
 (CVPR 2023).
 """
 
-from vattn.models._draws import Draws
+from vattn.models.draws import Draws
 from vattn.models.mebt.masks import (
     SCHEDULES,
     Partition,

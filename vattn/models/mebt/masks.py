@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vattn.models._draws import Randomness, draws_of
+from vattn.models.draws import Randomness, draws_of
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine": lambda t: torch.cos(math.pi * t / 2),

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import count_blocks, init_linear, load, official_weights
-from vattn.models._config import official_settings
-from vattn.models._draws import Randomness
+from vattn.models.checkpoints import count_blocks, load, official_weights
+from vattn.models.draws import Randomness
+from vattn.models.layers import init_linear
 from vattn.models.mebt.training import draw_partition, masked_loss
+from vattn.models.settings import official_settings
 from vattn.nn import LatentBlock
 
 OFFICIAL_MODES = (

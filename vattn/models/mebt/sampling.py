@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vattn.models._common import progress_bar
-from vattn.models._draws import Randomness, draws_of
+from vattn.models.draws import Randomness, draws_of
 from vattn.models.mebt.masks import Partition, draft_partitions, next_partition, num_masked, revise_partitions
-from vattn.models.sampling import codes_shape, sample_tokens
+from vattn.models.sampling import codes_shape, progress_bar, sample_tokens
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A model: codes ``(B, N)``, contexts ``(B, NC)``, targets ``(B, NT)`` to the logits of the targets ``(B, NT, V)``."""

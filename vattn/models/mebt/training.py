@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vattn.models._draws import Randomness, draws_of
+from vattn.models.draws import Randomness, draws_of
 from vattn.models.mebt.masks import Partition, frames_of, num_masked, split_positions
 
 PRIORS: dict[str, float | None] = {"uniform": 0.0, "longest": None, "gaussian2": 3e4, "gaussian100000_2": 1e5}

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import count_blocks, load, official_weights
-from vattn.models._config import official_settings
+from vattn.models.checkpoints import count_blocks, load, official_weights
+from vattn.models.settings import official_settings
 from vattn.models.videogpt.layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
 from vattn.models.videogpt.resnet import ResNet3d, resnet_settings
 from vattn.models.vqvae.tokenizer import Tokenizer

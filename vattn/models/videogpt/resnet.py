@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models._common import count_blocks
+from vattn.models.checkpoints import count_blocks
 from vattn.models.vqvae.tokenizer import Size, level_strides
 
 OFFICIAL_BLOCKS = (3, 4, 6, 3)

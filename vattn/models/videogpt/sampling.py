@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vattn.models._common import progress_bar
-from vattn.models._draws import Randomness, draws_of
-from vattn.models.sampling import codes_shape, sample_tokens
+from vattn.models.draws import Randomness, draws_of
+from vattn.models.sampling import codes_shape, progress_bar, sample_tokens
 from vattn.models.videogpt.model import VideoGPT
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._draws import Draws, Randomness, draws_of
+from vattn.models.draws import Draws, Randomness, draws_of
 from vattn.ops.nearest_code import nearest_code
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models._common import count_blocks, official_weights
-from vattn.models._draws import Randomness
+from vattn.models.checkpoints import count_blocks, official_weights
+from vattn.models.draws import Randomness
 from vattn.models.vqvae.codebook import Codebook, Quantized
 
 Size = tuple[int, int, int]

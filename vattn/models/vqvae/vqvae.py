@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import count_blocks, load
-from vattn.models._config import official_settings
+from vattn.models.checkpoints import count_blocks, load
+from vattn.models.settings import official_settings
 from vattn.models.vqvae.codebook import Codebook
 from vattn.models.vqvae.tokenizer import (
     SamePadConv3d,
