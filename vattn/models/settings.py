@@ -66,7 +66,7 @@ def official_settings(op: str, config: Mapping[str, Any] | None, **names: str) -
 
     Args:
         op: for messages.
-        config: the configuration, see :func:`leaves`; None is an empty one.
+        config: the configuration, see :func:`leaves`, whose nulls are as if they were not there; None is an empty one.
         names: what the configuration calls each setting.
 
     Raises:
@@ -79,7 +79,7 @@ def official_settings(op: str, config: Mapping[str, Any] | None, **names: str) -
     if not isinstance(config, (Mapping, argparse.Namespace, types.NoneType)):
         raise TypeError(f"{op}: config must be a mapping, got config={config!r}")
     found = dict(leaves(config or {}))
-    return {name: found[theirs] for name, theirs in names.items() if theirs in found}
+    return {name: found[theirs] for name, theirs in names.items() if found.get(theirs) is not None}
 
 
 def leaves(config: Mapping[str, Any] | argparse.Namespace) -> Iterator[tuple[str, Any]]:

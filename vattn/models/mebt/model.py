@@ -14,14 +14,14 @@ Transformers" (CVPR 2023). Contexts and targets never read each other, but laten
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models.checkpoints import count_blocks, load, official_weights
+from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
 from vattn.models.draws import Randomness
 from vattn.models.layers import init_linear
 from vattn.models.mebt.training import draw_partition, masked_loss
@@ -97,7 +97,7 @@ class LatentTransformer(nn.Module):
         return self.head(self.ln_f(targets))
 
 
-class MeBT(nn.Module):
+class MeBT(PretrainedModel):
     """MeBT: logits of the codes at some positions of a video, given the codes at others.
 
     Settings default to the official model for 16 frames of 128 x 128 pixels, in codes of 4 x 8 x 8 pixels each.
@@ -133,7 +133,7 @@ class MeBT(nn.Module):
     def __init__(
         self,
         vocab_size: int = 16384,
-        grid: Sequence[int] = (4, 16, 16),
+        grid: tuple[int, int, int] = (4, 16, 16),
         dim: int = 1024,
         num_heads: int = 16,
         modes: Sequence[str] = OFFICIAL_MODES,
@@ -162,7 +162,7 @@ class MeBT(nn.Module):
     @classmethod
     def from_official(
         cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "MeBT":
+    ) -> Self:
         """The model of an official checkpoint, in evaluation mode.
 
         Args:
@@ -192,7 +192,7 @@ class MeBT(nn.Module):
                 raise ValueError(f"{op}: config must have {OFFICIAL_NAMES[name]}, got {had}")
         depth = count_blocks({name.removeprefix("transformer."): x for name, x in weights.items()}, "blocks")
         settings["modes"] = [*settings["modes"], *["maskgit"] * (depth - len(settings["modes"]))]
-        return load(weights, lambda: cls(**settings))
+        return cls._from_weights(weights, settings, {})
 
     def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
         codes = codes.flatten(1)
@@ -208,6 +208,9 @@ class MeBT(nn.Module):
         contexts = self.tok_emb(codes.gather(1, context)) + F.embedding(context, self.pos_emb[0])
         targets = self.mask_emb + F.embedding(target, self.pos_emb[0])
         return self.transformer(self.sos_emb.expand(len(codes), -1, -1), contexts, targets)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}"
 
     def training_loss(
         self,

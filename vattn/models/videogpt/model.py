@@ -15,21 +15,21 @@ every layer reads. The layers are in :mod:`vattn.models.videogpt.layers`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models.checkpoints import count_blocks, load, official_weights
+from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
 from vattn.models.settings import official_settings
 from vattn.models.videogpt.layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
 from vattn.models.videogpt.resnet import ResNet3d, resnet_settings
 from vattn.models.vqvae.tokenizer import Tokenizer
 
 
-class VideoGPT(nn.Module):
+class VideoGPT(PretrainedModel):
     """VideoGPT's prior: logits of each code of a video, given the codes before it.
 
     Settings default to the official ones, but for dropout (0.2, and 0.3 for attention weights).
@@ -69,6 +69,7 @@ class VideoGPT(nn.Module):
     """
 
     embeddings: Tensor
+    resnet: ResNet3d | None
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class VideoGPT(nn.Module):
         self.grid, self.num_classes = tuple(grid), num_classes
         self.frame_shape = None if frame_shape is None else tuple(frame_shape)
         self.register_buffer("embeddings", torch.randn(num_codes, code_dim))
-        memory_dim = None
+        self.resnet, memory_dim = None, None
         if self.frame_shape is not None:
             self.resnet = ResNet3d(**resnet or {})
             factors, memory_dim = self.resnet.downsample, self.resnet.dim
@@ -118,7 +119,7 @@ class VideoGPT(nn.Module):
         nn.init.zeros_(self.fc_out.weight)
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: Tokenizer, grid: Sequence[int], **settings: Any) -> "VideoGPT":
+    def for_tokenizer(cls, tokenizer: Tokenizer, grid: Sequence[int], **settings: Any) -> Self:
         """A new model of the codes of `tokenizer`, whose codebook is copied; `settings` are those of the constructor.
 
         Example:
@@ -136,7 +137,7 @@ class VideoGPT(nn.Module):
     @classmethod
     def from_official(
         cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "VideoGPT":
+    ) -> Self:
         """The model of an official checkpoint, in evaluation mode; its sizes and conditions are read from the weights.
 
         Args:
@@ -173,7 +174,7 @@ class VideoGPT(nn.Module):
         settings |= official_settings(
             op, config, num_heads="heads", attention="attn_type", dropout="dropout", attn_drop="attn_dropout"
         )
-        return load(weights, lambda: cls(**settings | overrides))
+        return cls._from_weights(weights, settings, overrides)
 
     def forward(self, codes: Tensor, *, classes: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
         if codes.shape[1:] != self.grid:
@@ -228,7 +229,7 @@ class VideoGPT(nn.Module):
                     f"VideoGPT: classes must have shape ({batch},) or ({batch}, {self.num_classes}), "
                     f"got classes.shape={tuple(classes.shape)}"
                 )
-        if frames is not None and self.frame_shape is not None:
+        if frames is not None and self.frame_shape is not None and self.resnet is not None:
             if frames.shape != (batch, 3, *self.frame_shape):
                 raise ValueError(
                     f"VideoGPT: frames must have shape {(batch, 3, *self.frame_shape)}, "

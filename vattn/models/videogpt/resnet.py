@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models.checkpoints import count_blocks
+from vattn.models.checkpoints import PretrainedModel, count_blocks
 from vattn.models.vqvae.tokenizer import Size, level_strides
 
 OFFICIAL_BLOCKS = (3, 4, 6, 3)
@@ -76,7 +76,7 @@ class BlockGroup(nn.Module):
         return self.blocks(self.start_block(x))
 
 
-class ResNet3d(nn.Module):
+class ResNet3d(PretrainedModel):
     """A video to a grid of features. Settings default to the official ones; parameters have the official names.
 
     Args:

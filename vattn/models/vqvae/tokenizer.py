@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models.checkpoints import count_blocks, official_weights
+from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
 from vattn.models.draws import Randomness
 from vattn.models.vqvae.codebook import Codebook, Quantized
 
@@ -46,6 +46,9 @@ class SamePadConv3d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, self.padding, mode=self.padding_mode))
 
+    def extra_repr(self) -> str:
+        return f"padding_mode={self.padding_mode!r}"
+
 
 class SamePadConvTranspose3d(nn.Module):
     """A transposed convolution whose output has `stride` times the size of its input, in each dimension.
@@ -75,8 +78,11 @@ class SamePadConvTranspose3d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.convt(F.pad(x, self.padding, mode=self.padding_mode))
 
+    def extra_repr(self) -> str:
+        return f"padding_mode={self.padding_mode!r}"
 
-class Tokenizer(nn.Module):
+
+class Tokenizer(PretrainedModel):
     """A video to codes and back; a subclass makes the layers, under the names that official checkpoints have."""
 
     encoder: nn.Module
@@ -168,7 +174,7 @@ def tokenizer_weights(
     weights.setdefault("codebook.has_begun", weights["codebook.N"].any())
     (hidden, image_channels), (num_codes, code_dim) = weights[first].shape[:2], weights[book].shape
     sizes = {"num_codes": num_codes, "code_dim": code_dim, "hidden": hidden, "image_channels": image_channels}
-    return weights, sizes | {"downsample": downsample}
+    return weights, sizes
 
 
 def _same_padding(kernel_size: int, stride: Sequence[int]) -> list[int]:

@@ -15,13 +15,12 @@ A dimension that is down to its size already keeps it: the first levels shrink t
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models.checkpoints import load
 from vattn.models.layers import named
 from vattn.models.settings import official_settings
 from vattn.models.vqvae.codebook import Codebook
@@ -161,7 +160,7 @@ class VQGAN(Tokenizer):
     @classmethod
     def from_official(
         cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "VQGAN":
+    ) -> Self:
         """The tokenizer of an official checkpoint, in evaluation mode; its other sizes are read from the weights.
 
         Args:
@@ -177,15 +176,15 @@ class VQGAN(Tokenizer):
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op, first = "VQGAN.from_official", "encoder.conv_first.conv.weight"
-        found = official_settings(
+        settings: dict[str, Any] = {"downsample": (4, 8, 8)} | official_settings(
             op, config, downsample="downsample", padding_mode="padding_type", restart="restart_thres",
             no_restart="no_random_restart",
         )  # fmt: skip
-        if found.pop("no_restart", False):
-            found["restart"] = None
-        settings = {"downsample": (4, 8, 8)} | found | overrides
-        weights, sizes = tokenizer_weights(op, state_dict, first, "conv_blocks", settings["downsample"])
-        return load(weights, lambda: cls(**sizes | settings))
+        if settings.pop("no_restart", False):
+            settings["restart"] = None
+        downsample = overrides.get("downsample", settings["downsample"])
+        weights, sizes = tokenizer_weights(op, state_dict, first, "conv_blocks", downsample)
+        return cls._from_weights(weights, sizes | settings, overrides)
 
     def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
         """The mean absolute error. The official training adds perceptual and adversarial losses, which are not here."""

@@ -15,14 +15,14 @@ A dimension that is down to its size already keeps it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models.checkpoints import count_blocks, load
+from vattn.models.checkpoints import count_blocks
 from vattn.models.settings import official_settings
 from vattn.models.vqvae.codebook import Codebook
 from vattn.models.vqvae.tokenizer import (
@@ -189,7 +189,7 @@ class VQVAE(Tokenizer):
     @classmethod
     def from_official(
         cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "VQVAE":
+    ) -> Self:
         """The tokenizer of an official checkpoint, in evaluation mode; its other sizes are read from the weights.
 
         Args:
@@ -204,13 +204,14 @@ class VQVAE(Tokenizer):
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op, first = "VQVAE.from_official", "encoder.convs.0.conv.weight"
-        settings = {"downsample": (4, 4, 4)} | official_settings(op, config, downsample="downsample") | overrides
-        weights, sizes = tokenizer_weights(op, state_dict, first, "convs", settings["downsample"])
+        settings: dict[str, Any] = {"downsample": (4, 4, 4)} | official_settings(op, config, downsample="downsample")
+        downsample = overrides.get("downsample", settings["downsample"])
+        weights, sizes = tokenizer_weights(op, state_dict, first, "convs", downsample)
         for name in [name for name in weights if name.endswith("running_mean")]:
             weights.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
         stack = {name.removeprefix("encoder."): x for name, x in weights.items() if ".block." in name}
         sizes["num_blocks"] = count_blocks(stack, "res_stack")
-        return load(weights, lambda: cls(**sizes | settings))
+        return cls._from_weights(weights, sizes | settings, overrides)
 
     def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
         """The squared error over ``PIXEL_VARIANCE``, for pixels from -0.5 to 0.5."""
