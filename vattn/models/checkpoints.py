@@ -155,10 +155,10 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def _from_weights(
-        cls, weights: Mapping[str, Tensor], settings: Mapping[str, Any], overrides: Mapping[str, Any]
+        cls, weights: Mapping[str, Tensor], settings: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
     ) -> Self:
         """The model of weights under their names here, in evaluation mode; `overrides` win over `settings`."""
-        return load(weights, lambda: cls(**override(settings, overrides)))
+        return load(weights, lambda: cls(**override(settings, overrides or {})))
 
     def _reconfigure(self, **settings: Any) -> None:
         """Record settings that are others than those the model was made with."""

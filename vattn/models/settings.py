@@ -96,6 +96,17 @@ def leaves(config: Mapping[str, Any] | argparse.Namespace) -> Iterator[tuple[str
             yield name, value
 
 
+def official_settings(config: Mapping[str, Any] | None, **names: str) -> dict[str, Any]:
+    """The settings that a configuration has, in whatever sections, under official names: ``ours="official"``.
+
+    Example:
+        >>> official_settings({"DATA": {"NUM_FRAMES": 8}}, num_frames="NUM_FRAMES", fold_div="FOLD_DIV")
+        {'num_frames': 8}
+    """
+    found = dict(leaves(config or {}))
+    return {ours: found[official] for ours, official in names.items() if official in found}
+
+
 def tuples(value: Any) -> Any:
     """`value` with tuples, which constructors are used to, for the lists of JSON."""
     if isinstance(value, list):

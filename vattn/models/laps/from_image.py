@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from vattn.models._common import FrameModel, Levels, layer_leaps
+from vattn.models.laps.frames import FrameModel, Levels, layer_leaps
 from vattn.nn import LeapAttention, attend_frames, require_only, split_heads
 
 
@@ -95,7 +95,8 @@ class VideoFromImage(FrameModel):
     """What :func:`video_from_image` returns: `image_model` on the frames of a video, then the mean over frames.
 
     `image_model` has the names and the parameters of the model that it was made from, so that their state
-    dicts are interchangeable: ``video.image_model.load_state_dict(image.state_dict())``.
+    dicts are interchangeable: ``video.image_model.load_state_dict(image.state_dict())``. It has no settings of its own,
+    and is saved as the image model is, by the library that made that.
     """
 
     def __init__(self, image_model: nn.Module, num_frames: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn.nn import leap_of_level
@@ -21,6 +22,16 @@ class FrameModel(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to the mean over frames, such as logits ``(B, num_classes)``."""
         return self.forward_frames(video).mean(1)
+
+    def training_loss(self, video: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+        """The cross-entropy of the video's logits.
+
+        Args:
+            video: ``(B, T, 3, H, W)``.
+            labels: ``(B,)`` int64, or probabilities ``(B, num_classes)``.
+            label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+        """
+        return F.cross_entropy(self(video), labels, label_smoothing=label_smoothing)
 
     def frames(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to ``(B * T, 3, H, W)``."""
