@@ -29,7 +29,7 @@ def sample_tokens(
         temperature: divides the logits; at 0 the largest is taken, and of equal ones the first.
         top_k: only the k largest logits count, and those equal to the last of them.
         top_p: only the largest probabilities count, up to and including the one with which their sum reaches p.
-        generator: see :class:`vattn.models.mebt.Draws`.
+        generator: see :class:`vattn.models.draws.Draws`.
 
     Returns:
         tokens ``(...)`` int64, and the probabilities ``(..., V)`` they were drawn with.

@@ -61,27 +61,6 @@ def plain_name(name: str, key: object) -> str:
     return key
 
 
-def official_settings(op: str, config: Mapping[str, Any] | None, **names: str) -> dict[str, Any]:
-    """The settings of a constructor that an official configuration has, under their own names.
-
-    Args:
-        op: for messages.
-        config: the configuration, see :func:`leaves`, whose nulls are as if they were not there; None is an empty one.
-        names: what the configuration calls each setting.
-
-    Raises:
-        TypeError: `config` is no configuration.
-
-    Example:
-        >>> official_settings("", {"model": {"n_head": 4, "width": 3}}, num_heads="n_head", modes="mode")
-        {'num_heads': 4}
-    """
-    if not isinstance(config, (Mapping, argparse.Namespace, types.NoneType)):
-        raise TypeError(f"{op}: config must be a mapping, got config={config!r}")
-    found = dict(leaves(config or {}))
-    return {name: found[theirs] for name, theirs in names.items() if found.get(theirs) is not None}
-
-
 def leaves(config: Mapping[str, Any] | argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """The settings of a configuration, a mapping or what a command line is parsed to, without the sections they are in.
 
@@ -99,12 +78,19 @@ def leaves(config: Mapping[str, Any] | argparse.Namespace) -> Iterator[tuple[str
 def official_settings(config: Mapping[str, Any] | None, **names: str) -> dict[str, Any]:
     """The settings that a configuration has, in whatever sections, under official names: ``ours="official"``.
 
+    What is null is as if it were not there.
+
+    Raises:
+        TypeError: `config` is not a mapping.
+
     Example:
         >>> official_settings({"DATA": {"NUM_FRAMES": 8}}, num_frames="NUM_FRAMES", fold_div="FOLD_DIV")
         {'num_frames': 8}
     """
+    if not isinstance(config, (Mapping, argparse.Namespace, types.NoneType)):
+        raise TypeError(f"official_settings: config must be a mapping, got config={config!r}")
     found = dict(leaves(config or {}))
-    return {ours: found[official] for ours, official in names.items() if official in found}
+    return {ours: found[official] for ours, official in names.items() if found.get(official) is not None}
 
 
 def tuples(value: Any) -> Any:

@@ -184,7 +184,7 @@ class MeBT(PretrainedModel):
         weights = {name: x for name, x in weights.items() if not name.startswith("first_stage_model.")}
         vocab_size, dim = weights["tok_emb.weight"].shape
         sizes = {"vocab_size": vocab_size, "dim": dim, "num_latents": weights["sos_emb"].shape[1]}
-        found = official_settings(op, config, **OFFICIAL_NAMES)
+        found = official_settings(config, **OFFICIAL_NAMES)
         settings = sizes | found | overrides
         for name in ("num_heads", "modes", "grid"):
             if name not in settings:
@@ -192,7 +192,7 @@ class MeBT(PretrainedModel):
                 raise ValueError(f"{op}: config must have {OFFICIAL_NAMES[name]}, got {had}")
         depth = count_blocks({name.removeprefix("transformer."): x for name, x in weights.items()}, "blocks")
         settings["modes"] = [*settings["modes"], *["maskgit"] * (depth - len(settings["modes"]))]
-        return cls._from_weights(weights, settings, {})
+        return cls._from_weights(weights, settings)
 
     def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
         codes = codes.flatten(1)

@@ -76,7 +76,7 @@ def maskgit(
         start_anew: what the schedule is a ratio of: all N tokens, so that steps that would mask more than there are
             targets are left out, or (with True) the targets.
         official_rounding: see :func:`vattn.models.mebt.num_masked`.
-        generator: a generator, or :class:`vattn.models.mebt.Draws`; its seed decides the sample.
+        generator: a generator, or :class:`vattn.models.draws.Draws`; its seed decides the sample.
         progress: show a bar.
         sampling: `temperature`, `top_k` and `top_p` of :func:`sample_tokens`.
 
@@ -288,7 +288,7 @@ def generate(
         model: as in :func:`maskgit`.
         shape: of the codes, such as ``(B, T, height, width)``; or B, for so many videos of the model's own grid.
         device: of the codes; by default that of the model's parameters.
-        generator: a generator, or :class:`vattn.models.mebt.Draws`; its seed decides the sample.
+        generator: a generator, or :class:`vattn.models.draws.Draws`; its seed decides the sample.
         progress: show a bar.
         settings: of :func:`inpaint`: `sampler`, `num_steps`, `temperature`, `top_k`, `top_p` and others.
 

@@ -172,7 +172,7 @@ class VideoGPT(PretrainedModel):
             features, factors = _grid(weights, "cond_pos_embd"), settings["resnet"]["downsample"]
             settings["frame_shape"] = [size * factor for size, factor in zip(features, factors, strict=True)]
         settings |= official_settings(
-            op, config, num_heads="heads", attention="attn_type", dropout="dropout", attn_drop="attn_dropout"
+            config, num_heads="heads", attention="attn_type", dropout="dropout", attn_drop="attn_dropout"
         )
         return cls._from_weights(weights, settings, overrides)
 

@@ -34,7 +34,7 @@ def generate(
         shape: of the codes, ``(B, *grid)``, where the first axis may be shorter than the model's: it costs less; or B,
             for so many videos of the model's own grid.
         classes, frames: as in :class:`VideoGPT`.
-        generator: a generator, or :class:`vattn.models.mebt.Draws`; its seed decides the sample.
+        generator: a generator, or :class:`vattn.models.draws.Draws`; its seed decides the sample.
         progress: show a bar.
         temperature, top_k, top_p: see :func:`vattn.models.sampling.sample_tokens`.
 

@@ -177,7 +177,7 @@ class VQGAN(Tokenizer):
         """
         op, first = "VQGAN.from_official", "encoder.conv_first.conv.weight"
         settings: dict[str, Any] = {"downsample": (4, 8, 8)} | official_settings(
-            op, config, downsample="downsample", padding_mode="padding_type", restart="restart_thres",
+            config, downsample="downsample", padding_mode="padding_type", restart="restart_thres",
             no_restart="no_random_restart",
         )  # fmt: skip
         if settings.pop("no_restart", False):

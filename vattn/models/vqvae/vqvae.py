@@ -204,7 +204,7 @@ class VQVAE(Tokenizer):
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op, first = "VQVAE.from_official", "encoder.convs.0.conv.weight"
-        settings: dict[str, Any] = {"downsample": (4, 4, 4)} | official_settings(op, config, downsample="downsample")
+        settings: dict[str, Any] = {"downsample": (4, 4, 4)} | official_settings(config, downsample="downsample")
         downsample = overrides.get("downsample", settings["downsample"])
         weights, sizes = tokenizer_weights(op, state_dict, first, "convs", downsample)
         for name in [name for name in weights if name.endswith("running_mean")]:
