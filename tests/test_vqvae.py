@@ -237,16 +237,29 @@ class TestTokenizers:
         codes = loaded.train()(video)[1].codes
         torch.testing.assert_close(loaded.codebook.N, 0.99 + 0.01 * codes.flatten().bincount(minlength=12))
 
-    def test_a_resumed_tokenizer_trains_on_as_it_would_have(self) -> None:
-        whole, resumed, videos = small_vqvae(), small_vqvae(num_codes=12), torch.rand(4, 2, 3, 4, 16, 16) - 0.5
-        generators = [seed(), seed()]
-        for video in videos[:2]:
+    @pytest.mark.parametrize("steps", [0, 2], ids=["before the codebook begins", "after"])
+    @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
+    def test_a_saved_tokenizer_trains_on_as_it_would_have(
+        self, small_tokenizer: Any, steps: int, tmp_path: Path
+    ) -> None:
+        whole, videos, generators = small_tokenizer(), torch.rand(4, 2, 3, 4, 16, 16) - 0.5, [seed(), seed()]
+        for video in videos[:steps]:
             whole.training_loss(video, generators[0])
-        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+        whole.save_pretrained(tmp_path)
+        resumed = type(whole).from_pretrained(tmp_path).train()
         generators[1].set_state(generators[0].get_state())
-        for video in videos[2:]:
+        for video in videos[steps:]:
             losses = [model.training_loss(video, g) for model, g in zip((whole, resumed), generators, strict=True)]
             assert torch.equal(*losses)
+        assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+
+    def test_a_tokenizer_that_was_changed_is_not_saved(self, tmp_path: Path) -> None:
+        tokenizer = small_vqvae()
+        tokenizer.codebook.restart = None
+        with pytest.raises(
+            ValueError, match=r"^VQVAE.save_pretrained: codebook must be what config makes, .*restart=1.0"
+        ):
+            tokenizer.save_pretrained(tmp_path)
 
     @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
     def test_errors(self, small_tokenizer: Any) -> None:
