@@ -305,7 +305,10 @@ def _require_same_parts(op: str, model: nn.Module, made: nn.Module) -> None:
 
 def _parts(model: nn.Module) -> dict[str, str]:
     """What every layer and every weight of a model is, under its name."""
-    layers = {name or "model": f"{type(layer).__name__}({layer.extra_repr()})" for name, layer in model.named_modules()}
+    layers = {}
+    for name, layer in model.named_modules():
+        is_container = isinstance(layer, (nn.ParameterDict, nn.ParameterList))  # shows its weights, with their device
+        layers[name or "model"] = f"{type(layer).__name__}({'' if is_container else layer.extra_repr()})"
     weights = model.state_dict()
     shared = {name: f"{tuple(weights[name].shape)} of {names[0]}" for names in _tied(model) for name in names}
     return layers | shared

@@ -1,5 +1,6 @@
 """Settings of models: plain values, which JSON has, too, and what is asked of those that come out of a file."""
 
+import argparse
 import dataclasses
 import functools
 import inspect
@@ -60,15 +61,15 @@ def plain_name(name: str, key: object) -> str:
     return key
 
 
-def leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings of a configuration, without the sections they are in.
+def leaves(config: Mapping[str, Any] | argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration, a mapping or what a command line is parsed to, without the sections they are in.
 
     Example:
         >>> dict(leaves({"model": {"n_head": 2}, "shape": [4, 16, 16]}))
         {'n_head': 2, 'shape': [4, 16, 16]}
     """
-    for name, value in config.items():
-        if isinstance(value, Mapping):
+    for name, value in (vars(config) if isinstance(config, argparse.Namespace) else config).items():
+        if isinstance(value, (Mapping, argparse.Namespace)):
             yield from leaves(value)
         else:
             yield name, value
@@ -77,12 +78,19 @@ def leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def official_settings(config: Mapping[str, Any] | None, **names: str) -> dict[str, Any]:
     """The settings that a configuration has, in whatever sections, under official names: ``ours="official"``.
 
+    What is null is as if it were not there.
+
+    Raises:
+        TypeError: `config` is not a mapping.
+
     Example:
         >>> official_settings({"DATA": {"NUM_FRAMES": 8}}, num_frames="NUM_FRAMES", fold_div="FOLD_DIV")
         {'num_frames': 8}
     """
+    if not isinstance(config, (Mapping, argparse.Namespace, types.NoneType)):
+        raise TypeError(f"official_settings: config must be a mapping, got config={config!r}")
     found = dict(leaves(config or {}))
-    return {ours: found[official] for ours, official in names.items() if official in found}
+    return {ours: found[official] for ours, official in names.items() if found.get(official) is not None}
 
 
 def tuples(value: Any) -> Any:

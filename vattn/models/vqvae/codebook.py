@@ -98,6 +98,9 @@ class Codebook(nn.Module):
         """Codes ``(B, ...)`` to their vectors ``(B, dim, ...)``."""
         return F.embedding(codes, self.embeddings).movedim(-1, 1)
 
+    def extra_repr(self) -> str:
+        return f"restart={self.restart}"
+
     def _begin(self, vectors: Tensor, draws: Draws) -> None:
         """Put the codes of a codebook that has never been trained where some vectors are."""
         self.embeddings.copy_(self._candidates(vectors, draws))
