@@ -123,6 +123,13 @@ class TestLaps:
         with pytest.raises(ValueError, match=message):
             MODELS[kind](4, **_levels(kind, levels))
 
+    def test_the_loss_of_training(self, kind: str) -> None:
+        model = randomize(MODELS[kind](4, **_levels(kind, (1, 2))))
+        video, labels = torch.randn(3, 4, 3, *SIZES[kind]), torch.tensor([0, 2, 1])
+        torch.testing.assert_close(model.training_loss(video, labels), F.cross_entropy(model(video), labels))
+        smooth = model.training_loss(video, labels, label_smoothing=0.1)
+        torch.testing.assert_close(smooth, F.cross_entropy(model(video), labels, label_smoothing=0.1))
+
     @pytest.mark.slow
     def test_training_lowers_the_loss(self, kind: str) -> None:
         torch.manual_seed(0)
@@ -183,6 +190,19 @@ def test_visformer_structure_is_read_from_its_weights(settings: dict[str, Any]) 
     loaded = LapsVisformer.from_official(model.state_dict(), num_frames=2, levels=((1,), (1,)), num_heads=2)
     video = torch.randn(1, 2, 3, 32, 32)
     assert torch.equal(loaded(video), model(video))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_configuration_is_read_and_overridden(kind: str) -> None:
+    model = MODELS[kind](8, fold_div=2)
+    data = {"NUM_FRAMES": 8, "FOLD_DIV": None}
+    config = {"DATA": data, "S2_SKIP_LEVEL": [3, 1], "S3_SKIP_LEVEL": [2], "num_heads": 2}
+    found = type(model).from_official(model.state_dict(), config).config
+    assert (found["num_frames"], found["fold_div"], found["num_heads"]) == (8, 0, 2)
+    assert found["levels"] == ([3, 1] if kind == "vit" else [[3, 1], [2]])
+    found = type(model).from_official(model.state_dict(), config, num_frames=16, num_heads=4, fold_div=8).config
+    assert (found["num_frames"], found["fold_div"], found["num_heads"]) == (16, 8, 4)
+    assert type(model).from_official(model.state_dict(), num_heads=2).config["fold_div"] == 4
 
 
 def test_visformer_qk_scale_is_an_exponent_for_q_and_k_each() -> None:

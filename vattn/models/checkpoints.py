@@ -243,7 +243,7 @@ def _fill(model: Model, weights: Mapping[str, Tensor]) -> Model:
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]
             if buffer is not None and buffer.is_meta:
-                raise RuntimeError(f"{type(module).__name__}: {name} is not saved, and must be made on a device by name")
+                raise RuntimeError(f"{type(module).__name__}: {name} is not saved, and must be made on a named device")
             module._buffers[name] = None if buffer is None else buffer.to(device)
     return model.eval()
 

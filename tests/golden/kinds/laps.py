@@ -103,7 +103,7 @@ def laps_vit_model(golden: Any) -> None:
         model = LapsViT.from_official(
             vectors.weights(),
             {
-                "NUM_FRAMES": meta["n_seg"], "S2_SKIP_LEVEL": meta["s2_skip_level"], "FOLD_DIV": meta["fold_div"] or 0,
+                "NUM_FRAMES": meta["n_seg"], "S2_SKIP_LEVEL": meta["s2_skip_level"], "FOLD_DIV": meta["fold_div"],
                 "num_heads": meta["num_heads"], "img_size": meta["img_size"], "qk_scale": meta.get("qk_scale"),
             },
         )  # fmt: skip
@@ -121,7 +121,7 @@ def laps_visformer_model(golden: Any) -> None:
             vectors.weights(),
             {
                 "NUM_FRAMES": meta["T"], "S2_SKIP_LEVEL": meta["s2_skip_level"],
-                "S3_SKIP_LEVEL": meta["s3_skip_level"], "FOLD_DIV": meta["fold_div"] or 0,
+                "S3_SKIP_LEVEL": meta["s3_skip_level"], "FOLD_DIV": meta["fold_div"],
                 "num_heads": meta["num_heads"], "qk_scale": meta.get("qk_scale"),
             },
         )  # fmt: skip

@@ -1,10 +1,12 @@
 """What the models of LAPS share: outputs per frame, and the pre-norm block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vattn.models.settings import leaves
 from vattn.nn import leap_of_level
 
 Levels = Sequence[int | None]
@@ -73,3 +75,9 @@ def layer_leaps(op: str, levels: Levels, depth: int, num_frames: int) -> list[in
     if not levels:
         raise ValueError(f"{op}: levels must have at least one element, got levels={levels!r}")
     return [leap_of_level(levels[i % len(levels)], num_frames) for i in range(depth)]
+
+
+def official_fold_div(config: Mapping[str, Any] | None) -> dict[str, int]:
+    """The divisor of an official configuration, in whose code null is no shift; nothing if it says nothing."""
+    found = dict(leaves(config or {}))
+    return {"fold_div": found["FOLD_DIV"] or 0} if "FOLD_DIV" in found else {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
-from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps
+from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
 from vattn.models.layers import init_linear, named
 from vattn.models.settings import official_settings
 from vattn.nn import LeapAttention2d
@@ -188,14 +188,14 @@ class LapsVisformer(FrameModel, PretrainedModel):
             "groups": groups,
             "attn_stage": "".join(str(int(f"{block}.attn.qkv.weight" in weights)) for block in blocks),
             "spatial_conv": "".join(str(int(flag)) for flag in spatial),
-        } | official_settings(config, num_frames="NUM_FRAMES", fold_div="FOLD_DIV", num_heads="num_heads")
+        } | official_settings(config, num_frames="NUM_FRAMES", num_heads="num_heads")
         stages = official_settings(config, stage2="S2_SKIP_LEVEL", stage3="S3_SKIP_LEVEL")
         if stages:
             settings["levels"] = (stages.get("stage2", LEVELS[0]), stages.get("stage3", LEVELS[1]))
         exponent = official_settings(config, exponent="qk_scale").get("exponent")
         if exponent is not None:
             settings["scale_exponent"] = 2 * exponent
-        settings |= overrides
+        settings |= official_fold_div(config) | overrides
         settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
         return cls._from_weights(weights, settings)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
-from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps
+from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
 from vattn.models.layers import init_linear, named
 from vattn.models.settings import official_settings
 from vattn.nn import LeapAttention
@@ -120,11 +120,11 @@ class LapsViT(FrameModel, PretrainedModel):
             "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
             "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         } | official_settings(
-            config, num_frames="NUM_FRAMES", levels="S2_SKIP_LEVEL", fold_div="FOLD_DIV", num_heads="num_heads",
-            image_size="img_size", scale="qk_scale",
+            config, num_frames="NUM_FRAMES", levels="S2_SKIP_LEVEL", num_heads="num_heads", image_size="img_size",
+            scale="qk_scale",
         )  # fmt: skip
         settings["scale"] = settings.get("scale") or None  # as in the official code, 0 is none
-        settings |= overrides
+        settings |= official_fold_div(config) | overrides
         settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
         return cls._from_weights(weights, settings)
 

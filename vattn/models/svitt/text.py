@@ -24,7 +24,7 @@ from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel
 from vattn.models.layers import init_linear, named
 from vattn.models.settings import official_settings, override
-from vattn.models.svitt.weights import heads_of, text_weights
+from vattn.models.svitt.weights import heads_of, text_weights, without_nulls
 from vattn.nn import merge_heads, split_heads
 from vattn.ops.latent_attention import latent_attention
 from vattn.ops.node_sparse_attention import node_sparse_attention
@@ -332,7 +332,7 @@ def text_settings(
     weights: Mapping[str, Tensor], config: Mapping[str, Any] | None, overrides: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The settings of the :class:`TextEncoder` that weights, under their names here, and a configuration make."""
-    config = config or {}
+    config = without_nulls(config)
     vocab_size, dim = weights["word.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
     fusion_layer = min((i for i in range(depth) if f"layers.{i}.cross.key.weight" in weights), default=depth)

@@ -29,7 +29,7 @@ from vattn.models.layers import init_linear, named
 from vattn.models.settings import override
 from vattn.models.svitt.orders import token_order
 from vattn.models.svitt.sparsity import Sparsity, official_sparsity
-from vattn.models.svitt.weights import heads_of, video_weights
+from vattn.models.svitt.weights import heads_of, video_weights, without_nulls
 from vattn.nn import SparseSelfAttention
 from vattn.ops.select_tokens import select_tokens
 
@@ -320,7 +320,7 @@ def video_settings(
     weights: Mapping[str, Tensor], config: Mapping[str, Any] | None, overrides: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The settings of the :class:`VideoEncoder` that weights, under their names here, and a configuration make."""
-    op, config = "VideoEncoder.from_official", config or {}
+    op, config = "VideoEncoder.from_official", without_nulls(config)
     if config.get("num_cls_tokens", 1) != 1:
         raise ValueError(f"{op}: config must have one class token, got num_cls_tokens={config['num_cls_tokens']}")
     dim, _, _, patch_size = weights["patch_embed.weight"].shape

@@ -99,6 +99,11 @@ def heads_of(op: str, config: Mapping[str, Any], settings: Mapping[str, Any], di
     return heads_or_default(op, settings.get("num_heads", config.get("num_attention_heads")), dim)
 
 
+def without_nulls(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings of an official configuration; what is null is as if it were not there."""
+    return {name: value for name, value in (config or {}).items() if value is not None}
+
+
 def sections(op: str, config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The configurations of the video encoder and of the text encoder."""
     config = config or {}
