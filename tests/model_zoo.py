@@ -3,6 +3,7 @@
 Run as a program, it loads every model of a folder in a process of its own, and writes what they give.
 """
 
+import argparse
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +15,10 @@ from torch import Tensor
 from tests import svitt_models as svitt
 from vattn.models.checkpoints import PretrainedModel
 from vattn.models.laps import LapsVisformer, LapsViT
+from vattn.models.mebt import MeBT
 from vattn.models.svitt import SViTT, TextEncoder, VideoAnswers, VideoEncoder
+from vattn.models.videogpt import ResNet3d, VideoGPT
+from vattn.models.vqvae import VQGAN, VQVAE, Tokenizer
 
 
 class Official(NamedTuple):
@@ -83,6 +87,39 @@ def _answer(model: VideoAnswers, generator: torch.Generator) -> tuple[Tensor, ..
     return model.rank(svitt.random_video(), svitt.random_words(), None, answers, None, generator=generator)
 
 
+TOKENIZER: dict[str, Any] = {"num_codes": 12, "code_dim": 4, "hidden": 4, "downsample": (2, 4, 4)}
+RESNET: dict[str, Any] = {"dim": 6, "num_blocks": (1, 2, 1, 1), "width": 4}
+
+
+def _tokenize(model: Tokenizer, generator: torch.Generator) -> tuple[Tensor, ...]:
+    reconstruction, quantized = model(_video(generator, 1, 3, 4, 16, 16))
+    return reconstruction, *quantized
+
+
+def _official_tokenizer(model: Tokenizer, part: str = "") -> dict[str, Tensor]:
+    """Its weights, where another model may have it; the official code does not save whether its codebook has begun."""
+    model.codebook.has_begun.fill_(True)  # as it has in every checkpoint
+    return {f"{part}{name}": x for name, x in model.state_dict().items() if name != "codebook.has_begun"}
+
+
+def _find_codes(model: MeBT, generator: torch.Generator) -> tuple[Tensor, ...]:
+    codes, order = torch.randint(7, (2, 3, 2, 2), generator=generator), torch.arange(12).expand(2, -1)
+    return (model(codes, order[:, :5], order[:, 5:]),)
+
+
+def _next_codes(model: VideoGPT, generator: torch.Generator) -> tuple[Tensor, ...]:
+    codes = torch.randint(7, (2, 2, 4, 4), generator=generator)
+    return (model(codes, classes=torch.tensor([2, 0]), frames=_video(generator, 2, 3, 1, 8, 8)),)
+
+
+def _official_videogpt(model: VideoGPT) -> dict[str, Tensor]:
+    """Its weights, with a tokenizer whose codebook is what it has learned from."""
+    tokenizer = VQVAE(7, 5, hidden=4, num_blocks=1)
+    tokenizer.codebook.embeddings.copy_(model.embeddings)
+    weights = {name: x for name, x in model.state_dict().items() if name != "embeddings"}
+    return weights | _official_tokenizer(tokenizer, "vqvae.")
+
+
 MODELS: dict[str, Entry] = {
     "LapsViT": Entry(
         LapsViT,
@@ -131,6 +168,50 @@ MODELS: dict[str, Entry] = {
         _answer,
         lambda model: Official(svitt.official_answers(model), svitt.OFFICIAL_CONFIG),
     ),
+    "VQVAE": Entry(
+        VQVAE,
+        TOKENIZER | {"num_blocks": 1},
+        _tokenize,
+        lambda model: Official(
+            _official_tokenizer(model, "vqvae."), {"args": argparse.Namespace(downsample=[2, 4, 4])}
+        ),
+    ),
+    "VQGAN": Entry(
+        VQGAN,
+        TOKENIZER | {"groups": 2, "padding_mode": "circular", "restart": None},
+        _tokenize,
+        lambda model: Official(
+            _official_tokenizer(model, "first_stage_model."),
+            {"downsample": [2, 4, 4], "padding_type": "circular", "no_random_restart": True},
+            {"groups": 2},
+        ),
+    ),
+    "MeBT": Entry(
+        MeBT,
+        {"vocab_size": 7, "grid": (3, 2, 2), "dim": 16, "num_heads": 2, "num_latents": 3, "proj_drop": 0.1}
+        | {"modes": ("latent_enc", "latent_self", "latent_dec", "lt2l", "maskgit")},
+        _find_codes,
+        lambda model: Official(
+            model.state_dict(),
+            {
+                "model": {"n_head": 2, "mode": ["latent_enc", "latent_self", "latent_dec", "lt2l"], "resid_pdrop": 0.1},
+                "mask": {"shape": [3, 2, 2]},
+            },
+        ),
+    ),
+    "VideoGPT": Entry(
+        VideoGPT,
+        {"num_codes": 7, "code_dim": 5, "grid": (2, 4, 4), "dim": 12, "num_heads": 2, "num_layers": 2}
+        | {"attention": "sparse", "block_size": 4, "num_local_blocks": 1, "num_classes": 3}
+        | {"frame_shape": (1, 8, 8), "resnet": RESNET},
+        _next_codes,
+        lambda model: Official(
+            _official_videogpt(model),
+            {"heads": 2, "attn_type": "sparse", "n_cond_frames": 1},
+            {"block_size": 4, "num_local_blocks": 1},
+        ),
+    ),
+    "ResNet3d": Entry(ResNet3d, RESNET, lambda model, generator: (model(_video(generator, 1, 3, 2, 8, 8)),), None),
 }
 
 

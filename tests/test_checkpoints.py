@@ -81,6 +81,13 @@ class TestEveryModel:
         entry = MODELS[name]
         assert_same(elsewhere(name), entry.outputs(entry.make()))
 
+    def test_official_checkpoints_are_asked_for_in_one_way(self, name: str) -> None:
+        if MODELS[name].official is None:
+            pytest.skip("no official code")
+        arguments = inspect.signature(MODELS[name].kind.from_official).parameters.values()
+        assert [argument.name for argument in arguments] == ["state_dict", "config", "overrides"]
+        assert [argument.default for argument in arguments][1] is None
+
     def test_official_to_saved_to_loaded(self, name: str, tmp_path: pathlib.Path) -> None:
         entry = MODELS[name]
         if entry.official is None:
@@ -461,7 +468,7 @@ class TestPretrainedModel:
     @pytest.mark.slow
     def test_models_are_imported_without_it(self) -> None:
         code = "import sys; sys.modules |= {'safetensors': None, 'huggingface_hub': None}; "
-        code += "import vattn.models.laps, vattn.models.svitt"
+        code += "import vattn.models.laps, vattn.models.mebt, vattn.models.svitt, vattn.models.videogpt"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
