@@ -277,10 +277,19 @@ def test_folders_that_are_not_there(folder: Any, monkeypatch: pytest.MonkeyPatch
         LapsViT.from_pretrained(folder)
 
 
-def test_values_that_do_not_fit_are_explained(folders: Any) -> None:
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"num_heads": 5}, "LeapAttention: dim must be a multiple of num_heads=5, got dim=16"),
+        ({"patch_size": 0}, ".*by zero"),
+        ({"mlp_ratio": float("inf")}, "cannot convert float infinity to integer"),
+        ({"levels": []}, "LapsViT: levels must have at least one element, got .*"),
+    ],
+)
+def test_values_that_do_not_fit_are_explained(setting: dict[str, Any], message: str, folders: Any) -> None:
     folder = folders("LapsViT")
-    _config(lambda config: config["settings"].update(num_heads=5))(folder)
-    with pytest.raises(ValueError, match=r"^LapsViT.from_pretrained: settings must make .* num_heads=5, got dim=16$"):
+    _config(lambda config: config["settings"].update(setting))(folder)
+    with pytest.raises(ValueError, match=f"^LapsViT.from_pretrained: settings must make .*, which says: {message}$"):
         LapsViT.from_pretrained(folder)
 
 
@@ -429,6 +438,14 @@ class TestPretrainedModel:
         assert model.config == {"width": 8}
         model.save_pretrained(tmp_path)
         assert_same(Small.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+    def test_types_that_are_not_known(self, tmp_path: pathlib.Path) -> None:
+        class Later(PretrainedModel):
+            def __init__(self, size: "Unknown" = 1) -> None:  # type: ignore[name-defined]  # noqa: F821
+                super().__init__()
+
+        Later(2).save_pretrained(tmp_path)
+        assert Later.from_pretrained(tmp_path).config == {"size": 2}
 
     @pytest.mark.parametrize("value", [torch.zeros(2), nn.Linear(1, 1), object(), b"bytes", {1: 2}, [torch.zeros(1)]])
     def test_settings_that_are_not_plain_are_refused(self, value: Any) -> None:

@@ -104,9 +104,8 @@ class PretrainedModel(nn.Module):
             if weight.is_meta:
                 raise ValueError(f"{op}: weights must have storage, got {names[0]}.device=meta")
             written[names[0]] = weight.detach().cpu().contiguous()
-        # Views of one storage are copied, as safetensors writes none of them.
         storages = [weight.untyped_storage().data_ptr() for weight in written.values() if weight.numel()]
-        if len(set(storages)) < len(storages):
+        if len(set(storages)) < len(storages):  # safetensors writes no views of one storage
             written = {name: weight.clone() for name, weight in written.items()}
         config = {"class": type(self).__name__, "vattn": __version__, "settings": settings}
         folder = pathlib.Path(folder)
@@ -140,7 +139,7 @@ class PretrainedModel(nn.Module):
         settings = override(_read_config(op, cls, where / CONFIG), overrides)
         try:
             empty = _build_empty(lambda: _make(cls, settings))
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{op}: settings must make a {cls.__name__}, got settings={settings}, which says: {error}"
             ) from error

@@ -44,7 +44,7 @@ def plain(name: str, value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(name, getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {plain_name(name, key): plain(f"{name}.{key}", item) for key, item in value.items()}
+        return {_key(name, key): plain(f"{name}.{key}", item) for key, item in value.items()}
     if isinstance(value, Set):
         return plain(name, sorted(value))
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
@@ -55,7 +55,7 @@ def plain(name: str, value: object) -> Any:
     )
 
 
-def plain_name(name: str, key: object) -> str:
+def _key(name: str, key: object) -> str:
     if not isinstance(key, str):
         raise TypeError(f"{name} must have strings as keys, got key={key!r}")
     return key
@@ -134,7 +134,11 @@ def require_settings(op: str, cls: type, settings: Mapping[str, Any], parts: typ
 
 @functools.cache
 def _hints(annotated: Any) -> dict[str, Any]:
-    return typing.get_type_hints(annotated)
+    """The types of a class or of a function; none if they cannot be known here."""
+    try:
+        return typing.get_type_hints(annotated)
+    except NameError:  # of a type that is not imported
+        return {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
