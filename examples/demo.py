@@ -21,14 +21,14 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
 import vattn
 from benchmarks.measure import peak_memory
 from examples import clips, pictures
-from vattn.models.laps import video_from_image
+from vattn.models.laps import VideoFromImage, video_from_image
 
 NUM_FRAMES = 8
 LEVELS = (1, 2, 3, 1)
@@ -68,7 +68,7 @@ class Run:
     """One model in training, and the attention that it runs."""
 
     name: str
-    model: nn.Module
+    model: VideoFromImage
     attention: Attention
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -80,7 +80,7 @@ class Run:
         """Set the gradients of the model, and return the loss."""
         self.model.zero_grad()
         with mock.patch("vattn.nn.leap.leap_attention", self.attention):
-            loss = F.cross_entropy(self.model(video), label)
+            loss = self.model.training_loss(video, label)
             loss.backward()
         return loss.detach()
 
@@ -111,7 +111,7 @@ def gradient_difference(first: Run, second: Run) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True))
 
 
-def video_model(num_classes: int) -> nn.Module:
+def video_model(num_classes: int) -> VideoFromImage:
     """A small image ViT with random weights, turned into a video model."""
     config = ViTConfig(
         image_size=IMAGE_SIZE,

@@ -16,7 +16,7 @@ import argparse
 import math
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,16 +78,6 @@ def waves(positions: Tensor, dim: int) -> Tensor:
     angles = (2 * math.pi * positions[..., None] / lengths).flatten(1)
     features = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)
     return F.pad(features, (0, dim - features.shape[1]))
-
-
-def train_tokenizer(training: Training, videos: Iterator[Tensor]) -> None:
-    """Reconstruction and commitment; the codes follow the vectors that take them."""
-
-    def loss_of(video: Tensor) -> Tensor:
-        reconstruction, quantized = training.model(video)
-        return F.l1_loss(reconstruction, video) + quantized.commitment_loss
-
-    training.run(videos, loss_of)
 
 
 def copies(codes: Tensor, context: Tensor, otherwise: int) -> Tensor:
@@ -196,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = Training("tokenizer", tokenizer, options.steps, 2e-3, options.outputs / "mebt_tokenizer.pt")
     resumed = options.resume and first.resume() and first.step >= first.steps
     videos = clips.varied_batches(train, WINDOW, options.size)
-    train_tokenizer(first, videos)
+    first.run(videos, tokenizer.training_loss)
 
     seen = torch.cat([next(videos) for _ in range(NUM_WINDOWS // len(train))])
     codes = encode(tokenizer, seen, "codes to train on")

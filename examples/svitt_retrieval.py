@@ -34,8 +34,6 @@ from vattn import RelativePositionBias3D
 from vattn.models.svitt import (
     Sparsity,
     SViTT,
-    TextEncoder,
-    VideoEncoder,
     VideoTokens,
     expand,
     rank_texts,
@@ -125,15 +123,15 @@ class Data:
 
 def new_model(size: int, num_words: int, num_frames: int, sparsity: Sparsity) -> SViTT:
     """A small SViTT; where the video encoder keeps few tokens, the last text layer reads half of these."""
-    video = VideoEncoder(
-        num_frames, image_size=size, patch_size=PATCH, dim=DIM, depth=DEPTH, num_heads=4, mlp_dim=4 * DIM,
-        layer_scale=None, sparsity=sparsity,
-    )  # fmt: skip
-    text = TextEncoder(
-        num_words, DIM, 4, 4, 4 * DIM, max_length=32, fusion_layer=2, video_dim=DIM, prune_after=(2,),
-        keep=0.5 if sparsity.keep < 1 else 1.0, dropout=0.0,
-    )  # fmt: skip
-    model = SViTT(video, text, embed_dim=64, mask_id=MASK, never_masked=(PAD, FIRST), mask_share=0.3)
+    width = {"dim": DIM, "depth": DEPTH, "num_heads": 4, "mlp_dim": 4 * DIM}
+    video = {
+        "num_frames": num_frames, "image_size": size, "patch_size": PATCH, "layer_scale": None, "sparsity": sparsity,
+    }  # fmt: skip
+    text = {
+        "vocab_size": num_words, "max_length": 32, "fusion_layer": 2, "prune_after": (2,),
+        "keep": 0.5 if sparsity.keep < 1 else 1.0, "dropout": 0.0,
+    }  # fmt: skip
+    model = SViTT(video | width, text | width, embed_dim=64, mask_id=MASK, never_masked=(PAD, FIRST), mask_share=0.3)
     for module in model.modules():
         if isinstance(module, nn.Linear):  # what suits 768 channels is too little for these
             nn.init.xavier_uniform_(module.weight)
@@ -145,7 +143,7 @@ def new_model(size: int, num_words: int, num_frames: int, sparsity: Sparsity) ->
 def step_loss(run: Run, data: Data, chosen: Tensor) -> Tensor:
     """The three losses of a batch."""
     video, hard = data.videos(chosen, run.num_frames), run.training.step >= EASY * run.training.steps
-    return run.model(video, data.ids[chosen], data.mask[chosen], pair_ids=chosen, hard_negatives=hard).total
+    return run.model.training_loss(video, data.ids[chosen], data.mask[chosen], pair_ids=chosen, hard_negatives=hard)
 
 
 def train(run: Run, data: Data, resume: bool) -> None:

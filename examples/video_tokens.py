@@ -19,6 +19,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +36,14 @@ NUM_CODES = 256
 CHANNELS = 3
 
 
-def small_videogpt(embeddings: Tensor, grid: Sequence[int], attention: str) -> videogpt.VideoGPT:
+def small_videogpt(tokenizer: VQVAE, grid: Sequence[int], attention: str) -> videogpt.VideoGPT:
     """A VideoGPT whose inputs begin as large as what attention adds to them.
 
     As the official code begins, codes and places are small beside it, and take longer to be found.
     """
-    model = videogpt.VideoGPT(embeddings, grid, dim=96, num_heads=4, num_layers=4, attention=attention, dropout=0.1)
-    nn.init.normal_(model.fc_in.weight, std=1 / embeddings.norm(dim=1).mean().item())
+    sizes: dict[str, Any] = {"dim": 96, "num_heads": 4, "num_layers": 4}
+    model = videogpt.VideoGPT.for_tokenizer(tokenizer, grid, **sizes, attention=attention, dropout=0.1)
+    nn.init.normal_(model.fc_in.weight, std=1 / model.embeddings.norm(dim=1).mean().item())
     for places in model.attn_stack.pos_embd.parameters():
         nn.init.normal_(places, std=0.5)
     return model
@@ -173,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         codes = encode(tokenizer, torch.cat([next(batches) for _ in range(NUM_WINDOWS // len(train))]) / 2, "codes")
         torch.manual_seed(options.seed)
         grid = (codes.shape[1], codes.shape[2], codes.shape[3])
-        gpt = small_videogpt(tokenizer.codebook.embeddings, grid, options.attention)
+        gpt = small_videogpt(tokenizer, grid, options.attention)
         bidirectional = small_mebt(NUM_CODES, grid)
         for prior, rate in ((gpt, 4e-3), (bidirectional, 2e-3)):
             # Priors resume only if the tokenizer was done: otherwise their codes were those of another one.

@@ -6,17 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vattn.models.svitt import Sparsity, SViTT, TextEncoder, VideoEncoder
+from vattn.models.svitt import Sparsity, SViTT, TextEncoder, VideoAnswers, VideoEncoder
 
 DENSE = Sparsity(num_random=None, keep=1.0)
 SPARSE = Sparsity(block_size=3, num_random=1, keep=0.5, prune_after=(0,))
 VIDEO: dict[str, Any] = {
-    "image_size": (8, 12), "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "sparsity": SPARSE,
+    "num_frames": 4, "image_size": (8, 12), "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32,
+    "sparsity": SPARSE,
 }  # fmt: skip
 TEXT: dict[str, Any] = {
     "vocab_size": 30, "dim": 24, "depth": 3, "num_heads": 2, "mlp_dim": 32, "max_length": 9, "fusion_layer": 1,
     "video_dim": 16, "keep": 0.5, "prune_after": (1,), "dropout": 0.0,
 }  # fmt: skip
+ANSWER = TEXT | {"depth": 2, "fusion_layer": 0, "keep": 1.0, "causal": True, "video_dim": 24}
 
 
 def seed(number: int = 0) -> torch.Generator:
@@ -32,8 +34,8 @@ def randomize(model: Any) -> Any:
     return model.eval()
 
 
-def video_encoder(num_frames: int = 4, **settings: Any) -> VideoEncoder:
-    return randomize(VideoEncoder(num_frames, **(VIDEO | settings)))
+def video_encoder(**settings: Any) -> VideoEncoder:
+    return randomize(VideoEncoder(**(VIDEO | settings)))
 
 
 def text_encoder(**settings: Any) -> TextEncoder:
@@ -41,9 +43,13 @@ def text_encoder(**settings: Any) -> TextEncoder:
 
 
 def small_model(**settings: Any) -> SViTT:
-    model = randomize(SViTT(video_encoder(**settings), text_encoder(), embed_dim=8, mask_id=29, never_masked=(0, 1)))
+    model = randomize(SViTT(VIDEO | settings, TEXT, embed_dim=8, mask_id=29, never_masked=(0, 1)))
     model.temperature.data.fill_(0.2)
     return model
+
+
+def answers_model() -> VideoAnswers:
+    return randomize(VideoAnswers(VIDEO, TEXT, ANSWER))
 
 
 def random_video(batch: int = 2, num_frames: int = 4) -> Tensor:
@@ -89,6 +95,34 @@ def official_checkpoint(model: Any, **prefixes: str) -> dict[str, Tensor]:
                 name = re.sub(r"attention\.(query|key|value|relative)", rf"attention.{inner}.\1", name)
             weights[prefix + name] = weight
     return weights
+
+
+def official_svitt(model: SViTT, prefix: str = "text_encoder.bert.") -> dict[str, Tensor]:
+    """The weights of `model` under official names; with its head for words, unless `prefix` is "text_encoder."."""
+    weights = official_checkpoint(model, video="vision_encoder.", video_norm="vision_layernorm.", text=prefix)
+    for ours, theirs in (("video_proj", "vision_proj"), ("text_proj", "text_proj"), ("match_head", "itm_head")):
+        weights |= {f"{theirs}.{name}": x for name, x in getattr(model, ours).state_dict().items()}
+    weights["temp"] = model.temperature.detach()
+    return weights | (official_head(model.word_head, model.text, "text_encoder.") if "bert" in prefix else {})
+
+
+def official_answers(model: VideoAnswers) -> dict[str, Tensor]:
+    """The weights of `model` under official names."""
+    weights = official_checkpoint(
+        model, video="vision_encoder.", video_norm="vision_layernorm.", question="text_encoder.",
+        answer="text_decoder.bert.",
+    )  # fmt: skip
+    return weights | official_head(model.word_head, model.answer, "text_decoder.")
+
+
+OFFICIAL_CONFIG: dict[str, Any] = {
+    "video": {
+        "image_size": (8, 12), "token_keep_rate": 0.5, "token_drop_loc": [0], "attn_block_size": 3,
+        "sparse_local_attn": 1, "sparse_random_attn": 1,
+    },
+    "text": {"num_attention_heads": 2, "token_keep_rate": 0.5, "token_drop_loc": [0, 1]},
+}  # fmt: skip
+"""What the official code calls the settings of these models."""
 
 
 def official_head(head: Any, text: TextEncoder, prefix: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import vattn
@@ -20,8 +21,13 @@ def test_the_plain_formula_is_leap_attention(leap):
     torch.testing.assert_close(demo.plain_leap_attention(*inputs, leap, **settings), expected)
 
 
+class Classifier(nn.Linear):
+    def training_loss(self, x, labels):
+        return F.cross_entropy(self(x), labels)
+
+
 def test_a_gradient_that_is_off_is_noticed():
-    model = nn.Linear(4, 2)
+    model = Classifier(4, 2)
     runs = [demo.Run(name, copy.deepcopy(model), vattn.leap_attention) for name in ("ours", "plain")]
     for run in runs:
         run.gradients(torch.ones(3, 4), torch.tensor([0, 1, 1]))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn.models.laps import LapsVisformer, LapsViT, video_from_image
-from vattn.models.video_from_image import SplitLeapAttention
+from vattn.models.laps.from_image import SplitLeapAttention
 from vattn.nn import LeapAttention
 
 VIT: dict[str, Any] = {
@@ -81,25 +81,28 @@ class TestLaps:
             weights = {f"module.base_model.{name}": weight for name, weight in weights.items()}
         if wrap == "checkpoint":
             weights = {"epoch": 3, "state_dict": weights}
-        loaded = type(model).from_official(weights, 4, fold_div=4, num_heads=2, **levels)
+        loaded = type(model).from_official(weights, num_frames=4, fold_div=4, num_heads=2, **levels)
         assert not loaded.training
         assert torch.equal(loaded(video), model(video))
         with torch.no_grad():
             loaded.head.bias.add_(1.0)  # a copy: the caller's weights stay
         assert not torch.equal(loaded.head.bias, model.head.bias)
         doubles = {name: w.double() if w.is_floating_point() else w for name, w in model.state_dict().items()}
-        assert type(model).from_official(doubles, 4, num_heads=2, **levels).head.weight.dtype == torch.float64
+        loaded = type(model).from_official(doubles, num_frames=4, num_heads=2, **levels)
+        assert loaded.head.weight.dtype == torch.float64
 
     def test_official_state_dict_errors(self, kind: str) -> None:
         model = MODELS[kind](4, **_levels(kind, (1,)))
         op, weights = f"{type(model).__name__}.from_official", model.state_dict()
         with pytest.raises(ValueError, match=f"^{op}: num_heads must be given .*, got embed_dim=16$"):
-            type(model).from_official(weights, 4)
+            type(model).from_official(weights, num_frames=4)
         without_head = {name: weight for name, weight in weights.items() if "head" not in name}
         with pytest.raises(ValueError, match=f"^{op}: state_dict must have head.weight, got .* names: "):
-            type(model).from_official(without_head, 4, num_heads=2)
+            type(model).from_official(without_head, num_frames=4, num_heads=2)
         with pytest.raises(RuntimeError, match=r"Unexpected key.*dist_token"):
-            type(model).from_official(weights | {"dist_token": torch.zeros(1)}, 4, num_heads=2, **_levels(kind, (1,)))
+            type(model).from_official(
+                weights | {"dist_token": torch.zeros(1)}, num_frames=4, num_heads=2, **_levels(kind, (1,))
+            )
 
     def test_video_errors(self, kind: str) -> None:
         model = MODELS[kind](4, **_levels(kind, (1,)))
@@ -119,6 +122,13 @@ class TestLaps:
     def test_level_errors(self, kind: str, levels: tuple, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             MODELS[kind](4, **_levels(kind, levels))
+
+    def test_the_loss_of_training(self, kind: str) -> None:
+        model = randomize(MODELS[kind](4, **_levels(kind, (1, 2))))
+        video, labels = torch.randn(3, 4, 3, *SIZES[kind]), torch.tensor([0, 2, 1])
+        torch.testing.assert_close(model.training_loss(video, labels), F.cross_entropy(model(video), labels))
+        smooth = model.training_loss(video, labels, label_smoothing=0.1)
+        torch.testing.assert_close(smooth, F.cross_entropy(model(video), labels, label_smoothing=0.1))
 
     @pytest.mark.slow
     def test_training_lowers_the_loss(self, kind: str) -> None:
@@ -157,9 +167,8 @@ def test_levels_repeat_over_layers() -> None:
 def test_vit_frames_of_any_size(size: Any) -> None:
     model = randomize(LapsViT(2, (1,), **(VIT | {"image_size": size})))
     video = torch.randn(1, 2, 3, *(size if isinstance(size, tuple) else (size, size)))
-    loaded = LapsViT.from_official(
-        model.state_dict(), 2, (1,), num_heads=2, image_size=size if isinstance(size, tuple) else None
-    )
+    given: dict[str, Any] = {"image_size": size} if isinstance(size, tuple) else {}  # a square is seen
+    loaded = LapsViT.from_official(model.state_dict(), num_frames=2, levels=(1,), num_heads=2, **given)
     assert torch.equal(loaded(video), model(video))
 
 
@@ -178,14 +187,29 @@ def test_vit_frames_of_any_size(size: Any) -> None:
 )
 def test_visformer_structure_is_read_from_its_weights(settings: dict[str, Any]) -> None:
     model = randomize(LapsVisformer(2, ((1,), (1,)), **(VISFORMER | settings)))
-    loaded = LapsVisformer.from_official(model.state_dict(), 2, ((1,), (1,)), num_heads=2)
+    loaded = LapsVisformer.from_official(model.state_dict(), num_frames=2, levels=((1,), (1,)), num_heads=2)
     video = torch.randn(1, 2, 3, 32, 32)
     assert torch.equal(loaded(video), model(video))
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_configuration_is_read_and_overridden(kind: str) -> None:
+    model = MODELS[kind](8, fold_div=2)
+    data = {"NUM_FRAMES": 8, "FOLD_DIV": None}
+    config = {"DATA": data, "S2_SKIP_LEVEL": [3, 1], "S3_SKIP_LEVEL": [2], "num_heads": 2}
+    found = type(model).from_official(model.state_dict(), config).config
+    assert (found["num_frames"], found["fold_div"], found["num_heads"]) == (8, 0, 2)
+    assert found["levels"] == ([3, 1] if kind == "vit" else [[3, 1], [2]])
+    found = type(model).from_official(model.state_dict(), config, num_frames=16, num_heads=4, fold_div=8).config
+    assert (found["num_frames"], found["fold_div"], found["num_heads"]) == (16, 8, 4)
+    assert type(model).from_official(model.state_dict(), num_heads=2).config["fold_div"] == 4
+
+
 def test_visformer_qk_scale_is_an_exponent_for_q_and_k_each() -> None:
     model: Any = LapsVisformer(2, ((1,), (1,)), **VISFORMER)
-    loaded: Any = LapsVisformer.from_official(model.state_dict(), 2, ((1,), (1,)), num_heads=2, qk_scale=-0.5)
+    loaded: Any = LapsVisformer.from_official(
+        model.state_dict(), {"qk_scale": -0.5}, num_frames=2, levels=((1,), (1,)), num_heads=2
+    )
     assert [stage[0].attn.scale for stage in (loaded.stage2, loaded.stage3)] == [1 / 8, 1 / 16]
     assert [stage[0].attn.scale for stage in (model.stage2, model.stage3)] == [8**-0.5, 1 / 4]
 
@@ -368,7 +392,7 @@ def logits(output: Any) -> Tensor:
 @pytest.mark.parametrize("make", [timm_vit, real_timm_vit])
 def test_timm_and_the_official_vit_agree(make: Callable[[], Any]) -> None:
     image, video = randomize(make()), torch.randn(2, 8, 3, 8, 8)
-    official = LapsViT.from_official(image.state_dict(), 8, num_heads=2)
+    official = LapsViT.from_official(image.state_dict(), num_heads=2)
     torch.testing.assert_close(video_from_image(image, 8)(video), official(video))
 
 

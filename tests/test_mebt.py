@@ -300,6 +300,9 @@ class TestModel:
         inputs = random_codes(), every[:, :3], every[:, 3:]
         assert torch.equal(loaded(*inputs), model(*inputs))
         assert config == before
+        settings: dict[str, Any] = {"num_heads": 2, "modes": MODES, "grid": GRID}
+        for other in (MeBT.from_official(weights, **settings), MeBT.from_official(weights, {"n_head": 1}, **settings)):
+            assert torch.equal(other(*inputs), model(*inputs))
 
     def test_official_state_dict_errors(self) -> None:
         weights = small_model().state_dict()
@@ -307,6 +310,8 @@ class TestModel:
             MeBT.from_official(weights, {"n_head": 2, "mode": MODES})
         with pytest.raises(ValueError, match=r"^MeBT.from_official: state_dict must have pos_emb, got "):
             MeBT.from_official({name: x for name, x in weights.items() if name != "pos_emb"}, {})
+        with pytest.raises(ValueError, match=r"^MeBT.from_official: config must have n_head, got nothing$"):
+            MeBT.from_official(weights)
         with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
             MeBT.from_official(weights | {"extra": weights["pos_emb"]}, {"n_head": 2, "mode": MODES, "shape": GRID})
 
@@ -519,6 +524,9 @@ class TestVideos:
         made = mebt.generate(small_model(), (2, *GRID), num_steps=4, generator=seed())
         assert made.shape == (2, *GRID) and made.dtype == torch.int64
         assert 0 <= int(made.min()) and int(made.max()) < 7 and len(made.unique()) > 1
+        assert torch.equal(mebt.generate(small_model(), 2, num_steps=4, generator=seed()), made)
+        with pytest.raises(TypeError, match=r"^generate: shape must be that of the codes for a model without a grid"):
+            mebt.generate(surest_last, 2)
 
     def test_continuation_and_interpolation(self) -> None:
         model, codes = small_model(), random_codes()

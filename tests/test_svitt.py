@@ -297,7 +297,7 @@ class TestExpand:
     """More frames, and sparser."""
 
     def test_biases_are_inflated(self) -> None:
-        encoder = video_encoder(4)
+        encoder = video_encoder()
         longer = expand(encoder, 6)
         assert longer.window == (6, 2, 3)
         blocks: Any = zip(encoder.blocks, longer.blocks, strict=True)
@@ -305,7 +305,7 @@ class TestExpand:
             assert torch.equal(longer_block.attn.position_bias.table, block.attn.position_bias.inflate(6).table)
 
     def test_from_an_image_model_all_frames_are_alike(self) -> None:
-        video, encoder = random_video(num_frames=3), expand(video_encoder(1, sparsity=DENSE), 3)
+        video, encoder = random_video(num_frames=3), expand(video_encoder(num_frames=1, sparsity=DENSE), 3)
         torch.testing.assert_close(encoder(video).pooled, encoder(video[:, [2, 0, 1]]).pooled)
 
     def test_as_many_frames_are_the_same_model(self) -> None:

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from tests.svitt_models import (
     DENSE,
+    OFFICIAL_CONFIG,
     TEXT,
     VIDEO,
+    answers_model,
+    official_answers,
     official_checkpoint,
-    official_head,
+    official_svitt,
     random_video,
     random_words,
     randomize,
@@ -22,8 +25,9 @@ from tests.svitt_models import (
     text_encoder,
     video_encoder,
 )
-from vattn.models import _svitt_weights, svitt
-from vattn.models.svitt import SViTT, TextEncoder, VideoAnswers, VideoEncoder
+from vattn.models import svitt
+from vattn.models.svitt import Sparsity, SViTT, TextEncoder, VideoAnswers
+from vattn.models.svitt.weights import head_weights
 
 
 class TestTextEncoder:
@@ -57,7 +61,7 @@ class TestTextEncoder:
         words = bert.bert.embeddings.word_embeddings.weight.detach()
         head, hidden = svitt.TokenHead(24, 30), torch.randn(2, 5, 24)
         official = {name.removeprefix("predictions."): weight for name, weight in bert.cls.state_dict().items()}
-        head.load_state_dict(_svitt_weights.head_weights("test", official, words))
+        head.load_state_dict(head_weights("test", official, words))
         torch.testing.assert_close(head(hidden, words), bert.cls(hidden), atol=1e-5, rtol=1e-5)
 
     def test_padding_is_not_read(self) -> None:
@@ -240,14 +244,14 @@ class TestModel:
             assert model.temperature.item() == pytest.approx(expected)
 
     def test_without_words(self) -> None:
-        model = SViTT(video_encoder(), text_encoder(), predict_words=False)
+        model = SViTT(VIDEO, TEXT, predict_words=False)
         assert model(random_video(), random_words()).masked_words == 0
         with pytest.raises(ValueError, match="predict_words=True"):
             model.masked_word_loss(torch.randn(2, 13, 16), random_words())
 
     def test_learns(self) -> None:
         torch.manual_seed(0)
-        model = SViTT(VideoEncoder(4, **VIDEO), TextEncoder(**TEXT), embed_dim=8, mask_id=29, never_masked=(0, 1))
+        model = SViTT(VIDEO, TEXT, embed_dim=8, mask_id=29, never_masked=(0, 1))
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
         video, words, generator = random_video(4), random_words(4), seed()
         losses = []
@@ -262,21 +266,39 @@ class TestModel:
     def test_official_checkpoint(self, prefix: str) -> None:
         """A pretrained one has a head for words, whose weights are also those of the words, and another prefix."""
         model, predicts = small_model(), "bert" in prefix
-        official = official_checkpoint(model, video="vision_encoder.", video_norm="vision_layernorm.", text=prefix)
-        for ours, theirs in (("video_proj", "vision_proj"), ("text_proj", "text_proj"), ("match_head", "itm_head")):
-            official |= {f"{theirs}.{name}": x for name, x in getattr(model, ours).state_dict().items()}
-        official["temp"] = model.temperature.detach()
-        if predicts:
-            official |= official_head(model.word_head, model.text, "text_encoder.")
-        video_config = {"image_size": (8, 12), "token_keep_rate": 0.5, "token_drop_loc": [0], "attn_block_size": 3}
-        video_config |= {"sparse_local_attn": 1, "sparse_random_attn": 1}
-        text_config = {"num_attention_heads": 2, "token_keep_rate": 0.5, "token_drop_loc": [0, 1]}
-        found = SViTT.from_official({"model": official}, video_config, text_config)
+        found = SViTT.from_official({"model": official_svitt(model, prefix)}, OFFICIAL_CONFIG)
         assert (found.word_head is None) == (not predicts) and found.text.prune_after == {1}
         expected = {name: x for name, x in model.state_dict().items() if predicts or not name.startswith("word_head.")}
         torch.testing.assert_close(dict(found.state_dict()), expected, rtol=0, atol=0)
         kept = [one.encode_video(random_video(), generator=seed()).kept[0] for one in (model, found)]
         assert torch.equal(*kept)
+
+    def test_overrides_win(self) -> None:
+        overrides: Any = {
+            "video": {"sparsity": {"keep": 0.25}, "drop_path": 0.1},
+            "text": {"num_heads": 4},
+            "mask_id": 5,
+        }
+        found = SViTT.from_official(official_svitt(small_model()), OFFICIAL_CONFIG, **overrides)
+        assert found.video.sparsity == Sparsity(3, 1, 1, 0.25, (0,), pad_keys="zero")
+        assert (found.config["video"]["drop_path"], found.config["text"]["num_heads"], found.mask_id) == (0.1, 4, 5)
+
+    def test_the_configuration_has_two_sections(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"^SViTT.from_official: config must have the sections video and text, got "
+        ):
+            SViTT.from_official(official_svitt(small_model()), {"image_size": 24})
+
+    def test_channels_of_the_video_must_be_those_that_are_read(self) -> None:
+        with pytest.raises(ValueError, match=r"^SViTT: text must read the 16 channels .*, got video_dim=8$"):
+            SViTT(VIDEO, TEXT | {"video_dim": 8})
+        with pytest.raises(TypeError, match=r"^SViTT: video must be a plain value .*, got VideoEncoder$"):
+            SViTT(video_encoder(), TEXT)  # type: ignore[arg-type]
+
+    def test_the_loss_of_training_is_the_sum(self) -> None:
+        model, inputs = small_model(), (random_video(3), random_words(3))
+        losses = model(*inputs, generator=seed())
+        assert torch.equal(model.training_loss(*inputs, generator=seed()), sum(losses))
 
     def test_other_weights_of_words_are_refused(self) -> None:
         model = small_model()
@@ -290,7 +312,7 @@ class TestModel:
         }
         official["text_encoder.cls.predictions.decoder.weight"] = torch.zeros(30, 24)
         with pytest.raises(ValueError, match="the weights of the words must be those that predict them"):
-            SViTT.from_official(official, {"image_size": (8, 12)}, {"num_attention_heads": 2})
+            SViTT.from_official(official, {"video": {"image_size": (8, 12)}, "text": {"num_attention_heads": 2}})
 
 
 class TestRetrieval:
@@ -345,8 +367,7 @@ class TestAnswers:
 
     @pytest.fixture
     def model(self) -> VideoAnswers:
-        decoder = text_encoder(depth=2, fusion_layer=0, prune_after=(), video_dim=24, causal=True)
-        return randomize(VideoAnswers(video_encoder(), text_encoder(), decoder))
+        return answers_model()
 
     ANSWERS = torch.tensor([[1, 5, 2, 0], [1, 5, 7, 2], [1, 9, 2, 0]])
     MASK = (ANSWERS != 0).long()
@@ -369,6 +390,8 @@ class TestAnswers:
         states = model.states(video, ids, mask, generator=seed())
         log_p = model.log_probability(states[of], mask[of], self.ANSWERS, self.MASK)
         torch.testing.assert_close(loss, -(weights * log_p).sum() / 2)
+        again = model.training_loss(video, ids, mask, self.ANSWERS, self.MASK, of, weights, generator=seed())
+        assert torch.equal(again, loss)
         loss.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -388,19 +411,19 @@ class TestAnswers:
             torch.testing.assert_close(log_p.softmax(0), probabilities[i])
 
     def test_official_checkpoint(self, model: VideoAnswers) -> None:
-        official = official_checkpoint(
-            model, video="vision_encoder.", video_norm="vision_layernorm.", question="text_encoder.",
-            answer="text_decoder.bert.",
-        )  # fmt: skip
-        official |= official_head(model.word_head, model.answer, "text_decoder.")
-        text_config = {"num_attention_heads": 2, "token_keep_rate": 0.5, "token_drop_loc": [1]}
-        found = VideoAnswers.from_official(official, {"image_size": (8, 12)}, text_config)
+        found = VideoAnswers.from_official(official_answers(model), OFFICIAL_CONFIG)
         torch.testing.assert_close(dict(found.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
         assert found.answer.causal and found.question.keep == 1.0  # the official code does not prune here
 
+    def test_overrides_win(self, model: VideoAnswers) -> None:
+        overrides: Any = {"video": {"sparsity": {"keep": 0.25}}, "question": {"keep": 0.5}, "answer": {"dropout": 0.3}}
+        found = VideoAnswers.from_official(official_answers(model), OFFICIAL_CONFIG, **overrides)
+        assert (found.video.sparsity.keep, found.video.sparsity.block_size) == (0.25, 3)
+        assert (found.question.keep, found.answer.keep, found.answer.drop.p) == (0.5, 1.0, 0.3)
+
     def test_the_decoder_must_be_one(self) -> None:
         with pytest.raises(ValueError, match="answer must be causal and read the question in all layers"):
-            VideoAnswers(video_encoder(), text_encoder(), text_encoder())
+            VideoAnswers(VIDEO, TEXT, TEXT | {"video_dim": 24})
 
 
 def _bert_config(transformers: Any, **settings: Any) -> Any:

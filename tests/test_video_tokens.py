@@ -79,7 +79,7 @@ def test_baselines_have_as_many_numbers_as_they_say(monkeypatch):
 
 
 def test_bits_of_a_model_that_knows_nothing():
-    model = VideoGPT(torch.randn(video_tokens.NUM_CODES, 4), (2, 2, 2), dim=12, num_heads=2, num_layers=1)
+    model = VideoGPT(video_tokens.NUM_CODES, 4, (2, 2, 2), dim=12, num_heads=2, num_layers=1)
     codes = torch.zeros(3, 2, 2, 2, dtype=torch.int64)
     learned, alone = video_tokens.bits(model, codes, seen=codes)
     assert learned == pytest.approx(8.0)

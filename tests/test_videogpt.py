@@ -1,5 +1,6 @@
 """VideoGPT's prior: what a code depends on, and sampling code by code; its numbers are checked in tests/golden."""
 
+import argparse
 import copy
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from vattn.models.videogpt import AttentionStack, ResNet3d, VideoGPT, generate
-from vattn.models.videogpt_layers import GridEmbedding, LayerNorm
+from vattn.models.videogpt.layers import GridEmbedding, LayerNorm
 from vattn.models.vqvae import VQVAE
 from vattn.nn import AxialAttention
 
 GRID = (2, 4, 4)
 FRAME_SHAPE = (1, 8, 8)
+RESNET: dict[str, Any] = {"dim": 6, "num_blocks": (1, 2, 1, 1), "width": 4}
 SPARSE: dict[str, Any] = {"attention": "sparse", "block_size": 4, "num_local_blocks": 1}
 KINDS = [pytest.param({}, id="full"), pytest.param(SPARSE, id="sparse")]
 
@@ -25,8 +27,8 @@ def seed(number: int = 0) -> torch.Generator:
 def small_model(*, with_frames: bool = False, **settings: Any) -> VideoGPT:
     torch.manual_seed(0)
     if with_frames:
-        settings |= {"resnet": ResNet3d(6, (1, 2, 1, 1), width=4), "frame_shape": FRAME_SHAPE}
-    model = VideoGPT(torch.randn(7, 5), GRID, dim=12, num_heads=2, num_layers=2, **settings).eval()
+        settings = {"resnet": RESNET, "frame_shape": FRAME_SHAPE} | settings
+    model = VideoGPT(7, 5, GRID, dim=12, num_heads=2, num_layers=2, **settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-0.5, 0.5)
@@ -164,6 +166,17 @@ class TestSampling:
         assert first.shape == (2, *GRID) and first.max() < 7
         assert "VideoGPT: 100%" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_fewer_frames_are_the_first_ones(self, kind: dict[str, Any]) -> None:
+        model = small_model(**kind)
+        whole, part = (generate(model, shape, temperature=0.0) for shape in (2, (2, 1, 4, 4)))
+        assert torch.equal(part, whole[:, :1])
+
+    @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 0, 4, 4), (2, 2, 4, 3), (2, 32)])
+    def test_a_shape_that_is_no_part_of_the_grid(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"^generate: shape must be B or \(B, 2, 4, 4\), got shape="):
+            generate(small_model(), shape)
+
     def test_autocast(self) -> None:
         model = small_model(**SPARSE)
         with torch.autocast("cpu", torch.bfloat16):
@@ -181,7 +194,7 @@ class TestModel:
     @pytest.mark.parametrize("kind", KINDS)
     def test_training_lowers_the_loss(self, kind: dict[str, Any]) -> None:
         torch.manual_seed(0)
-        model = VideoGPT(torch.randn(7, 5), GRID, dim=24, num_heads=2, num_layers=1, dropout=0.1, attn_drop=0.1, **kind)
+        model = VideoGPT(7, 5, GRID, dim=24, num_heads=2, num_layers=1, dropout=0.1, attn_drop=0.1, **kind)
         codes, losses = random_codes(), []
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         for _ in range(60):
@@ -204,16 +217,26 @@ class TestModel:
         weights |= {f"vqvae.{name}": x for name, x in tokenizer.state_dict().items()}
         weights["attn_stack.attn_nets.0.attn.attn.mask"] = torch.ones(32, 32).tril()
         checkpoint = {"state_dict": weights, "epoch": 3}
-        loaded = VideoGPT.from_official(checkpoint, 2, attention=kind.get("attention", "full"))
+        config = {"heads": 2, "attn_type": kind.get("attention", "full"), "dropout": 0.2, "attn_dropout": 0.3}
+        loaded = VideoGPT.from_official(checkpoint, {"args": argparse.Namespace(**config)}, dropout=0.1)
+        rates = {module.p for module in loaded.modules() if isinstance(module, nn.Dropout)}
+        assert rates == {0.1, 0.3}
         assert not loaded.training and loaded.frame_shape == model.frame_shape
         given = conditions(model)
         assert torch.equal(loaded(codes, **given), model(codes, **given))
         video = torch.randn(1, 3, 4, 8, 8)
         assert torch.equal(VQVAE.from_official(checkpoint).encode(video), tokenizer.encode(video))
 
+    def test_the_codebook_of_a_tokenizer_is_copied(self) -> None:
+        tokenizer = VQVAE(7, 5, hidden=4, num_blocks=1)
+        model = VideoGPT.for_tokenizer(tokenizer, GRID, dim=12, num_heads=2, num_layers=1)
+        before = tokenizer.codebook.embeddings.clone()
+        tokenizer.codebook.embeddings.zero_()
+        assert torch.equal(model.embeddings, before)
+
     def test_checkpoints_hold_the_codebook(self) -> None:
         model, codes = small_model(), random_codes()
-        other = VideoGPT(torch.zeros(7, 5), GRID, dim=12, num_heads=2, num_layers=2).eval()
+        other = VideoGPT(7, 5, GRID, dim=12, num_heads=2, num_layers=2).eval()
         other.load_state_dict(copy.deepcopy(model.state_dict()))
         assert torch.equal(other(codes), model(codes))
 
@@ -223,15 +246,15 @@ class TestModel:
             ({"attention": "dense"}, "AttentionStack: attention must be 'full' or 'sparse', got attention='dense'"),
             ({"num_classes": 0}, "VideoGPT: num_classes must be at least 1, got num_classes=0"),
             (
-                {"frame_shape": (1, 8, 8)},
-                "VideoGPT: resnet and frame_shape must be given together, got resnet=NoneType",
+                {"resnet": {"dim": 6}},
+                "VideoGPT: frame_shape must be given with resnet, got frame_shape=None, resnet={'dim': 6}",
             ),
             (
-                {"frame_shape": (1, 9, 8), "resnet": ResNet3d(6, (1, 1, 1, 1), width=4)},
+                {"frame_shape": (1, 9, 8), "with_frames": True},
                 r"VideoGPT: frame_shape must be multiples of \(1, 4, 4\), got frame_shape=\(1, 9, 8\)",
             ),
         ],
-        ids=["attention", "classes", "frames without ResNet", "frame shape"],
+        ids=["attention", "classes", "ResNet without frames", "frame shape"],
     )
     def test_wrong_settings(self, settings: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=f"^{message}"):

@@ -186,13 +186,18 @@ class TestTokenizers:
         video: Tensor = F.interpolate(torch.randn(2, 3, 2, 4, 4, generator=generator), (4, 16, 16), mode="trilinear")
         optimizer, losses = torch.optim.AdamW(tokenizer.parameters(), rate), []
         for _ in range(40):
-            recon, quantized = tokenizer(video, generator)
-            loss = F.l1_loss(recon, video) + quantized.commitment_loss
+            loss = tokenizer.training_loss(video, generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(F.l1_loss(recon, video).item())
+            losses.append(loss.item())
         assert losses[-1] < 0.5 * losses[0]
+
+    def test_losses(self) -> None:
+        video = torch.rand(1, 3, 4, 16, 16) - 0.5
+        for tokenizer, error in ((small_vqgan(), F.l1_loss), (small_vqvae(), lambda x, y: F.mse_loss(x, y) / 0.06)):
+            recon, quantized = tokenizer.eval()(video)
+            assert torch.equal(tokenizer.training_loss(video), error(recon, video) + quantized.commitment_loss)
 
     @pytest.mark.parametrize("wrap", ["plain", "checkpoint", "in a model"])
     @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
@@ -208,30 +213,53 @@ class TestTokenizers:
             weights = {f"first_stage_model.{name}": weight for name, weight in weights.items()}
             weights = {"state_dict": weights | {"pos_emb": torch.zeros(1)}}
         settings = {"groups": 2} if isinstance(tokenizer, VQGAN) else {}
-        loaded = type(tokenizer).from_official(weights, (2, 4, 4), **settings)
+        loaded = type(tokenizer).from_official(weights, {"downsample": (2, 4, 4)}, **settings)
         assert not loaded.training and loaded.codebook.has_begun
         assert torch.equal(loaded(video)[0], tokenizer(video)[0])
         assert torch.equal(loaded.codebook.N, tokenizer.codebook.N)
+
+    def test_official_settings(self) -> None:
+        weights = small_vqgan().state_dict()
+        config = {"downsample": (2, 4, 4), "padding_type": "circular", "restart_thres": 0.5, "n_codes": 12}
+        loaded: Any = VQGAN.from_official(weights, config, groups=2)
+        assert loaded.encoder.conv_first.padding_mode == "circular" and loaded.codebook.restart == 0.5
+        assert VQGAN.from_official(weights, config | {"no_random_restart": True}, groups=2).codebook.restart is None
+        assert VQGAN.from_official(weights, config, groups=2, restart=2.0).codebook.restart == 2.0
+        with pytest.raises(TypeError, match=r"^official_settings: config must be a mapping, got config=\(2, 4, 4\)$"):
+            VQGAN.from_official(weights, (2, 4, 4))  # type: ignore[arg-type]
 
     def test_weights_without_the_state_of_training(self) -> None:
         tokenizer, video = small_vqvae(), torch.randn(1, 3, 4, 16, 16)
         state = ("codebook.N", "codebook.z_avg", "codebook.has_begun", "num_batches_tracked")
         weights = {name: x for name, x in tokenizer.state_dict().items() if not name.endswith(state)}
-        loaded = VQVAE.from_official(weights, (2, 4, 4))
+        loaded = VQVAE.from_official(weights, downsample=(2, 4, 4))
         assert torch.equal(loaded(video)[0], tokenizer.eval()(video)[0])
         codes = loaded.train()(video)[1].codes
         torch.testing.assert_close(loaded.codebook.N, 0.99 + 0.01 * codes.flatten().bincount(minlength=12))
 
-    def test_a_resumed_tokenizer_trains_on_as_it_would_have(self) -> None:
-        whole, resumed, videos = small_vqvae(), small_vqvae(num_codes=12), torch.rand(4, 2, 3, 4, 16, 16) - 0.5
-        generators = [seed(), seed()]
-        for video in videos[:2]:
+    @pytest.mark.parametrize("steps", [0, 2], ids=["before the codebook begins", "after"])
+    @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
+    def test_a_saved_tokenizer_trains_on_as_it_would_have(
+        self, small_tokenizer: Any, steps: int, tmp_path: Path
+    ) -> None:
+        whole, videos, generators = small_tokenizer(), torch.rand(4, 2, 3, 4, 16, 16) - 0.5, [seed(), seed()]
+        for video in videos[:steps]:
             whole.training_loss(video, generators[0])
-        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+        whole.save_pretrained(tmp_path)
+        resumed = type(whole).from_pretrained(tmp_path).train()
         generators[1].set_state(generators[0].get_state())
-        for video in videos[2:]:
+        for video in videos[steps:]:
             losses = [model.training_loss(video, g) for model, g in zip((whole, resumed), generators, strict=True)]
             assert torch.equal(*losses)
+        assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+
+    def test_a_tokenizer_that_was_changed_is_not_saved(self, tmp_path: Path) -> None:
+        tokenizer = small_vqvae()
+        tokenizer.codebook.restart = None
+        with pytest.raises(
+            ValueError, match=r"^VQVAE.save_pretrained: codebook must be what config makes, .*restart=1.0"
+        ):
+            tokenizer.save_pretrained(tmp_path)
 
     @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
     def test_errors(self, small_tokenizer: Any) -> None:
@@ -259,4 +287,4 @@ class TestTokenizers:
             ):
                 small_tokenizer()(torch.zeros(shape))
         with pytest.raises(ValueError, match=r"downsample must have 2 levels, got downsample=\(2, 2, 2\)$"):
-            type(small_tokenizer()).from_official(small_tokenizer().state_dict(), (2, 2, 2))
+            type(small_tokenizer()).from_official(small_tokenizer().state_dict(), downsample=(2, 2, 2))

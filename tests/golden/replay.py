@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vattn.models._draws import Draws
+from vattn.models.draws import Draws
 
 
 class Replay(Draws):

@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.nn.heads import merge_heads, split_heads
 from vattn.ops.axial_attention import axial_attention
 
 
@@ -53,11 +54,11 @@ class MultiHeadAttention(nn.Module):
 
     def heads(self, layer: nn.Module, x: Tensor) -> Tensor:
         """``(B, ..., C)`` through `layer` to ``(B, H, ..., D)``, a view."""
-        return layer(x).unflatten(-1, (self.num_heads, -1)).movedim(-2, 1)
+        return split_heads(layer(x), self.num_heads)
 
     def merge(self, out: Tensor) -> Tensor:
         """``(B, H, ..., D)`` to ``(B, ..., C)``."""
-        return self.fc(out.movedim(1, -2).flatten(-2))
+        return self.fc(merge_heads(out))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.nn.heads import merge_heads, split_heads
 from vattn.ops.latent_attention import latent_attention
 
 
@@ -69,7 +70,7 @@ class LatentAttention(nn.Module):
     def forward(
         self, readers: Sequence[Tensor], sources: Sequence[Tensor], attn_bias: Tensor | None = None
     ) -> list[Tensor]:
-        key, value = ([self._heads(layer(x)) for x in sources] for layer in (self.key, self.value))
+        key, value = ([split_heads(layer(x), self.num_heads) for x in sources] for layer in (self.key, self.value))
         lengths = [x.shape[1] for x in readers]
         biases: Sequence[Tensor | None] = [None] * len(lengths)
         if attn_bias is not None and sum(x.shape[2] for x in key) > 0:
@@ -77,17 +78,13 @@ class LatentAttention(nn.Module):
         dropout_p = self.attn_drop.p if self.training else 0.0
         outs = []
         for reader, bias in zip(readers, biases, strict=True):
-            query = self._heads(self.query(reader))
+            query = split_heads(self.query(reader), self.num_heads)
             if bias is None:
                 out = cast(Tensor, latent_attention(query, key, value, dropout_p=dropout_p))
             else:  # the operator has no bias
                 out = F.scaled_dot_product_attention(query, torch.cat(key, 2), torch.cat(value, 2), bias, dropout_p)
-            outs.append(self.proj_drop(self.proj(out.transpose(1, 2).flatten(2))))
+            outs.append(self.proj_drop(self.proj(merge_heads(out))))
         return outs
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """``(B, tokens, C)`` to ``(B, H, tokens, D)``, a view."""
-        return x.unflatten(-1, (self.num_heads, x.shape[-1] // self.num_heads)).transpose(1, 2)
 
 
 LATENT_MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.nn.heads import merge_heads, split_heads
 from vattn.ops.leap_attention import leap_attention
 
 
@@ -63,7 +64,7 @@ def attend_frames(
     """Leap attention for frames that lie in the batch, heads merged: what the modules here share.
 
     Args:
-        query, key, value: ``(B * num_frames, N, H, D)``, batch-major, then time; any strides.
+        query, key, value: ``(B * num_frames, H, N, D)``, batch-major, then time; any strides.
         num_frames: frames of a video.
         leap: as in :func:`vattn.leap_attention`; None means attention within each frame.
         fold_div, dropout_p, scale: as in :func:`vattn.leap_attention`.
@@ -78,12 +79,12 @@ def attend_frames(
     if rows % num_frames:
         raise ValueError(f"attend_frames: the batch must be a multiple of num_frames={num_frames}, got batch={rows}")
     video = (rows // num_frames, num_frames)
-    query, key, value = (x.unflatten(0, video).permute(0, 3, 1, 2, 4) for x in (query, key, value))
+    query, key, value = (x.unflatten(0, video).transpose(1, 2) for x in (query, key, value))
     out = leap_attention(
         query, key, value, 1 if leap is None else leap, group_size=1 if leap is None else 2, fold_div=fold_div,
         dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
-    return cast(Tensor, out).movedim(1, -2).flatten(-2).flatten(0, 1)
+    return merge_heads(cast(Tensor, out)).flatten(0, 1)
 
 
 class LeapAttention(nn.Module):
@@ -209,7 +210,7 @@ class LeapAttention(nn.Module):
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """``(B * num_frames, N, 3 * H * D)`` to ``(B * num_frames, N, H * D)``."""
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        query, key, value = (split_heads(x, self.num_heads) for x in qkv.chunk(3, -1))
         return attend_frames(
             self.q_norm(query), self.k_norm(key), value, num_frames=self.num_frames, leap=self.leap,
             fold_div=self.fold_div, dropout_p=self.attn_drop.p if self.training else 0.0, scale=self.scale,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.layout import BlockLayout
+from vattn.nn.heads import merge_heads, split_heads
 from vattn.ops.edge_sparse_attention import edge_sparse_attention
 from vattn.position_bias import RelativePositionBias3D, num_offsets
 
@@ -97,17 +98,14 @@ class SparseSelfAttention(nn.Module):
         if layout is None:
             length = x.shape[1] - self.num_global
             layout = BlockLayout.dense(length, max(length, 1), num_global=self.num_global).to(x.device)
-        query, key, value = (
-            y.unflatten(-1, (self.num_heads, y.shape[-1] // self.num_heads)).transpose(1, 2)
-            for y in (self.query(x), self.key(x), self.value(x))
-        )
+        query, key, value = (split_heads(layer(x), self.num_heads) for layer in (self.query, self.key, self.value))
         out, lse, *importance = edge_sparse_attention(
             query, key, value, layout, position_bias=self.position_bias, positions=positions, return_lse=True,
             return_importance=return_importance, dropout_p=self.attn_drop.p if self.training else 0.0,
         )  # fmt: skip
         if self.pad_keys == "zero" and layout.num_tokens % layout.block_size:
             out = out * self._share_of_tokens(lse, layout).to(out.dtype)[..., None]
-        out = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        out = self.proj_drop(self.proj(merge_heads(out)))
         return (out, importance[0]) if return_importance else out
 
     def _share_of_tokens(self, lse: Tensor, layout: BlockLayout) -> Tensor:

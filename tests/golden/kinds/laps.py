@@ -97,14 +97,15 @@ def laps_visformer_attention(golden: Any) -> None:
 
 def laps_vit_model(golden: Any) -> None:
     meta = golden.meta
-    size = meta["img_size"]
     blocks = {name: name.replace("block", "blocks.") for name in golden.names() if re.fullmatch(r"block\d+", name)}
 
     def run(vectors: Any) -> dict[str, Tensor]:
         model = LapsViT.from_official(
-            vectors.weights(), meta["n_seg"], meta["s2_skip_level"], meta["fold_div"] or 0,
-            num_heads=meta["num_heads"], image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
-            scale=meta.get("qk_scale") or None,
+            vectors.weights(),
+            {
+                "NUM_FRAMES": meta["n_seg"], "S2_SKIP_LEVEL": meta["s2_skip_level"], "FOLD_DIV": meta["fold_div"],
+                "num_heads": meta["num_heads"], "img_size": meta["img_size"], "qk_scale": meta.get("qk_scale"),
+            },
         )  # fmt: skip
         return _results(vectors, model, blocks)
 
@@ -117,8 +118,12 @@ def laps_visformer_model(golden: Any) -> None:
 
     def run(vectors: Any) -> dict[str, Tensor]:
         model = LapsVisformer.from_official(
-            vectors.weights(), meta["T"], (meta["s2_skip_level"], meta["s3_skip_level"]), meta["fold_div"] or 0,
-            num_heads=meta["num_heads"], qk_scale=meta.get("qk_scale"),
+            vectors.weights(),
+            {
+                "NUM_FRAMES": meta["T"], "S2_SKIP_LEVEL": meta["s2_skip_level"],
+                "S3_SKIP_LEVEL": meta["s3_skip_level"], "FOLD_DIV": meta["fold_div"],
+                "num_heads": meta["num_heads"], "qk_scale": meta.get("qk_scale"),
+            },
         )  # fmt: skip
         return _results(vectors, model, features)
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from vattn import BlockLayout, RelativePositionBias3D
-from vattn.models import _svitt_weights as names
 from vattn.models.svitt import (
     Draws,
     Negatives,
@@ -27,7 +26,8 @@ from vattn.models.svitt import (
     matching_loss,
     negative_weights,
 )
-from vattn.models.svitt_video import official_sparsity
+from vattn.models.svitt import weights as names
+from vattn.models.svitt.sparsity import official_sparsity
 from vattn.nn import SparseSelfAttention
 from vattn.position_bias import relative_position_index
 
@@ -196,16 +196,19 @@ def svitt_retrieval(golden: Any) -> None:
     text_meta = meta["text"]
     model = SViTT.from_official(
         golden.weights(),
-        meta | {"token_keep_rate": meta["keep_vision"]},
         {
-            "num_attention_heads": text_meta["heads"],
-            "token_keep_rate": meta["keep_text"],
-            "token_drop_loc": text_meta["drop_loc"],
-            "token_keep_strategy": meta["text_strategy"],
+            "video": meta | {"token_keep_rate": meta["keep_vision"]},
+            "text": {
+                "num_attention_heads": text_meta["heads"],
+                "token_keep_rate": meta["keep_text"],
+                "token_drop_loc": text_meta["drop_loc"],
+                "token_keep_strategy": meta["text_strategy"],
+            },
         },
     )
     assert (model.text.fusion_layer, len(model.text.layers)) == (text_meta["fusion"], text_meta["layers"])
-    mask, pair_ids = golden["attention_mask"], golden["idx"]
+    mask = golden["attention_mask"]
+    pair_ids = golden["idx"] if "idx" in golden.arrays else None
     seen = model.encode_video(golden["video"], _layouts(golden, model.video))
     text = model.text(golden["input_ids"], mask)
     _check_model(golden, "image_embeds", seen.tokens)
@@ -221,10 +224,19 @@ def svitt_retrieval(golden: Any) -> None:
     ):
         if name in golden.arrays:
             _check_model(golden, name, weights)
-    negatives = Negatives(golden["img_neg_indices"], golden["txt_neg_indices"])
+    negatives = _negatives(golden, pair_ids)
     logits = model.match_negatives(seen.tokens, text, mask, negatives)
     _check_model(golden, "loss_itm", matching_loss(logits))
     _check_model(golden, "itm_embeds_pos", model.text.fuse(text, mask, seen.tokens).tokens[:, 0])
+
+
+def _negatives(golden: Any, pair_ids: Tensor | None) -> Negatives:
+    """Those that the file has; or those of the largest noise, as the official code draws them if they are not hard."""
+    if "img_neg_indices" in golden.arrays:
+        return Negatives(golden["img_neg_indices"], golden["txt_neg_indices"])
+    noise = [golden[name] for name in ("randn0", "randn1")]
+    ids = torch.arange(len(noise[0])) if pair_ids is None else pair_ids
+    return Negatives(*(x.masked_fill(ids[:, None] == ids, -torch.inf).argmax(1) for x in noise))
 
 
 def _attention(golden: Any) -> SparseSelfAttention:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.golden.replay import Replay, recorded
 from vattn import BlockLayout, edge_sparse_attention
 from vattn.models.videogpt import ResNet3d, VideoGPT, generate
-from vattn.models.videogpt_layers import AttentionStack, GridEmbedding, LayerNorm, QuickGELU, RightShift
+from vattn.models.videogpt.layers import AttentionStack, GridEmbedding, LayerNorm, QuickGELU, RightShift
 from vattn.models.vqvae import PIXEL_VARIANCE, VQVAE, AttentionResidualBlock, AxialBlock, Codebook
 
 
@@ -76,7 +76,7 @@ def videogpt_vqvae(golden: Any) -> None:
     meta = golden.meta
 
     def run(golden: Any) -> dict[str, Tensor]:
-        model = VQVAE.from_official(golden.weights(), meta["downsample"])
+        model = VQVAE.from_official(golden.weights(), {"downsample": meta["downsample"]})
         hidden: dict[str, Tensor] = {}
         for name, module in (("enc_out", model.encoder), ("pre_vq", model.pre_vq_conv)):
             module.register_forward_hook(lambda _module, _inputs, out, name=name: hidden.update({name: out}))
@@ -155,9 +155,11 @@ def videogpt_gpt(golden: Any) -> None:
     meta = golden.meta
 
     def run(golden: Any) -> dict[str, Tensor]:
-        model = VideoGPT.from_official(golden.weights(), meta["heads"], attention=meta.get("attn", "full"))
+        config = {"heads": meta["heads"], "attn_type": meta.get("attn") or "full"}
+        model = VideoGPT.from_official(golden.weights(), config)
         assert model.grid == tuple(meta["latent_shape"]) and model.num_classes == meta["class_cond_dim"]
-        classes, codes = golden["class_cond"] if meta["class_cond_dim"] else None, golden["codes"]
+        given = [golden[name] for name in ("class_cond", "label") if name in golden.arrays]  # weights, or numbers
+        classes, codes = given[0] if meta["class_cond_dim"] else None, golden["codes"]
         logits, loss = model(codes, classes=classes), model.training_loss(codes, classes=classes)
         golden.equal("greedy_samples", generate(model, len(codes), classes=classes, temperature=0.0))
         parameters = _parameters(model)

@@ -11,41 +11,41 @@ Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021). C
     output   c0 c1 c2 c3 ...
 
 A class changes the gain and the bias of every norm. First frames, as pixels, go through a 3-D ResNet, whose features
-every layer reads. The layers are in :mod:`vattn.models.videogpt_layers`.
+every layer reads. The layers are in :mod:`vattn.models.videogpt.layers`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import count_blocks, load, official_weights, progress_bar
-from vattn.models._draws import Randomness, draws_of
-from vattn.models.mebt_sampling import sample_tokens
-from vattn.models.videogpt_layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
-from vattn.models.videogpt_resnet import ResNet3d, resnet_like
-
-__all__ = ["AttentionStack", "Decoding", "ResNet3d", "VideoGPT", "generate"]
+from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
+from vattn.models.settings import official_settings
+from vattn.models.videogpt.layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
+from vattn.models.videogpt.resnet import ResNet3d, resnet_settings
+from vattn.models.vqvae.tokenizer import Tokenizer
 
 
-class VideoGPT(nn.Module):
+class VideoGPT(PretrainedModel):
     """VideoGPT's prior: logits of each code of a video, given the codes before it.
 
     Settings default to the official ones, but for dropout (0.2, and 0.3 for attention weights).
 
+    The vectors of the codes are the buffer `embeddings` ``(num_codes, code_dim)``: saved with the model, not trained.
+    They are random at first; :meth:`for_tokenizer` takes those of a tokenizer.
+
     Args:
-        embeddings: ``(num_codes, code_dim)``, the vectors of the codes, such as ``tokenizer.codebook.embeddings``. They
-            are copied, saved with the model, and not trained.
+        num_codes, code_dim: of the codebook of the tokenizer.
         grid: sizes of the axes of a video in codes, such as (T, height, width).
         dim, num_heads, num_layers: channels, a multiple of heads and axes; heads; blocks.
         attention: "full", or "sparse" for near tokens and those in line.
         block_size, num_local_blocks: of the sparse layout, see :meth:`vattn.BlockLayout.strided`.
         num_classes: of videos; None for a model that knows no class.
-        resnet: makes features of the first frames; None for a model that is given none.
-        frame_shape: frames, height and width in pixels of what the ResNet is given.
+        frame_shape: frames, height and width in pixels of the first frames; None for a model that is given none.
+        resnet: settings of the :class:`ResNet3d` that makes features of them; None for the official ones.
         dropout: after attention and MLPs, in training. attn_drop: of attention weights, in training.
 
     Shape:
@@ -59,19 +59,22 @@ class VideoGPT(nn.Module):
         Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021).
 
     Example:
-        >>> model = VideoGPT(torch.randn(10, 4), (2, 3, 3), dim=12, num_heads=2, num_layers=1, num_classes=3)
+        >>> model = VideoGPT(10, 4, grid=(2, 3, 3), dim=12, num_heads=2, num_layers=1, num_classes=3)
         >>> codes, classes = torch.randint(10, (2, 2, 3, 3)), torch.tensor([2, 0])
         >>> model.training_loss(codes, classes=classes)
         tensor(2.3026, grad_fn=<NllLossBackward0>)
+        >>> from vattn.models.videogpt import generate
         >>> generate(model.eval(), 2, classes=classes, generator=torch.Generator()).shape
         torch.Size([2, 2, 3, 3])
     """
 
     embeddings: Tensor
+    resnet: ResNet3d | None
 
     def __init__(
         self,
-        embeddings: Tensor,
+        num_codes: int,
+        code_dim: int,
         grid: Sequence[int],
         dim: int = 576,
         num_heads: int = 4,
@@ -81,36 +84,34 @@ class VideoGPT(nn.Module):
         block_size: int = 32,
         num_local_blocks: int = 4,
         num_classes: int | None = None,
-        resnet: ResNet3d | None = None,
-        frame_shape: tuple[int, int, int] | None = None,
+        frame_shape: Sequence[int] | None = None,
+        resnet: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         attn_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _checks.tensor("VideoGPT", "embeddings", embeddings)
-        _checks.rank("VideoGPT", "embeddings", embeddings, "(num_codes, code_dim)")
+        for name, size in (("num_codes", num_codes), ("code_dim", code_dim)):
+            _checks.integer("VideoGPT", name, size, least=1)
         if num_classes is not None:
             _checks.integer("VideoGPT", "num_classes", num_classes, least=1)
-        if (resnet is None) != (frame_shape is None):
-            raise ValueError(
-                f"VideoGPT: resnet and frame_shape must be given together, got resnet={type(resnet).__name__}, "
-                f"frame_shape={frame_shape}"
-            )
-        self.grid, self.num_classes, self.frame_shape = tuple(grid), num_classes, frame_shape
-        self.register_buffer("embeddings", embeddings.detach().clone())
-        num_codes, code_dim = embeddings.shape
-        if resnet is not None and frame_shape is not None:
-            if any(size % factor for size, factor in zip(frame_shape, resnet.downsample, strict=True)):
-                raise ValueError(
-                    f"VideoGPT: frame_shape must be multiples of {resnet.downsample}, got frame_shape={frame_shape}"
-                )
-            features = [size // factor for size, factor in zip(frame_shape, resnet.downsample, strict=True)]
-            self.resnet, self.cond_pos_embd = resnet, GridEmbedding(features, resnet.dim)
+        if resnet is not None and frame_shape is None:
+            raise ValueError(f"VideoGPT: frame_shape must be given with resnet, got frame_shape=None, {resnet=}")
+        self.grid, self.num_classes = tuple(grid), num_classes
+        self.frame_shape = None if frame_shape is None else tuple(frame_shape)
+        self.register_buffer("embeddings", torch.randn(num_codes, code_dim))
+        self.resnet, memory_dim = None, None
+        if self.frame_shape is not None:
+            self.resnet = ResNet3d(**resnet or {})
+            factors, memory_dim = self.resnet.downsample, self.resnet.dim
+            if any(size % factor for size, factor in zip(self.frame_shape, factors, strict=True)):
+                raise ValueError(f"VideoGPT: frame_shape must be multiples of {factors}, got frame_shape={frame_shape}")
+            features = [size // factor for size, factor in zip(self.frame_shape, factors, strict=True)]
+            self.cond_pos_embd = GridEmbedding(features, memory_dim)
         self.fc_in = nn.Linear(code_dim, dim, bias=False)
         self.attn_stack = AttentionStack(
             grid, dim, num_heads, num_layers, attention=attention, block_size=block_size,
             num_local_blocks=num_local_blocks, num_classes=num_classes,
-            memory_dim=None if resnet is None else resnet.dim, dropout=dropout, attn_drop=attn_drop,
+            memory_dim=memory_dim, dropout=dropout, attn_drop=attn_drop,
         )  # fmt: skip
         self.norm = LayerNorm(dim, num_classes)
         self.fc_out = nn.Linear(dim, num_codes, bias=False)
@@ -118,58 +119,62 @@ class VideoGPT(nn.Module):
         nn.init.zeros_(self.fc_out.weight)
 
     @classmethod
+    def for_tokenizer(cls, tokenizer: Tokenizer, grid: Sequence[int], **settings: Any) -> Self:
+        """A new model of the codes of `tokenizer`, whose codebook is copied; `settings` are those of the constructor.
+
+        Example:
+            >>> from vattn.models.vqvae import VQVAE
+            >>> tokenizer = VQVAE(num_codes=64, code_dim=8, hidden=16, num_blocks=1)
+            >>> model = VideoGPT.for_tokenizer(tokenizer, (4, 8, 8), dim=24, num_heads=2, num_layers=1)
+            >>> torch.equal(model.embeddings, tokenizer.codebook.embeddings)
+            True
+        """
+        num_codes, code_dim = tokenizer.codebook.embeddings.shape
+        model = cls(num_codes, code_dim, grid, **settings)
+        model.embeddings.copy_(tokenizer.codebook.embeddings)
+        return model
+
+    @classmethod
     def from_official(
-        cls,
-        state_dict: Mapping[str, Any],
-        num_heads: int = 4,
-        *,
-        attention: str = "full",
-        dropout: float = 0.0,
-        attn_drop: float = 0.0,
-    ) -> "VideoGPT":
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> Self:
         """The model of an official checkpoint, in evaluation mode; its sizes and conditions are read from the weights.
 
         Args:
             state_dict: of ``VideoGPT`` in ``videogpt/gpt.py``, with or without the outer dict of a checkpoint. Of its
                 tokenizer, only the codebook is used. It is copied; dtype and device stay.
-            num_heads, attention, dropout, attn_drop: ``heads``, ``attn_type``, ``dropout`` and ``attn_dropout`` of its
-                arguments. Both checkpoints that its authors gave out have sparse attention.
+            config: its arguments, of which ``heads``, ``attn_type``, ``dropout`` and ``attn_dropout`` are read; without
+                them, 4 heads, full attention and no dropout. Both checkpoints that its authors gave out have sparse
+                attention.
+            overrides: settings of this class, which win over `config` and what the weights tell.
 
         Raises:
+            TypeError: `config` is not a mapping, or there is no such setting.
             ValueError: the weights do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
-        book, first = "vqvae.codebook.embeddings", "attn_stack.right_shift.sos"
-        weights = official_weights("VideoGPT.from_official", state_dict, first, book, "fc_in.weight", "fc_out.weight")
+        op, book, first = "VideoGPT.from_official", "vqvae.codebook.embeddings", "attn_stack.right_shift.sos"
+        weights = official_weights(op, state_dict, first, book, "fc_in.weight", "fc_out.weight")
         embeddings = weights[book]
         masks = {name for name in weights if name.endswith(".attn.attn.mask")}
         weights = {name: x for name, x in weights.items() if not name.startswith("vqvae.") and name not in masks}
         weights["embeddings"] = embeddings
-
-        stack = {name.removeprefix("attn_stack."): x for name, x in weights.items()}
-        resnet_weights = {name.removeprefix("resnet."): x for name, x in weights.items() if name.startswith("resnet.")}
-
-        def build() -> "VideoGPT":
-            resnet, frame_shape = None, None
-            if resnet_weights:
-                resnet = resnet_like(resnet_weights)
-                (T, height, width), factors = _grid(weights, "cond_pos_embd"), resnet.downsample
-                frame_shape = (T * factors[0], height * factors[1], width * factors[2])
-            return cls(
-                torch.empty_like(embeddings, device="meta"),
-                _grid(weights, "attn_stack.pos_embd"),
-                len(weights[first]),
-                num_heads,
-                count_blocks(stack, "attn_nets"),
-                attention=attention,
-                num_classes=weights["norm.w.weight"].shape[1] if "norm.w.weight" in weights else None,
-                resnet=resnet,
-                frame_shape=frame_shape,
-                dropout=dropout,
-                attn_drop=attn_drop,
-            )
-
-        return load(weights, build)
+        settings: dict[str, Any] = {
+            "num_codes": embeddings.shape[0],
+            "code_dim": embeddings.shape[1],
+            "grid": _grid(weights, "attn_stack.pos_embd"),
+            "dim": len(weights[first]),
+            "num_layers": count_blocks(_part(weights, "attn_stack."), "attn_nets"),
+            "num_classes": weights["norm.w.weight"].shape[1] if "norm.w.weight" in weights else None,
+        }
+        if resnet_weights := _part(weights, "resnet."):
+            settings["resnet"] = resnet_settings(resnet_weights)
+            features, factors = _grid(weights, "cond_pos_embd"), settings["resnet"]["downsample"]
+            settings["frame_shape"] = [size * factor for size, factor in zip(features, factors, strict=True)]
+        settings |= official_settings(
+            config, num_heads="heads", attention="attn_type", dropout="dropout", attn_drop="attn_dropout"
+        )
+        return cls._from_weights(weights, settings, overrides)
 
     def forward(self, codes: Tensor, *, classes: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
         if codes.shape[1:] != self.grid:
@@ -196,7 +201,7 @@ class VideoGPT(nn.Module):
         What `state` keeps of the codes before makes it the cost of one code. For the first code, `codes` are anything.
 
         Example:
-            >>> model = VideoGPT(torch.randn(10, 4), (2, 2, 2), dim=12, num_heads=2, num_layers=1).eval()
+            >>> model = VideoGPT(10, 4, grid=(2, 2, 2), dim=12, num_heads=2, num_layers=1).eval()
             >>> codes, state = torch.zeros(1, dtype=torch.int64), model.begin(1)
             >>> logits = model.step(codes, state)
             >>> logits = model.step(logits.argmax(-1), state)
@@ -224,7 +229,7 @@ class VideoGPT(nn.Module):
                     f"VideoGPT: classes must have shape ({batch},) or ({batch}, {self.num_classes}), "
                     f"got classes.shape={tuple(classes.shape)}"
                 )
-        if frames is not None and self.frame_shape is not None:
+        if frames is not None and self.frame_shape is not None and self.resnet is not None:
             if frames.shape != (batch, 3, *self.frame_shape):
                 raise ValueError(
                     f"VideoGPT: frames must have shape {(batch, 3, *self.frame_shape)}, "
@@ -234,45 +239,12 @@ class VideoGPT(nn.Module):
         return classes, memory
 
 
-@torch.no_grad()
-def generate(
-    model: VideoGPT,
-    batch: int = 1,
-    *,
-    classes: Tensor | None = None,
-    frames: Tensor | None = None,
-    generator: Randomness = None,
-    progress: bool = False,
-    **sampling: Any,
-) -> Tensor:
-    """Videos from nothing, or from their class and first frames, code by code.
-
-    Args:
-        model: in evaluation mode.
-        batch: how many videos.
-        classes, frames: as in :class:`VideoGPT`.
-        generator: a generator, or :class:`vattn.models.mebt.Draws`; its seed decides the sample.
-        progress: show a bar.
-        sampling: `temperature`, `top_k` and `top_p` of :func:`vattn.models.mebt.sample_tokens`.
-
-    Returns:
-        Codes ``(batch, *grid)`` int64.
-
-    Raises:
-        ValueError: a setting that does not fit.
-
-    Source:
-        Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021).
-    """
-    if model.training:
-        raise ValueError("generate: model must be in evaluation mode, got model.training=True")
-    draws, state = draws_of(generator), model.begin(batch, classes=classes, frames=frames)
-    codes = [torch.zeros(batch, dtype=torch.int64, device=model.embeddings.device)]  # comes before the first one
-    for _ in progress_bar(range(torch.Size(model.grid).numel()), "VideoGPT", progress):
-        codes.append(sample_tokens(model.step(codes[-1], state), **sampling, generator=draws)[0])
-    return torch.stack(codes[1:], 1).unflatten(1, model.grid)
+def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
 
 
-def _grid(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+def _grid(weights: Mapping[str, Tensor], name: str) -> list[int]:
     """The grid of a :class:`GridEmbedding`."""
-    return tuple(len(weights[f"{name}.emb.d_{i}"]) for i in range(sum(key.startswith(f"{name}.") for key in weights)))
+    tables = _part(weights, f"{name}.emb.")
+    return [len(tables[f"d_{i}"]) for i in range(len(tables))]

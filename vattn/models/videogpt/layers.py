@@ -304,7 +304,8 @@ class AttentionStack(nn.Module):
         if attention not in ("full", "sparse"):
             raise ValueError(f"AttentionStack: attention must be 'full' or 'sparse', got {attention=}")
         _checks.integer("AttentionStack", "num_layers", num_layers, least=1)
-        self.grid = tuple(grid)
+        self.grid, self.attention = tuple(grid), attention
+        self.block_size, self.num_local_blocks = block_size, num_local_blocks
         self.layout = None
         if attention == "sparse":
             with torch.device("cpu"):  # also where a checkpoint is loaded into a model without memory
@@ -327,6 +328,10 @@ class AttentionStack(nn.Module):
         for net in self._blocks:
             x = net(x, classes, net.read(memory), self.layout)
         return x
+
+    def extra_repr(self) -> str:
+        sparse = f", block_size={self.block_size}, num_local_blocks={self.num_local_blocks}"
+        return f"grid={self.grid}, attention={self.attention!r}" + (sparse if self.attention == "sparse" else "")
 
     def begin(self, classes: Tensor | None = None, memory: Tensor | None = None) -> Decoding:
         """A video of which no token has been read."""

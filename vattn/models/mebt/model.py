@@ -11,75 +11,22 @@ Transformers" (CVPR 2023). Contexts and targets never read each other, but laten
     mode         latent_enc, latent_self, ...  latent_enc   latent_dec  lt2l, latent_dec, ...
     latents      read contexts, each other     contexts                 targets, each other
     targets                                                 latents     latents
-
-Masks are in :mod:`vattn.models.mebt_masks`, samplers in :mod:`vattn.models.mebt_sampling`; all names are here, too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import count_blocks, init_linear, load, official_weights
-from vattn.models._draws import Draws, Randomness, draws_of
-from vattn.models.mebt_masks import (
-    SCHEDULES,
-    Partition,
-    complement,
-    draft_partitions,
-    frames_of,
-    mask_ratio,
-    next_partition,
-    num_masked,
-    revise_partitions,
-    split_positions,
-)
-from vattn.models.mebt_sampling import (
-    Sample,
-    continue_video,
-    draft,
-    draft_and_revise,
-    generate,
-    inpaint,
-    interpolate,
-    maskgit,
-    revise,
-    sample_tokens,
-)
+from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
+from vattn.models.draws import Randomness
+from vattn.models.layers import init_linear
+from vattn.models.mebt.training import draw_partition, masked_loss
+from vattn.models.settings import official_settings
 from vattn.nn import LatentBlock
-
-__all__ = [
-    "OFFICIAL_MODES",
-    "PRIORS",
-    "SCHEDULES",
-    "Draws",
-    "LatentTransformer",
-    "MeBT",
-    "Sample",
-    "complement",
-    "continue_video",
-    "draft",
-    "draft_and_revise",
-    "draft_partitions",
-    "draw_partition",
-    "frame_weights",
-    "frames_of",
-    "generate",
-    "inpaint",
-    "interpolate",
-    "mask_ratio",
-    "masked_loss",
-    "maskgit",
-    "next_partition",
-    "num_masked",
-    "revise",
-    "revise_partitions",
-    "sample_tokens",
-    "split_positions",
-]
 
 OFFICIAL_MODES = (
     *("latent_enc", "latent_self") * 6,
@@ -88,8 +35,15 @@ OFFICIAL_MODES = (
 )
 """The 24 layers of the official configurations."""
 
-PRIORS: dict[str, float | None] = {"uniform": 0.0, "longest": None, "gaussian2": 3e4, "gaussian100000_2": 1e5}
-"""How many frames to train on: training steps for each frame more, 0 for any number, None for all frames."""
+OFFICIAL_NAMES = {
+    "num_heads": "n_head",
+    "modes": "mode",
+    "grid": "shape",
+    "embed_drop": "embd_pdrop",
+    "attn_drop": "attn_pdrop",
+    "proj_drop": "resid_pdrop",
+}
+"""What the official configurations call the settings of :class:`MeBT`."""
 
 
 class LatentTransformer(nn.Module):
@@ -143,7 +97,7 @@ class LatentTransformer(nn.Module):
         return self.head(self.ln_f(targets))
 
 
-class MeBT(nn.Module):
+class MeBT(PretrainedModel):
     """MeBT: logits of the codes at some positions of a video, given the codes at others.
 
     Settings default to the official model for 16 frames of 128 x 128 pixels, in codes of 4 x 8 x 8 pixels each.
@@ -171,6 +125,7 @@ class MeBT(nn.Module):
         >>> codes = torch.randint(10, (1, 2, 2, 2))
         >>> model(codes, context=torch.tensor([[0, 5]]), target=torch.tensor([[7, 1, 2]])).shape
         torch.Size([1, 3, 10])
+        >>> from vattn.models.mebt import continue_video
         >>> continue_video(model.eval(), codes[:, :1], num_frames=2, num_steps=2).shape
         torch.Size([1, 2, 2, 2])
     """
@@ -205,7 +160,9 @@ class MeBT(nn.Module):
             nn.init.normal_(embedding, std=0.02)
 
     @classmethod
-    def from_official(cls, state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> "MeBT":
+    def from_official(
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> Self:
         """The model of an official checkpoint, in evaluation mode.
 
         Args:
@@ -214,35 +171,28 @@ class MeBT(nn.Module):
             config: the official configuration, whole or in part, of which ``n_head``, ``mode``, ``shape`` and, if it
                 has them, ``embd_pdrop``, ``attn_pdrop`` and ``resid_pdrop`` are read; sizes are those of the weights.
                 As in the official code, blocks that ``mode`` does not name are of the mode "maskgit".
+            overrides: settings of this class, which win over `config` and what the weights tell; without `config`,
+                `num_heads`, `modes` and `grid` must be among them.
 
         Raises:
+            TypeError: `config` is not a mapping, or there is no such setting.
             ValueError: the weights or the configuration do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op = "MeBT.from_official"
         weights = official_weights(op, state_dict, "tok_emb.weight", "pos_emb", "sos_emb", "transformer.head.weight")
         weights = {name: x for name, x in weights.items() if not name.startswith("first_stage_model.")}
-        settings = dict(_leaves(config))
-        for name in ("n_head", "mode", "shape"):
-            if name not in settings:
-                raise ValueError(f"{op}: config must have {name}, got {', '.join(map(str, settings)) or 'nothing'}")
-        depth = count_blocks({name.removeprefix("transformer."): x for name, x in weights.items()}, "blocks")
-        modes = (*settings["mode"], *["maskgit"] * (depth - len(settings["mode"])))
         vocab_size, dim = weights["tok_emb.weight"].shape
-        return load(
-            weights,
-            lambda: cls(
-                vocab_size,
-                tuple(settings["shape"]),
-                dim,
-                settings["n_head"],
-                modes,
-                weights["sos_emb"].shape[1],
-                embed_drop=settings.get("embd_pdrop", 0.0),
-                attn_drop=settings.get("attn_pdrop", 0.0),
-                proj_drop=settings.get("resid_pdrop", 0.0),
-            ),
-        )
+        sizes = {"vocab_size": vocab_size, "dim": dim, "num_latents": weights["sos_emb"].shape[1]}
+        found = official_settings(config, **OFFICIAL_NAMES)
+        settings = sizes | found | overrides
+        for name in ("num_heads", "modes", "grid"):
+            if name not in settings:
+                had = ", ".join(OFFICIAL_NAMES[known] for known in found) or "nothing"
+                raise ValueError(f"{op}: config must have {OFFICIAL_NAMES[name]}, got {had}")
+        depth = count_blocks({name.removeprefix("transformer."): x for name, x in weights.items()}, "blocks")
+        settings["modes"] = [*settings["modes"], *["maskgit"] * (depth - len(settings["modes"]))]
+        return cls._from_weights(weights, settings)
 
     def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
         codes = codes.flatten(1)
@@ -258,6 +208,9 @@ class MeBT(nn.Module):
         contexts = self.tok_emb(codes.gather(1, context)) + F.embedding(context, self.pos_emb[0])
         targets = self.mask_emb + F.embedding(target, self.pos_emb[0])
         return self.transformer(self.sos_emb.expand(len(codes), -1, -1), contexts, targets)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}"
 
     def training_loss(
         self,
@@ -299,120 +252,3 @@ class MeBT(nn.Module):
             self(codes, context, target), codes.flatten(1).gather(1, target), num_tokens - context.shape[1],
             num_tokens, average=average, label_smoothing=label_smoothing,
         )  # fmt: skip
-
-
-def masked_loss(
-    logits: Tensor,
-    codes: Tensor,
-    masked: int,
-    num_tokens: int,
-    *,
-    average: float = 1.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """The cross-entropy of targets, summed, over ``B * num_tokens * (masked / num_tokens) ** average``.
-
-    Args:
-        logits: ``(B, NT, V)``. codes: ``(B, NT)`` int64.
-        masked: masked tokens of a sample, also those that a budget has left out of the targets.
-        num_tokens: masked tokens and contexts of a sample.
-        average: 1 is the mean over masked tokens; 0 is the sum over them in relation to all tokens, which weighs
-            samples that are masked less by less.
-        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
-
-    Returns:
-        A scalar; 0 if nothing is masked.
-
-    Source:
-        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers".
-
-    Example:
-        >>> masked_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), masked=3, num_tokens=8)
-        tensor(1.3863)
-    """
-    loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum", label_smoothing=label_smoothing)
-    ratio = max(masked, 1) / num_tokens
-    return loss / (len(logits) * num_tokens * ratio**average)
-
-
-def frame_weights(prior: str, num_frames: int, step: int) -> Tensor:
-    """The probabilities of training on 1, 2, ... `num_frames` frames at training step `step`, float64.
-
-    The Gaussian priors begin with short videos: length L is most likely at step ``(L - 1) * PRIORS[prior]``.
-
-    Raises:
-        ValueError: there is no such prior.
-
-    Source:
-        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers", section 4.1.
-
-    Example:
-        >>> [frame_weights("gaussian2", 4, step).argmax().item() + 1 for step in (0, 30_000, 90_000)]
-        [1, 2, 4]
-    """
-    if prior not in PRIORS:
-        raise ValueError(f"frame_weights: prior must be one of {', '.join(PRIORS)}, got prior={prior!r}")
-    steps = PRIORS[prior]
-    before = torch.arange(num_frames, dtype=torch.float64)  # frames before the last one
-    if steps is None:
-        return (before == num_frames - 1).double()
-    if steps == 0:
-        return torch.ones_like(before) / num_frames
-    return (-((step - before * steps) ** 2) / (2 * (2 * steps) ** 2)).softmax(0)
-
-
-def draw_partition(
-    batch: int,
-    grid: tuple[int, int, int],
-    *,
-    schedule: str = "linear",
-    budget: int | None = None,
-    prior: str = "longest",
-    step: int = 0,
-    generator: Randomness = None,
-    device: torch.device | str = "cpu",
-) -> tuple[Partition, int]:
-    """Contexts and targets for a training step: a random part of the frames, a random time, random orders.
-
-    Args:
-        batch: B. grid: frames, height and width of a video in codes.
-        schedule: a name in ``SCHEDULES``; the time is drawn between 0 and 1, one for the batch.
-        budget: most targets of a sample.
-        prior, step: how many frames the part has, see :func:`frame_weights`; it is the same for the batch.
-        generator: see :class:`Draws`.
-        device: where the result is wanted.
-
-    Returns:
-        Contexts ``(B, NC)`` and targets ``(B, NT)``, and how many tokens the part has.
-
-    Source:
-        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-        Transformers".
-
-    Example:
-        >>> (context, target), num_tokens = draw_partition(2, (4, 2, 2), budget=3, generator=torch.Generator())
-        >>> num_tokens, target.shape[1] <= 3
-        (16, True)
-    """
-    draws, frame_tokens = draws_of(generator), grid[1] * grid[2]
-    order = draws.permutation(batch, grid[0] * frame_tokens, torch.device("cpu"))  # nothing waits for a GPU
-    # What lies below a uniform number falls on a length as often as its weight says.
-    below = frame_weights(prior, grid[0], step).cumsum(0) <= draws.uniform()
-    num_frames = min(int(below.sum()) + 1, grid[0])
-    if num_frames < grid[0]:
-        start = int(draws.uniform() * (grid[0] - num_frames + 1))
-        order = frames_of(order, start, num_frames, frame_tokens)
-    masked = num_masked(schedule, draws.uniform(), order.shape[1])
-    context, target = split_positions(order, masked, budget)
-    return (context.to(device), target.to(device)), order.shape[1]
-
-
-def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings of a configuration, without the sections they are in."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        else:
-            yield name, value

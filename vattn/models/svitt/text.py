@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._common import init_linear, load, named
-from vattn.models._svitt_weights import settings_of, text_weights
+from vattn.models.checkpoints import PretrainedModel
+from vattn.models.layers import init_linear, named
+from vattn.models.settings import official_settings, override
+from vattn.models.svitt.weights import heads_of, text_weights, without_nulls
+from vattn.nn import merge_heads, split_heads
 from vattn.ops.latent_attention import latent_attention
 from vattn.ops.node_sparse_attention import node_sparse_attention
 from vattn.ops.select_tokens import select_tokens
@@ -41,7 +44,7 @@ class Fused(NamedTuple):
     kept: tuple[Tensor, ...]
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(PretrainedModel):
     """BERT with cross-attention to a video in its last layers. Settings default to the official ones.
 
     Args:
@@ -49,7 +52,7 @@ class TextEncoder(nn.Module):
         fusion_layer: the first layer that reads the video.
         video_dim: channels of a video token.
         keep: share of the video tokens that a pruning layer leaves to the next ones.
-        prune_after: layers, counted from 0, after whose cross-attention video tokens are pruned.
+        prune_after: layers, counted from 0, after whose cross-attention video tokens are pruned, if `keep` is below 1.
         keep_by: "cls_attn" keeps what the first text token attends to, "avg_attn" what all text tokens do on average,
             padding among them.
         causal: a text token reads no later one, as in a decoder.
@@ -101,11 +104,12 @@ class TextEncoder(nn.Module):
             _checks.integer(op, name, setting, least=least)
         if keep_by not in KEEP_BY:
             raise ValueError(f"{op}: keep_by must be one of {', '.join(KEEP_BY)}, got keep_by={keep_by!r}")
-        if not all(fusion_layer <= i < depth for i in prune_after):
+        if keep < 1 and not all(fusion_layer <= i < depth for i in prune_after):
             raise ValueError(
                 f"{op}: prune_after must be layers from fusion_layer={fusion_layer} to {depth - 1}, got {prune_after=}"
             )
         self.fusion_layer = fusion_layer
+        self.video_dim = video_dim
         self.keep = keep
         self.prune_after = frozenset(prune_after)
         self.keep_by = keep_by
@@ -123,7 +127,9 @@ class TextEncoder(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     @classmethod
-    def from_official(cls, state_dict: Mapping[str, Any], config: Mapping[str, Any], **settings: Any) -> "TextEncoder":
+    def from_official(
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> "TextEncoder":
         """The encoder of an official checkpoint, or of BERT itself with cross-attention, in evaluation mode.
 
         Args:
@@ -131,15 +137,14 @@ class TextEncoder(nn.Module):
             config: the official ``BertConfig`` as a dict, of which ``num_attention_heads``, ``fusion_layer``,
                 ``token_keep_rate``, ``token_drop_loc`` (layers without a video are left out, as in the official code),
                 ``token_keep_strategy`` and ``hidden_dropout_prob`` are read; sizes are those of the weights.
-            settings: of the constructor, that take the place of those of `config`.
+            overrides: settings of the constructor, which win over those of `config` and of the weights.
 
         Raises:
             ValueError: the weights or the configuration do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         weights = text_weights("TextEncoder.from_official", state_dict)
-        settings = text_settings(weights, config) | settings
-        return load(weights, lambda: cls(**settings))
+        return cls._from_weights(weights, text_settings(weights, config, overrides))
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         text, visible = self.embed(ids), self._visible(mask, ids)
@@ -194,6 +199,12 @@ class TextEncoder(nn.Module):
             return visible
         past = torch.ones(length, length, dtype=torch.bool, device=text.device).tril()[None, None]
         return past if visible is None else past & visible
+
+    def extra_repr(self) -> str:
+        return (
+            f"fusion_layer={self.fusion_layer}, keep={self.keep}, prune_after={sorted(self.prune_after)}, "
+            f"keep_by={self.keep_by!r}, causal={self.causal}"
+        )
 
 
 class TextLayer(nn.Module):
@@ -258,7 +269,7 @@ class TextAttention(nn.Module):
     def heads(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, ``(B, H, tokens, D)``; one source for all samples is projected once."""
         query, key, value = (
-            y.unflatten(-1, (self.num_heads, y.shape[-1] // self.num_heads)).transpose(1, 2).expand(len(x), -1, -1, -1)
+            split_heads(y, self.num_heads).expand(len(x), -1, -1, -1)
             for y in (self.query(x), self.key(source), self.value(source))
         )
         return query, key, value
@@ -277,7 +288,7 @@ class TextAttention(nn.Module):
         return cast(Tensor, latent_attention(query, key, value, dropout_p=dropout_p))
 
     def residual(self, x: Tensor, out: Tensor) -> Tensor:
-        return self.norm(x + self.drop(self.proj(out.transpose(1, 2).flatten(2))))
+        return self.norm(x + self.drop(self.proj(merge_heads(out))))
 
 
 @torch.no_grad()
@@ -317,8 +328,11 @@ class TokenHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(x))), weight, self.bias)
 
 
-def text_settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+def text_settings(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any] | None, overrides: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The settings of the :class:`TextEncoder` that weights, under their names here, and a configuration make."""
+    config = without_nulls(config)
     vocab_size, dim = weights["word.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
     fusion_layer = min((i for i in range(depth) if f"layers.{i}.cross.key.weight" in weights), default=depth)
@@ -333,7 +347,8 @@ def text_settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
     }
     if fusion_layer < depth:
         settings["video_dim"] = weights[f"layers.{fusion_layer}.cross.key.weight"].shape[1]
-    return settings | settings_of(
-        "TextEncoder.from_official", config, dim, keep="token_keep_rate", keep_by="token_keep_strategy",
-        dropout="hidden_dropout_prob",
-    )  # fmt: skip
+    settings |= official_settings(
+        config, keep="token_keep_rate", keep_by="token_keep_strategy", dropout="hidden_dropout_prob"
+    )
+    settings = override(settings, overrides or {})
+    return settings | {"num_heads": heads_of("TextEncoder.from_official", config, settings, dim)}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vattn.models._common import heads_or_default, official_weights
+from vattn.models.checkpoints import heads_or_default, official_weights
 
 VIDEO_NAMES = (
     ("relative_position_bias.relative_position_bias_table", "position_bias.table"),
@@ -94,7 +94,19 @@ def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
 
 
-def settings_of(op: str, config: Mapping[str, Any], dim: int, **names: str) -> dict[str, Any]:
-    """The heads, and those settings that `config` has under official names, here as ``ours="official"``."""
-    settings = {ours: config[official] for ours, official in names.items() if official in config}
-    return settings | {"num_heads": heads_or_default(op, config.get("num_attention_heads"), dim)}
+def heads_of(op: str, config: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> int:
+    """How many heads `settings`, or else an official configuration, say that there are; or heads of 64 channels."""
+    return heads_or_default(op, settings.get("num_heads", config.get("num_attention_heads")), dim)
+
+
+def without_nulls(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings of an official configuration; what is null is as if it were not there."""
+    return {name: value for name, value in (config or {}).items() if value is not None}
+
+
+def sections(op: str, config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The configurations of the video encoder and of the text encoder."""
+    config = config or {}
+    if set(config) - {"video", "text"}:
+        raise ValueError(f"{op}: config must have the sections video and text, got {', '.join(map(str, config))}")
+    return config.get("video") or {}, config.get("text") or {}

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from vattn.models._common import FrameModel, Levels, layer_leaps
-from vattn.nn import LeapAttention, attend_frames, require_only
+from vattn.models.laps.frames import FrameModel, Levels, layer_leaps
+from vattn.nn import LeapAttention, attend_frames, require_only, split_heads
 
 
 class SplitNames(NamedTuple):
@@ -80,7 +80,7 @@ class SplitLeapAttention(nn.Module):
                 + ", ".join([*unsupported, *(["output_attentions=True"] if output_attentions else [])])
             )
         query, key, value = (
-            self.get_submodule(name)(hidden_states).unflatten(-1, (self.num_heads, -1)) for name in self.names[:3]
+            split_heads(self.get_submodule(name)(hidden_states), self.num_heads) for name in self.names[:3]
         )
         out = attend_frames(
             query, key, value, num_frames=self.num_frames, leap=self.leap, fold_div=self.fold_div,
@@ -95,7 +95,8 @@ class VideoFromImage(FrameModel):
     """What :func:`video_from_image` returns: `image_model` on the frames of a video, then the mean over frames.
 
     `image_model` has the names and the parameters of the model that it was made from, so that their state
-    dicts are interchangeable: ``video.image_model.load_state_dict(image.state_dict())``.
+    dicts are interchangeable: ``video.image_model.load_state_dict(image.state_dict())``. It has no settings of its own,
+    and is saved as the image model is, by the library that made that.
     """
 
     def __init__(self, image_model: nn.Module, num_frames: int) -> None:

@@ -1,7 +1,5 @@
 """Finding the masked tokens of a video: all at once, kept step by step, or drafted and revised.
 
-    p(token) = top_p(softmax(top_k(logits / temperature))),   token = argmax p / q,  q ~ Exp(1)
-
 MeBT: Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
 Transformers" (CVPR 2023). A sampler asks a model for the logits of the targets, given the contexts, finds tokens for
 all targets, and makes contexts of some of them::
@@ -15,22 +13,16 @@ interpolation are inpainting with a certain mask.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vattn.models._common import progress_bar
-from vattn.models._draws import Randomness, draws_of
-from vattn.models.mebt_masks import (
-    Partition,
-    draft_partitions,
-    next_partition,
-    num_masked,
-    revise_partitions,
-)
+from vattn.models.draws import Randomness, draws_of
+from vattn.models.mebt.masks import Partition, draft_partitions, next_partition, num_masked, revise_partitions
+from vattn.models.sampling import codes_shape, progress_bar, sample_tokens
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A model: codes ``(B, N)``, contexts ``(B, NC)``, targets ``(B, NT)`` to the logits of the targets ``(B, NT, V)``."""
@@ -49,64 +41,6 @@ class Sample(NamedTuple):
     codes: Tensor
     context: Tensor
     target: Tensor
-
-
-def sample_tokens(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: Randomness = None,
-) -> tuple[Tensor, Tensor]:
-    """A token for each row of logits.
-
-    Args:
-        logits: ``(..., V)``; the computation is in float32.
-        temperature: divides the logits; at 0 the largest is taken, and of equal ones the first.
-        top_k: only the k largest logits count, and those equal to the last of them.
-        top_p: only the largest probabilities count, up to and including the one with which their sum reaches p.
-        generator: see :class:`vattn.models.mebt.Draws`.
-
-    Returns:
-        tokens ``(...)`` int64, and the probabilities ``(..., V)`` they were drawn with.
-
-    Raises:
-        ValueError: a setting that does not fit.
-
-    Source:
-        Holtzman et al., "The Curious Case of Neural Text Degeneration" (ICLR 2020), section 3, for `top_p`.
-
-    Example:
-        >>> logits = torch.tensor([0.1, 2.0, 1.0])
-        >>> tokens, probabilities = sample_tokens(logits, temperature=0.5, top_k=2, generator=torch.Generator())
-        >>> probabilities
-        tensor([0.0000, 0.8808, 0.1192])
-    """
-    op, vocabulary = "sample_tokens", logits.shape[-1]
-    if temperature < 0:
-        raise ValueError(f"{op}: temperature must be at least 0, got temperature={temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"{op}: top_k must be at least 1, got top_k={top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"{op}: top_p must be above 0 and at most 1, got top_p={top_p}")
-    logits = logits.float()
-    if temperature == 0:
-        probabilities = torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float()
-    else:
-        logits = logits / temperature
-        if top_k is not None:
-            smallest = logits.topk(min(top_k, vocabulary)).values[..., -1:]
-            logits = logits.masked_fill(logits < smallest, -torch.inf)
-        probabilities = logits.softmax(-1)
-        if top_p is not None:
-            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            reached = ordered.cumsum(-1) >= top_p
-            reached = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)
-            probabilities = probabilities.masked_fill(reached.scatter(-1, order, reached), 0.0)
-            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    exponential = draws_of(generator).exponential(*logits.shape, device=logits.device)
-    return (probabilities / exponential).argmax(-1), probabilities
 
 
 @torch.no_grad()
@@ -142,7 +76,7 @@ def maskgit(
         start_anew: what the schedule is a ratio of: all N tokens, so that steps that would mask more than there are
             targets are left out, or (with True) the targets.
         official_rounding: see :func:`vattn.models.mebt.num_masked`.
-        generator: a generator, or :class:`vattn.models.mebt.Draws`; its seed decides the sample.
+        generator: a generator, or :class:`vattn.models.draws.Draws`; its seed decides the sample.
         progress: show a bar.
         sampling: `temperature`, `top_k` and `top_p` of :func:`sample_tokens`.
 
@@ -339,8 +273,34 @@ def inpaint(
     return sampler(model, codes, order[:, :known], order[:, known:], **settings).codes.view_as(codes)
 
 
-def generate(model: Logits, shape: tuple[int, ...], *, device: torch.device | str = "cpu", **settings: Any) -> Tensor:
-    """Videos from nothing: codes of `shape`, such as ``(B, T, height, width)``. Settings are those of :func:`inpaint`.
+def generate(
+    model: Logits,
+    shape: int | Sequence[int] = 1,
+    *,
+    device: torch.device | str | None = None,
+    generator: Randomness = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Tensor:
+    """Videos from nothing.
+
+    Args:
+        model: as in :func:`maskgit`.
+        shape: of the codes, such as ``(B, T, height, width)``; or B, for so many videos of the model's own grid.
+        device: of the codes; by default that of the model's parameters.
+        generator: a generator, or :class:`vattn.models.draws.Draws`; its seed decides the sample.
+        progress: show a bar.
+        settings: of :func:`inpaint`: `sampler`, `num_steps`, `temperature`, `top_k`, `top_p` and others.
+
+    Returns:
+        Codes of `shape`, int64.
+
+    Raises:
+        ValueError: a setting that does not fit.
+
+    Source:
+        Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
+        Transformers", section 4.
 
     Example:
         >>> def model(codes, context, target):  # any model: here it says 0, 1, 2, 3
@@ -349,8 +309,11 @@ def generate(model: Logits, shape: tuple[int, ...], *, device: torch.device | st
         tensor([[[0, 1],
                  [2, 3]]])
     """
-    codes = torch.zeros(shape, dtype=torch.int64, device=device)
-    return inpaint(model, codes, torch.ones_like(codes, dtype=torch.bool), **settings)
+    if device is None and isinstance(model, nn.Module):
+        device = next((parameter.device for parameter in model.parameters()), None)
+    codes = torch.zeros(codes_shape("generate", model, shape), dtype=torch.int64, device=device)
+    everything = torch.ones_like(codes, dtype=torch.bool)
+    return inpaint(model, codes, everything, generator=generator, progress=progress, **settings)
 
 
 def continue_video(model: Logits, first: Tensor, num_frames: int, **settings: Any) -> Tensor:

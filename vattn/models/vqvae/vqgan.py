@@ -1,6 +1,7 @@
 """The 3D VQGAN, whose codes MeBT models.
 
     z = W_pre encoder(video),  codes = nearest(z),  video = decoder(W_post e_codes)
+    loss = mean |video - reconstruction| + 0.25 mean (z - e_code)^2
 
 Ge et al., "Long Video Generation with Time-Agnostic VQGAN and Time-Sensitive Transformer" (ECCV 2022). It is
 convolutions only, with ``downsample`` = (4, 8, 8)::
@@ -14,15 +15,16 @@ A dimension that is down to its size already keeps it: the first levels shrink t
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._codebook import Codebook
-from vattn.models._common import load, named
-from vattn.models._tokenizer import (
+from vattn.models.layers import named
+from vattn.models.settings import official_settings
+from vattn.models.vqvae.codebook import Codebook
+from vattn.models.vqvae.tokenizer import (
     SamePadConv3d,
     SamePadConvTranspose3d,
     Tokenizer,
@@ -120,6 +122,7 @@ class VQGAN(Tokenizer):
     Example:
         >>> tokenizer = VQGAN(num_codes=64, code_dim=8, hidden=8, downsample=(2, 4, 4), groups=4)
         >>> video = torch.randn(1, 3, 4, 16, 16)
+        >>> tokenizer.training_loss(video).backward()
         >>> codes = tokenizer.eval().encode(video)
         >>> codes.shape, tokenizer.decode(codes).shape
         (torch.Size([1, 2, 4, 4]), torch.Size([1, 3, 4, 16, 16]))
@@ -156,37 +159,36 @@ class VQGAN(Tokenizer):
 
     @classmethod
     def from_official(
-        cls,
-        state_dict: Mapping[str, Any],
-        downsample: Sequence[int] = (4, 8, 8),
-        *,
-        groups: int = 32,
-        padding_mode: str = "replicate",
-        restart: float | None = 1.0,
-    ) -> "VQGAN":
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> Self:
         """The tokenizer of an official checkpoint, in evaluation mode; its other sizes are read from the weights.
 
         Args:
             state_dict: of ``VQGAN`` in ``mebt/vqgan.py``, or of a MeBT that has one, with or without the outer dict of
                 a checkpoint. Discriminators and the perceptual model are left out. It is copied; dtype and device stay.
-            downsample, padding_mode: ``downsample`` and ``padding_type`` of its arguments.
-            groups: of the group norms, 32 in the official code.
-            restart: see :class:`Codebook`.
+            config: its arguments, of which ``downsample``, ``padding_type``, ``restart_thres`` and
+                ``no_random_restart`` are read; without them, the official defaults.
+            overrides: settings of this class, which win over `config` and what the weights tell.
 
         Raises:
+            TypeError: `config` is not a mapping, or there is no such setting.
             ValueError: the weights do not make this tokenizer.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
-        first, book = "encoder.conv_first.conv.weight", "codebook.embeddings"
-        weights = tokenizer_weights("VQGAN.from_official", state_dict, first, "conv_blocks", downsample)
-        (hidden, image_channels), (num_codes, code_dim) = weights[first].shape[:2], weights[book].shape
-        return load(
-            weights,
-            lambda: cls(
-                num_codes, code_dim, hidden, downsample, image_channels=image_channels, groups=groups,
-                padding_mode=padding_mode, restart=restart,
-            ),
+        op, first = "VQGAN.from_official", "encoder.conv_first.conv.weight"
+        settings: dict[str, Any] = {"downsample": (4, 8, 8)} | official_settings(
+            config, downsample="downsample", padding_mode="padding_type", restart="restart_thres",
+            no_restart="no_random_restart",
         )  # fmt: skip
+        if settings.pop("no_restart", False):
+            settings["restart"] = None
+        downsample = overrides.get("downsample", settings["downsample"])
+        weights, sizes = tokenizer_weights(op, state_dict, first, "conv_blocks", downsample)
+        return cls._from_weights(weights, sizes | settings, overrides)
+
+    def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
+        """The mean absolute error. The official training adds perceptual and adversarial losses, which are not here."""
+        return F.l1_loss(reconstruction, video)
 
 
 def _norm(channels: int, groups: int) -> nn.Module:

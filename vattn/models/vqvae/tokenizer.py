@@ -1,6 +1,7 @@
 """What tokenizers share: convolutions that keep the size of a video or divide it, and the way to codes and back.
 
 z = W_pre encoder(video),  codes = nearest(z),  video = decoder(W_post e_codes)
+loss = reconstruction_loss(decoder(W_post e_codes), video) + 0.25 mean (z - e_code)^2
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models._codebook import Codebook, Quantized
-from vattn.models._common import count_blocks, official_weights
-from vattn.models._draws import Randomness
+from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
+from vattn.models.draws import Randomness
+from vattn.models.vqvae.codebook import Codebook, Quantized
 
 Size = tuple[int, int, int]
 
@@ -45,6 +46,9 @@ class SamePadConv3d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, self.padding, mode=self.padding_mode))
 
+    def extra_repr(self) -> str:
+        return f"padding_mode={self.padding_mode!r}"
+
 
 class SamePadConvTranspose3d(nn.Module):
     """A transposed convolution whose output has `stride` times the size of its input, in each dimension.
@@ -74,8 +78,11 @@ class SamePadConvTranspose3d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.convt(F.pad(x, self.padding, mode=self.padding_mode))
 
+    def extra_repr(self) -> str:
+        return f"padding_mode={self.padding_mode!r}"
 
-class Tokenizer(nn.Module):
+
+class Tokenizer(PretrainedModel):
     """A video to codes and back; a subclass makes the layers, under the names that official checkpoints have."""
 
     encoder: nn.Module
@@ -107,6 +114,20 @@ class Tokenizer(nn.Module):
         quantized = self.quantize(video, generator)
         return self.decoder(self.post_vq_conv(quantized.embeddings)), quantized
 
+    def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
+        """How far a reconstruction is from its video."""
+        raise NotImplementedError
+
+    def training_loss(self, video: Tensor, generator: Randomness = None) -> Tensor:
+        """The loss of one training step: that of the reconstruction, and the commitment of vectors to their codes.
+
+        Args:
+            video: ``(B, C, T, H, W)``.
+            generator: see :class:`Codebook`.
+        """
+        reconstruction, quantized = self(video, generator)
+        return self.reconstruction_loss(reconstruction, video) + quantized.commitment_loss
+
 
 def level_strides(downsample: Sequence[int]) -> list[Size]:
     """The strides of each level: 2 in a dimension until it has shrunk enough, then 1.
@@ -127,13 +148,13 @@ def level_strides(downsample: Sequence[int]) -> list[Size]:
 
 def tokenizer_weights(
     op: str, state_dict: Mapping[str, Any], first: str, levels: str, downsample: Sequence[int]
-) -> dict[str, Tensor]:
-    """The weights of a tokenizer in a checkpoint, and what its codebook needs besides.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a tokenizer in a checkpoint, with what its codebook needs besides, and the sizes they tell.
 
     Args:
         op: for messages.
         state_dict: of the official tokenizer, or of a model that has one.
-        first: a name that no other part of such a model has.
+        first: the weight of the first convolution, whose name no other part of such a model has.
         levels: the encoder's list with one element for each level.
         downsample: what the levels must amount to.
 
@@ -151,7 +172,9 @@ def tokenizer_weights(
     weights.setdefault("codebook.N", weights[book].new_ones(len(weights[book])))
     weights.setdefault("codebook.z_avg", weights[book])
     weights.setdefault("codebook.has_begun", weights["codebook.N"].any())
-    return weights
+    (hidden, image_channels), (num_codes, code_dim) = weights[first].shape[:2], weights[book].shape
+    sizes = {"num_codes": num_codes, "code_dim": code_dim, "hidden": hidden, "image_channels": image_channels}
+    return weights, sizes
 
 
 def _same_padding(kernel_size: int, stride: Sequence[int]) -> list[int]:

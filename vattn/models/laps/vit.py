@@ -1,18 +1,9 @@
-"""LAPS: an image classifier that sees a video, through leap attention and periodic shift alone.
+"""The ViT of LAPS: a vision transformer whose layers leap.
 
-    video (B, T, 3, H, W) -> B*T frames -> image model, attention within leap pairs -> mean of the T logits
+    x = x + leap_attention(LN(x))        of each frame's tokens, and its partner's
+    x = x + MLP(LN(x))
 
-LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022).
-Layer i leaps ``T // 2**levels[i % len(levels)]`` frames, so that a few layers connect all frames, without a
-parameter more than the image model has::
-
-    T = 8       who meets whom                      what frame 0 has heard of
-    level 1     0-4  1-5  2-6  3-7                  4
-    level 2     0-2  1-3  4-6  5-7                  4  2 6
-    level 3     0-1  2-3  4-5  6-7                  4  2 6  1 5 3 7
-
-Here is the ViT. :class:`LapsVisformer` and :func:`video_from_image`, which turns any image ViT of transformers
-or timm into a video model, have files of their own.
+Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022).
 """
 
 from collections.abc import Mapping
@@ -21,27 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vattn.models._common import (
-    Block,
-    FrameModel,
-    Levels,
-    count_blocks,
-    heads_or_default,
-    hidden_size,
-    init_linear,
-    layer_leaps,
-    load,
-    named,
-    official_weights,
-)
-from vattn.models.video_from_image import VideoFromImage, video_from_image
-from vattn.models.visformer import LapsVisformer
+from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
+from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
+from vattn.models.layers import init_linear, named
+from vattn.models.settings import official_settings
 from vattn.nn import LeapAttention
 
-__all__ = ["LapsViT", "LapsVisformer", "VideoFromImage", "video_from_image"]
 
-
-class LapsViT(FrameModel):
+class LapsViT(FrameModel, PretrainedModel):
     """The ViT of LAPS. Settings default to the official ViT-B/16 for 8 frames of Kinetics-400.
 
     Args:
@@ -114,52 +92,41 @@ class LapsViT(FrameModel):
 
     @classmethod
     def from_official(
-        cls,
-        state_dict: Mapping[str, Any],
-        num_frames: int = 8,
-        levels: Levels = (1, 2, 3, 1),
-        fold_div: int = 4,
-        *,
-        num_heads: int | None = None,
-        image_size: tuple[int, int] | None = None,
-        scale: float | None = None,
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
     ) -> "LapsViT":
-        """The model of an official checkpoint, in evaluation mode; all sizes are read from the weights.
+        """The model of an official checkpoint, in evaluation mode; its sizes are read from the weights.
 
         Args:
             state_dict: of ``VisionTransformer`` in ``timm/models/vit_laps.py``, with or without the prefixes and
                 the outer dict that the official training script adds. It is copied; dtype and device stay.
-            num_frames, levels, fold_div: ``NUM_FRAMES``, ``S2_SKIP_LEVEL`` and ``FOLD_DIV`` of its configuration.
-            num_heads: ``embed_dim // 64`` if None.
-            image_size: height and width of a frame, if it is not square.
-            scale: factor of the attention scores, if not ``head_dim ** -0.5``.
+            config: the official configuration, whole or in part, of which ``NUM_FRAMES``, ``S2_SKIP_LEVEL`` and
+                ``FOLD_DIV`` are read, and ``num_heads``, ``img_size`` and ``qk_scale``, if it has them. Heads have 64
+                channels and frames are square otherwise.
+            overrides: settings of the constructor, which win over those of `config` and of the weights.
 
         Raises:
-            ValueError: the weights do not make this model.
+            TypeError, ValueError: the weights and the settings do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
-        weights = official_weights(
-            "LapsViT.from_official", state_dict, "patch_embed.proj.weight", "pos_embed", "head.weight"
-        )
+        op = "LapsViT.from_official"
+        weights = official_weights(op, state_dict, "patch_embed.proj.weight", "pos_embed", "head.weight")
         embed_dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
-        side = patch_size * round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-        return load(
-            weights,
-            lambda: cls(
-                num_frames,
-                levels,
-                fold_div,
-                image_size=image_size or side,
-                patch_size=patch_size,
-                num_classes=weights["head.weight"].shape[0],
-                embed_dim=embed_dim,
-                depth=count_blocks(weights, "blocks"),
-                num_heads=heads_or_default("LapsViT.from_official", num_heads, embed_dim),
-                mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-                qkv_bias="blocks.0.attn.qkv.bias" in weights,
-                scale=scale,
-            ),
-        )
+        settings = {
+            "image_size": patch_size * round((weights["pos_embed"].shape[1] - 1) ** 0.5),
+            "patch_size": patch_size,
+            "num_classes": weights["head.weight"].shape[0],
+            "embed_dim": embed_dim,
+            "depth": count_blocks(weights, "blocks"),
+            "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+            "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        } | official_settings(
+            config, num_frames="NUM_FRAMES", levels="S2_SKIP_LEVEL", num_heads="num_heads", image_size="img_size",
+            scale="qk_scale",
+        )  # fmt: skip
+        settings["scale"] = settings.get("scale") or None  # as in the official code, 0 is none
+        settings |= official_fold_div(config) | overrides
+        settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
+        return cls._from_weights(weights, settings)
 
     def features(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to the class token of every frame, ``(B, T, embed_dim)``."""

@@ -1,94 +1,40 @@
-"""SViTT: which text tells what happens in which video, at a cost that few tokens and few edges make small.
-
-    video  (B, T, 3, H, W) -> video encoder -> tokens, few of them  -> one vector -+-> similarity: contrastive loss
-    text   words           -> text encoder  -> tokens               -> first one  -+
-                                                 +-- reads the video's tokens -> first one: do they belong together?
-                                                                              -> masked words
-
-SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023). To find a text for a video
-or a video for a text, similarity ranks all, and the encoder that reads both ranks the best ones again: the second is
-right more often, and costs a pass for each pair.
-
-The parts have files of their own, and all names are here, too: the video encoder in :mod:`vattn.models.svitt_video`,
-the text encoder in :mod:`vattn.models.svitt_text`, losses in :mod:`vattn.models.svitt_losses`, retrieval in
-:mod:`vattn.models.svitt_retrieval`, answers to questions in :mod:`vattn.models.svitt_answers`.
-"""
+"""SViTT itself: a video encoder and a text encoder, three losses to learn from, and the scores of pairs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn.layout import BlockLayout
-from vattn.models._common import init_linear, load, official_weights
-from vattn.models._draws import Draws, Randomness, draws_of
-from vattn.models._svitt_weights import head_weights, part, text_weights, video_weights
-from vattn.models.svitt_answers import VideoAnswers
-from vattn.models.svitt_losses import (
+from vattn.models.checkpoints import PretrainedModel, official_weights
+from vattn.models.draws import Randomness, draws_of
+from vattn.models.layers import init_linear
+from vattn.models.svitt.losses import (
+    Losses,
     Negatives,
     contrastive_loss,
     draw_negatives,
     mask_words,
     masked_word_loss,
     matching_loss,
-    negative_weights,
 )
-from vattn.models.svitt_retrieval import rank_texts, rank_videos, recall
-from vattn.models.svitt_text import Fused, TextEncoder, TokenHead, text_settings
-from vattn.models.svitt_video import SparseBlock, Sparsity, VideoEncoder, VideoTokens, expand, video_settings
-from vattn.models.token_order import TOKEN_ORDERS, token_order
-
-__all__ = [
-    "TOKEN_ORDERS",
-    "Draws",
-    "Fused",
-    "Losses",
-    "Negatives",
-    "SViTT",
-    "SparseBlock",
-    "Sparsity",
-    "TextEncoder",
-    "TokenHead",
-    "VideoAnswers",
-    "VideoEncoder",
-    "VideoTokens",
-    "contrastive_loss",
-    "draw_negatives",
-    "expand",
-    "mask_words",
-    "masked_word_loss",
-    "matching_loss",
-    "negative_weights",
-    "rank_texts",
-    "rank_videos",
-    "recall",
-    "token_order",
-]
+from vattn.models.svitt.text import TextEncoder, TokenHead, text_settings
+from vattn.models.svitt.video import VideoEncoder, VideoTokens, video_settings
+from vattn.models.svitt.weights import head_weights, part, sections, text_weights, video_weights
 
 
-class Losses(NamedTuple):
-    """The losses of one training step, scalars; `masked_words` is 0 without a head for words."""
-
-    contrastive: Tensor
-    matching: Tensor
-    masked_words: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        return self.contrastive + self.matching + self.masked_words
-
-
-class SViTT(nn.Module):
+class SViTT(PretrainedModel):
     """A video encoder and a text encoder, which tell alone and together whether a video and a text belong together.
 
     Args:
-        video, text: the encoders; the text encoder's `video_dim` are the channels of the video encoder.
+        video, text: settings of the :class:`VideoEncoder` and of the :class:`TextEncoder`, whose `video_dim` are the
+            channels of the video encoder; None for the official ones.
         embed_dim: channels in which videos and texts are compared.
         temperature: what similarities are divided by, at first; it is learned.
         predict_words: whether there is a head for masked words.
-        mask_id, never_masked, mask_share: see :func:`vattn.models.svitt_losses.mask_words`.
+        mask_id, never_masked, mask_share: see :func:`vattn.models.svitt.mask_words`.
 
     Shape:
         video ``(B, T, 3, H, W)``, ids ``(B, L)`` int64 and mask ``(B, L)``, 0 for padding, or None, to :class:`Losses`.
@@ -102,18 +48,25 @@ class SViTT(nn.Module):
         Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers".
 
     Example:
-        >>> video = VideoEncoder(2, image_size=16, patch_size=8, dim=32, depth=2, num_heads=2, mlp_dim=64,
-        ...                      sparsity=Sparsity(block_size=4, num_random=1, keep=0.5, prune_after=(0,)))
-        >>> text = TextEncoder(110, 32, 2, 2, 64, fusion_layer=1, video_dim=32, keep=0.5, prune_after=())
-        >>> model = SViTT(video, text, embed_dim=16)
-        >>> losses = model(torch.randn(3, 2, 3, 16, 16), torch.randint(1, 100, (3, 5)), generator=torch.Generator())
-        >>> losses.total.backward()
+        >>> size = {"dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
+        >>> sparsity = {"block_size": 4, "num_random": 1, "keep": 0.5, "prune_after": (0,)}
+        >>> model = SViTT(
+        ...     video={"num_frames": 2, "image_size": 16, "patch_size": 8, "sparsity": sparsity, **size},
+        ...     text={"vocab_size": 110, "fusion_layer": 1, **size},
+        ...     embed_dim=16,
+        ... )
+        >>> video, ids = torch.randn(3, 2, 3, 16, 16), torch.randint(1, 100, (3, 5))
+        >>> losses = model(video, ids, generator=torch.Generator())
+        >>> model.training_loss(video, ids, generator=torch.Generator()).backward()         # losses.total
     """
+
+    video: VideoEncoder
+    text: TextEncoder
 
     def __init__(
         self,
-        video: VideoEncoder,
-        text: TextEncoder,
+        video: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
         *,
         embed_dim: int = 256,
         temperature: float = 0.07,
@@ -123,36 +76,39 @@ class SViTT(nn.Module):
         mask_share: float = 0.5,
     ) -> None:
         super().__init__()
-        width, dim = video.cls_token.shape[2], text.word.embedding_dim
         self.mask_id, self.never_masked, self.mask_share = mask_id, tuple(never_masked), mask_share
-        self.video = video
+        self.video = VideoEncoder(**(video or {}))
+        width = self.video.cls_token.shape[2]
         self.video_norm = nn.LayerNorm(width, eps=1e-12)
-        self.text = text
+        self.text = TextEncoder(**{"video_dim": width, **(text or {})})
+        dim = self.text.word.embedding_dim
+        if self.text.video_dim != width:
+            raise ValueError(
+                f"SViTT: text must read the {width} channels of the video encoder, got video_dim={self.text.video_dim}"
+            )
         self.video_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(dim, embed_dim)
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))
         self.match_head = nn.Linear(dim, 2)
-        self.word_head = TokenHead(dim, text.word.num_embeddings) if predict_words else None
+        self.word_head = TokenHead(dim, self.text.word.num_embeddings) if predict_words else None
         for layer in (self.video_proj, self.text_proj, self.match_head):
             init_linear(layer)
 
     @classmethod
     def from_official(
-        cls,
-        state_dict: Mapping[str, Any],
-        video_config: Mapping[str, Any],
-        text_config: Mapping[str, Any],
-        **settings: Any,
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
     ) -> "SViTT":
         """The model of an official checkpoint, pretrained or fine-tuned for retrieval, in evaluation mode.
 
         Args:
             state_dict: of ``Singularity`` in ``models/model_pretrain.py`` or ``models/model_retrieval.py``, with or
                 without the outer dict of a checkpoint. It is copied; dtype and device stay.
-            video_config, text_config: see :meth:`VideoEncoder.from_official` and :meth:`TextEncoder.from_official`.
-                What the official YAML files have as ``vision_encoder_args`` and ``text_encoder_args`` belongs to them;
-                their ``joint_encoder_args`` the official code does not read.
-            settings: of the constructor.
+            config: the official configurations in two sections, ``video`` and ``text``, see
+                :meth:`VideoEncoder.from_official` and :meth:`TextEncoder.from_official`. What the official YAML files
+                have as ``vision_encoder_args`` and ``text_encoder_args`` belongs to them; their ``joint_encoder_args``
+                the official code does not read.
+            overrides: settings of the constructor, which win over those of `config` and of the weights; in `video` and
+                `text` one by one.
 
         Raises:
             ValueError: the weights or the configuration do not make this model.
@@ -160,6 +116,7 @@ class SViTT(nn.Module):
         """
         op = "SViTT.from_official"
         official = official_weights(op, state_dict, "vision_layernorm.weight", "vision_proj.weight", "itm_head.weight")
+        of_video, of_text = sections(op, config)
         video = video_weights(op, part(official, "vision_encoder."))
         text = text_weights(op, part(official, "text_encoder."))
         text = {name: x for name, x in text.items() if not name.startswith("cls.")}
@@ -175,16 +132,13 @@ class SViTT(nn.Module):
             ("match_head", "itm_head"),
         ):  # fmt: skip
             weights |= {f"{name}.{end}": x for end, x in part(official, f"{theirs}.").items()}
-        return load(
-            weights,
-            lambda: cls(
-                VideoEncoder(**video_settings(video, video_config)),
-                TextEncoder(**text_settings(text, text_config)),
-                embed_dim=len(official["vision_proj.weight"]),
-                predict_words=bool(head),
-                **settings,
-            ),
-        )
+        settings = {
+            "video": video_settings(video, of_video, overrides.get("video")),
+            "text": text_settings(text, of_text, overrides.get("text")),
+            "embed_dim": len(official["vision_proj.weight"]),
+            "predict_words": bool(head),
+        }
+        return cls._from_weights(weights, settings, overrides)
 
     def forward(
         self,
@@ -210,6 +164,24 @@ class SViTT(nn.Module):
             matching_loss(self.match_negatives(seen.tokens, text, mask, negatives)),
             masked_words,
         )
+
+    def training_loss(
+        self,
+        video: Tensor,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        pair_ids: Tensor | None = None,
+        hard_negatives: bool = True,
+        generator: Randomness = None,
+    ) -> Tensor:
+        """The sum of the :class:`Losses` of one training step, which :meth:`forward` gives one by one.
+
+        Args:
+            video, ids, mask, pair_ids, generator: see :class:`SViTT`.
+            hard_negatives: see :func:`vattn.models.svitt.draw_negatives`.
+        """
+        return self(video, ids, mask, pair_ids=pair_ids, hard_negatives=hard_negatives, generator=generator).total
 
     def encode_video(
         self,
@@ -255,3 +227,6 @@ class SViTT(nn.Module):
         )  # fmt: skip
         fused = self.text.fuse(self.text(masked, mask), mask, video)
         return masked_word_loss(self.word_head(fused.tokens, words), labels)
+
+    def extra_repr(self) -> str:
+        return f"mask_id={self.mask_id}, never_masked={self.never_masked}, mask_share={self.mask_share}"

@@ -16,23 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vattn.models._common import (
-    Block,
-    FrameModel,
-    Levels,
-    count_blocks,
-    heads_or_default,
-    hidden_size,
-    init_linear,
-    layer_leaps,
-    load,
-    named,
-    official_weights,
-)
+from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
+from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
+from vattn.models.layers import init_linear, named
+from vattn.models.settings import official_settings
 from vattn.nn import LeapAttention2d
 
+LEVELS = ((1, 2, 3, 1), (2, 3, 1, 2))
+"""Of stage 2 and stage 3, as the official configuration for 8 frames has them."""
 
-class LapsVisformer(FrameModel):
+
+class LapsVisformer(FrameModel, PretrainedModel):
     """The Visformer of LAPS. Settings default to the official Visformer-S for 8 frames of Kinetics-400.
 
     A stem and three stages of 1, 2 and 4 times ``embed_dim / 2`` channels; maps shrink by 8, 2 and 2. All maps
@@ -73,7 +67,7 @@ class LapsVisformer(FrameModel):
     def __init__(
         self,
         num_frames: int = 8,
-        levels: tuple[Levels, Levels] = ((1, 2, 3, 1), (2, 3, 1, 2)),
+        levels: tuple[Levels, Levels] = LEVELS,
         fold_div: int = 4,
         *,
         image_size: int = 224,
@@ -150,29 +144,22 @@ class LapsVisformer(FrameModel):
 
     @classmethod
     def from_official(
-        cls,
-        state_dict: Mapping[str, Any],
-        num_frames: int = 8,
-        levels: tuple[Levels, Levels] = ((1, 2, 3, 1), (2, 3, 1, 2)),
-        fold_div: int = 4,
-        *,
-        num_heads: int | None = None,
-        qk_scale: float | None = None,
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
     ) -> "LapsVisformer":
-        """The model of an official checkpoint, in evaluation mode; all sizes are read from the weights.
+        """The model of an official checkpoint, in evaluation mode; its sizes are read from the weights.
 
         Args:
             state_dict: of ``Visformer`` in ``visformer/models_LAPS.py``, with batch norms, with or without the
                 prefixes and the outer dict that the official training script adds. It is copied; dtype and
                 device stay.
-            num_frames, fold_div: ``NUM_FRAMES`` and ``FOLD_DIV`` of its configuration.
-            levels: its ``S2_SKIP_LEVEL`` and ``S3_SKIP_LEVEL``.
-            num_heads: ``embed_dim // 64`` if None.
-            qk_scale: as the official code means it: q and k are *each* multiplied by ``head_dim ** qk_scale``,
-                and None is -0.25.
+            config: the official configuration, whole or in part, of which ``NUM_FRAMES``, ``S2_SKIP_LEVEL``,
+                ``S3_SKIP_LEVEL`` and ``FOLD_DIV`` are read, and ``num_heads`` and ``qk_scale``, if it has them. Heads
+                have 64 channels otherwise. ``qk_scale`` is an exponent here: q and k are *each* multiplied by
+                ``head_dim ** qk_scale``, and None is -0.25.
+            overrides: settings of the constructor, which win over those of `config` and of the weights.
 
         Raises:
-            ValueError: the weights do not make this model.
+            TypeError, ValueError: the weights and the settings do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op = "LapsVisformer.from_official"
@@ -189,31 +176,28 @@ class LapsVisformer(FrameModel):
             elif f"{block}.mlp.conv1.weight" in weights:
                 hidden, dim = weights[f"{block}.mlp.conv1.weight"].shape[:2]
                 ratios.append(hidden / dim)
-        return load(
-            weights,
-            lambda: cls(
-                num_frames,
-                levels,
-                fold_div,
-                image_size=8 * weights["pos_embed1"].shape[-1],
-                stem_channels=None if stem is None else stem.shape[0],
-                num_classes=weights["head.weight"].shape[0],
-                embed_dim=embed_dim,
-                depth=(
-                    count_blocks(weights, "stage1"),
-                    count_blocks(weights, "stage2"),
-                    count_blocks(weights, "stage3"),
-                ),
-                num_heads=heads_or_default(op, num_heads, embed_dim),
-                # Official hidden sizes are int(ratio * dim) in every stage: the largest quotient gives all of them.
-                mlp_ratio=max(ratios, default=4.0),
-                qkv_bias=any(name.endswith("qkv.bias") for name in weights),
-                groups=groups,
-                attn_stage="".join(str(int(f"{block}.attn.qkv.weight" in weights)) for block in blocks),
-                spatial_conv="".join(str(int(flag)) for flag in spatial),
-                scale_exponent=2 * (-0.25 if qk_scale is None else qk_scale),
-            ),
-        )
+        settings: dict[str, Any] = {
+            "image_size": 8 * weights["pos_embed1"].shape[-1],
+            "stem_channels": None if stem is None else stem.shape[0],
+            "num_classes": weights["head.weight"].shape[0],
+            "embed_dim": embed_dim,
+            "depth": tuple(count_blocks(weights, stage) for stage in ("stage1", "stage2", "stage3")),
+            # Official hidden sizes are int(ratio * dim) in every stage: the largest quotient gives all of them.
+            "mlp_ratio": max(ratios, default=4.0),
+            "qkv_bias": any(name.endswith("qkv.bias") for name in weights),
+            "groups": groups,
+            "attn_stage": "".join(str(int(f"{block}.attn.qkv.weight" in weights)) for block in blocks),
+            "spatial_conv": "".join(str(int(flag)) for flag in spatial),
+        } | official_settings(config, num_frames="NUM_FRAMES", num_heads="num_heads")
+        stages = official_settings(config, stage2="S2_SKIP_LEVEL", stage3="S3_SKIP_LEVEL")
+        if stages:
+            settings["levels"] = (stages.get("stage2", LEVELS[0]), stages.get("stage3", LEVELS[1]))
+        exponent = official_settings(config, exponent="qk_scale").get("exponent")
+        if exponent is not None:
+            settings["scale_exponent"] = 2 * exponent
+        settings |= official_fold_div(config) | overrides
+        settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
+        return cls._from_weights(weights, settings)
 
     def features(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to the pooled map of every frame, ``(B, T, 2 * embed_dim)``."""

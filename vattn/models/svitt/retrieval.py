@@ -8,21 +8,17 @@
 Li et al., "Align before Fuse: Vision and Language Representation Learning with Momentum Distillation" (NeurIPS 2021).
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from vattn.models._common import progress_bar
-from vattn.models.svitt_video import VideoTokens
-
-if TYPE_CHECKING:
-    from vattn.models.svitt import SViTT
+from vattn.models.sampling import progress_bar
+from vattn.models.svitt.model import SViTT
+from vattn.models.svitt.video import VideoTokens
 
 
 @torch.no_grad()
 def rank_texts(
-    model: "SViTT",
+    model: SViTT,
     videos: VideoTokens,
     texts: Tensor,
     mask: Tensor | None = None,
@@ -51,11 +47,9 @@ def rank_texts(
         Li et al., "Align before Fuse", on image-text retrieval.
 
     Example:
-        >>> from vattn.models.svitt import SViTT, Sparsity, TextEncoder, VideoEncoder
         >>> size = {"dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
-        >>> video = VideoEncoder(2, image_size=16, patch_size=8, sparsity=Sparsity(keep=1.0), **size)
-        >>> text = TextEncoder(100, **size, fusion_layer=1, video_dim=32, prune_after=())
-        >>> model = SViTT(video, text).eval()
+        >>> video = {"num_frames": 2, "image_size": 16, "patch_size": 8, "sparsity": {"keep": 1.0}, **size}
+        >>> model = SViTT(video, text={"vocab_size": 100, "fusion_layer": 1, **size}).eval()
         >>> videos, texts = model.encode_video(torch.randn(3, 2, 3, 16, 16)), model.text(torch.randint(100, (4, 6)))
         >>> rank_texts(model, videos, texts).shape, rank_videos(model, videos, texts, rerank=2).shape
         (torch.Size([3, 4]), torch.Size([4, 3]))
@@ -70,7 +64,7 @@ def rank_texts(
 
 @torch.no_grad()
 def rank_videos(
-    model: "SViTT",
+    model: SViTT,
     videos: VideoTokens,
     texts: Tensor,
     mask: Tensor | None = None,
@@ -104,7 +98,7 @@ def recall(ranking: Tensor, right: Tensor, k: int) -> float:
     return right.gather(1, ranking[:, :k]).any(1).double().mean().item()
 
 
-def _start(op: str, model: "SViTT", similarity: Tensor) -> Tensor:
+def _start(op: str, model: SViTT, similarity: Tensor) -> Tensor:
     if model.training:
         raise ValueError(f"{op}: model must be in evaluation mode, got model.training=True")
     return _descending(similarity)

@@ -15,10 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vattn.models._draws import Randomness, draws_of
+from vattn.models.draws import Randomness, draws_of
 
 IGNORED = -100
 """The label of words that no loss asks for, as in :func:`torch.nn.functional.cross_entropy`."""
+
+
+class Losses(NamedTuple):
+    """The losses of one training step, scalars; `masked_words` is 0 without a head for words."""
+
+    contrastive: Tensor
+    matching: Tensor
+    masked_words: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.contrastive + self.matching + self.masked_words
 
 
 class Negatives(NamedTuple):

@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vattn.models._draws import Randomness, draws_of
+from vattn.models.draws import Randomness, draws_of
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine": lambda t: torch.cos(math.pi * t / 2),
@@ -145,7 +145,7 @@ def next_partition(
         masked: targets that stay; if there are no more than that, nothing changes and nothing is drawn.
         context_temperature: how much chance there is in the choice: 0 goes by the scores alone, and of equal scores
             the earlier one wins.
-        generator: see :class:`vattn.models.mebt.Draws`.
+        generator: see :class:`vattn.models.draws.Draws`.
 
     Returns:
         Contexts, old ones first, then new ones from the highest score down; and targets, also from there down.

@@ -7,12 +7,13 @@ Image Recognition" (CVPR 2016). Norms are over channels, at each position.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models._common import count_blocks
-from vattn.models._tokenizer import Size, level_strides
+from vattn.models.checkpoints import PretrainedModel, count_blocks
+from vattn.models.vqvae.tokenizer import Size, level_strides
 
 OFFICIAL_BLOCKS = (3, 4, 6, 3)
 """Those of a ResNet-34."""
@@ -75,7 +76,7 @@ class BlockGroup(nn.Module):
         return self.blocks(self.start_block(x))
 
 
-class ResNet3d(nn.Module):
+class ResNet3d(PretrainedModel):
     """A video to a grid of features. Settings default to the official ones; parameters have the official names.
 
     Args:
@@ -126,11 +127,12 @@ class ResNet3d(nn.Module):
         return x.movedim(1, -1)
 
 
-def resnet_like(weights: Mapping[str, Tensor]) -> ResNet3d:
-    """The ResNet that has weights of these names and shapes, and shrinks videos as the official one."""
+def resnet_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings of the :class:`ResNet3d` that has such weights, and shrinks videos as the official one."""
     groups = [{name.removeprefix(f"group{i}."): x for name, x in weights.items()} for i in range(1, 5)]
-    return ResNet3d(
-        len(groups[3]["start_block.conv1.weight"]),
-        [1 + count_blocks(group, "blocks") for group in groups],
-        width=len(weights["stem.0.weight"]),
-    )
+    return {
+        "dim": len(groups[3]["start_block.conv1.weight"]),
+        "num_blocks": [1 + count_blocks(group, "blocks") for group in groups],
+        "downsample": [1, 4, 4],
+        "width": len(weights["stem.0.weight"]),
+    }

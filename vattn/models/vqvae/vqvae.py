@@ -1,57 +1,41 @@
-"""Tokenizers: a video becomes a grid of codes, and codes become a video.
+"""The VQ-VAE whose codes VideoGPT models.
 
     z = W_pre encoder(video),  codes = nearest(z),  video = decoder(W_post e_codes)
     loss = mean (video - reconstruction)^2 / variance + 0.25 mean (z - e_code)^2
 
-Here is the VQ-VAE whose codes VideoGPT models: Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers"
-(2021). Strided convolutions shrink the video; then come residual blocks, in which each position attends along its
-three axes. With ``downsample`` = (4, 4, 4)::
+Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021). Strided convolutions shrink the video;
+then come residual blocks, in which each position attends along its three axes. With ``downsample`` = (4, 4, 4)::
 
     video  (3, 16, 128, 128) -> (n, 8, 64, 64) -> (n, 4, 32, 32)      4x4x4, stride 2
            residual blocks: 3x3x3, 1x1x1, attention along width + height + time
     codes  (4, 32, 32)
     video                                          the same way back
 
-A dimension that is down to its size already keeps it. The tokenizer of MeBT is in :mod:`vattn.models.vqgan`; its names
-are here, too.
+A dimension that is down to its size already keeps it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._codebook import Codebook, Quantized
-from vattn.models._common import count_blocks, load
-from vattn.models._draws import Randomness
-from vattn.models._tokenizer import (
+from vattn.models.checkpoints import count_blocks
+from vattn.models.settings import official_settings
+from vattn.models.vqvae.codebook import Codebook
+from vattn.models.vqvae.tokenizer import (
     SamePadConv3d,
     SamePadConvTranspose3d,
     Tokenizer,
     level_strides,
     tokenizer_weights,
 )
-from vattn.models.vqgan import VQGAN
 from vattn.nn.axial import AxialAttention
 
-__all__ = [
-    "VQGAN",
-    "VQVAE",
-    "AttentionResidualBlock",
-    "AxialBlock",
-    "Codebook",
-    "Quantized",
-    "SamePadConv3d",
-    "SamePadConvTranspose3d",
-    "Tokenizer",
-    "level_strides",
-]
-
 PIXEL_VARIANCE = 0.06
-"""Of the official data, pixels from -0.5 to 0.5: what squared errors are a share of."""
+"""The pixel variance of the official data, which normalises the loss: pixels are from -0.5 to 0.5."""
 
 
 class AxialBlock(nn.Module):
@@ -204,47 +188,34 @@ class VQVAE(Tokenizer):
 
     @classmethod
     def from_official(
-        cls,
-        state_dict: Mapping[str, Any],
-        downsample: Sequence[int] = (4, 4, 4),
-        *,
-        restart: float | None = 1.0,
-    ) -> "VQVAE":
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> Self:
         """The tokenizer of an official checkpoint, in evaluation mode; its other sizes are read from the weights.
 
         Args:
             state_dict: of ``VQVAE`` in ``videogpt/vqvae.py``, or of a VideoGPT that has one, with or without the outer
                 dict of a checkpoint. It is copied; dtype and device stay.
-            downsample: ``downsample`` of its arguments.
-            restart: see :class:`Codebook`.
+            config: its arguments, of which ``downsample`` is read; (4, 4, 4) without it.
+            overrides: settings of this class, which win over `config` and what the weights tell.
 
         Raises:
+            TypeError: `config` is not a mapping, or there is no such setting.
             ValueError: the weights do not make this tokenizer.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
-        first, book = "encoder.convs.0.conv.weight", "codebook.embeddings"
-        weights = tokenizer_weights("VQVAE.from_official", state_dict, first, "convs", downsample)
-        (hidden, image_channels), (num_codes, code_dim) = weights[first].shape[:2], weights[book].shape
+        op, first = "VQVAE.from_official", "encoder.convs.0.conv.weight"
+        settings: dict[str, Any] = {"downsample": (4, 4, 4)} | official_settings(config, downsample="downsample")
+        downsample = overrides.get("downsample", settings["downsample"])
+        weights, sizes = tokenizer_weights(op, state_dict, first, "convs", downsample)
         for name in [name for name in weights if name.endswith("running_mean")]:
             weights.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
         stack = {name.removeprefix("encoder."): x for name, x in weights.items() if ".block." in name}
-        return load(
-            weights,
-            lambda: cls(
-                num_codes, code_dim, hidden, count_blocks(stack, "res_stack"), downsample,
-                image_channels=image_channels, restart=restart,
-            ),
-        )  # fmt: skip
+        sizes["num_blocks"] = count_blocks(stack, "res_stack")
+        return cls._from_weights(weights, sizes | settings, overrides)
 
-    def training_loss(self, video: Tensor, generator: Randomness = None) -> Tensor:
-        """The loss of one training step: squared error over ``PIXEL_VARIANCE``, and the commitment to the codes.
-
-        Args:
-            video: pixels from -0.5 to 0.5.
-            generator: see :class:`Codebook`.
-        """
-        reconstruction, quantized = self(video, generator)
-        return F.mse_loss(reconstruction, video) / PIXEL_VARIANCE + quantized.commitment_loss
+    def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
+        """The squared error over ``PIXEL_VARIANCE``, for pixels from -0.5 to 0.5."""
+        return F.mse_loss(reconstruction, video) / PIXEL_VARIANCE
 
 
 def _residual_stack(channels: int, num_blocks: int, num_heads: int) -> nn.Sequential:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models._draws import Draws, Randomness, draws_of
+from vattn.models.draws import Draws, Randomness, draws_of
 from vattn.ops.nearest_code import nearest_code
 
 
@@ -97,6 +97,9 @@ class Codebook(nn.Module):
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes ``(B, ...)`` to their vectors ``(B, dim, ...)``."""
         return F.embedding(codes, self.embeddings).movedim(-1, 1)
+
+    def extra_repr(self) -> str:
+        return f"restart={self.restart}"
 
     def _begin(self, vectors: Tensor, draws: Draws) -> None:
         """Put the codes of a codebook that has never been trained where some vectors are."""

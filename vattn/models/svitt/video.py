@@ -23,69 +23,15 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.layout import BlockLayout
-from vattn.models._common import Model, count_blocks, init_linear, load, named
-from vattn.models._draws import Draws, Randomness, draws_of
-from vattn.models._svitt_weights import settings_of, video_weights
-from vattn.models.token_order import token_order
+from vattn.models.checkpoints import Model, PretrainedModel, count_blocks
+from vattn.models.draws import Draws, Randomness, draws_of
+from vattn.models.layers import init_linear, named
+from vattn.models.settings import override
+from vattn.models.svitt.orders import token_order
+from vattn.models.svitt.sparsity import Sparsity, official_sparsity
+from vattn.models.svitt.weights import heads_of, video_weights, without_nulls
 from vattn.nn import SparseSelfAttention
 from vattn.ops.select_tokens import select_tokens
-
-KEEP_BY = ("cls_attn", "random")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sparsity:
-    """What a video encoder reads and what it keeps. The default is the official setting for 4 frames.
-
-    Args:
-        block_size: tokens of a block.
-        num_local: how many blocks around it a block reads, itself among them: odd, or 0. The ends meet.
-        num_random: how many other blocks it reads, drawn anew in each layer of each call. Where there are no more
-            blocks than these, each reads all of them, once. None means that every token reads every token.
-        keep: share of the tokens that a pruning layer keeps, rounded up; 1 for all.
-        prune_after: the layers that prune, counted from 0.
-        keep_by: "cls_attn" keeps the tokens that the global token attends to most, "random" any.
-        pad_keys: see :class:`vattn.nn.SparseSelfAttention`.
-
-    Example:
-        >>> Sparsity().layout(784).density < 0.3                           # 4 blocks of 14, and the global token
-        True
-        >>> Sparsity(num_random=None, keep=1.0).layout(784) is None        # dense
-        True
-    """
-
-    block_size: int = 56
-    num_local: int = 1
-    num_random: int | None = 3
-    keep: float = 0.7
-    prune_after: tuple[int, ...] = (3, 6, 9)
-    keep_by: str = "cls_attn"
-    pad_keys: str = "mask"
-
-    def __post_init__(self) -> None:
-        op = type(self).__name__
-        for name, setting, least in (
-            ("block_size", self.block_size, 1), ("num_local", self.num_local, 0),
-            ("num_random", 0 if self.num_random is None else self.num_random, 0),
-        ):  # fmt: skip
-            _checks.integer(op, name, setting, least=least)
-        if self.num_local and self.num_local % 2 == 0:
-            raise ValueError(f"{op}: num_local must be odd or 0, got num_local={self.num_local}")
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"{op}: keep must be above 0 and at most 1, got keep={self.keep}")
-        if self.keep_by not in KEEP_BY:
-            raise ValueError(f"{op}: keep_by must be one of {', '.join(KEEP_BY)}, got keep_by={self.keep_by!r}")
-
-    def layout(self, num_tokens: int, generator: torch.Generator | None = None) -> BlockLayout | None:
-        """Who reads whom among `num_tokens` tokens behind one that is global; None is everyone."""
-        if self.num_random is None:
-            return None
-        if -(-num_tokens // self.block_size) <= self.num_local + self.num_random:
-            return BlockLayout.dense(num_tokens, self.block_size, num_global=1)
-        return BlockLayout.local_random(
-            num_tokens, self.block_size, num_local=self.num_local, num_random=self.num_random, num_global=1,
-            generator=generator,
-        )  # fmt: skip
 
 
 class VideoTokens(NamedTuple):
@@ -164,8 +110,11 @@ class SparseBlock(nn.Module):
             y = y * stays / (1 - self.drop_path)
         return y
 
+    def extra_repr(self) -> str:
+        return f"keep={self.keep}, keep_by={self.keep_by!r}, drop_path={self.drop_path:.3g}"
 
-class VideoEncoder(nn.Module):
+
+class VideoEncoder(PretrainedModel):
     """BEiT over the patches of all frames, with sparse edges and sparse nodes. Settings default to the official ones.
 
     Without sparsity, and with one frame, it is BEiT itself: an image checkpoint is loaded as one, and expanded.
@@ -174,8 +123,8 @@ class VideoEncoder(nn.Module):
         num_frames: T.
         image_size: height and width of a frame, or one number for both.
         patch_size, dim, depth, num_heads, mlp_dim: as in any ViT.
-        sparsity: what is read and what is kept.
-        order: of the tokens, and so which ones are a block, see :func:`vattn.models.token_order.token_order`.
+        sparsity: what is read and kept, as a :class:`Sparsity` or a dict of its fields; None for the official one.
+        order: of the tokens, and so which ones are a block, see :func:`vattn.models.svitt.token_order`.
         position_bias: whether each layer has a table of biases, one for each offset in time and space.
         layer_scale: the first value of the factors of each residual; None for no factors.
         mean_pooling: the vector of a video is the normalised mean of the patches that are left, and tokens are not
@@ -215,7 +164,7 @@ class VideoEncoder(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_dim: int = 3072,
-        sparsity: Sparsity | None = None,
+        sparsity: Sparsity | Mapping[str, Any] | None = None,
         order: str = "raster",
         position_bias: bool = True,
         layer_scale: float | None = 0.1,
@@ -242,26 +191,27 @@ class VideoEncoder(nn.Module):
         self.pool_norm = nn.LayerNorm(dim, eps=1e-12) if mean_pooling else nn.Identity()
         self.apply(init_linear)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        self._see(window, sparsity or Sparsity())
+        self._see(window, Sparsity(**sparsity) if isinstance(sparsity, Mapping) else sparsity or Sparsity())
 
     @classmethod
-    def from_official(cls, state_dict: Mapping[str, Any], config: Mapping[str, Any], **settings: Any) -> "VideoEncoder":
+    def from_official(
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> "VideoEncoder":
         """The encoder of an official checkpoint, or of an image BEiT, in evaluation mode.
 
         Args:
             state_dict: of ``BeitModel`` in ``models/sparse_xbeit.py``, or of BEiT. It is copied; dtype and device stay.
             config: the official ``BeitConfig`` as a dict, of which ``image_size``, ``num_attention_heads`` and the
                 settings of sparsity are read; the other sizes, frames among them, are those of the weights.
-            settings: of the constructor, that take the place of those of `config`. For a model without position bias
-                `num_frames` is needed.
+            overrides: settings of the constructor, which win over those of `config` and of the weights. For a model
+                without position bias `num_frames` is needed.
 
         Raises:
             ValueError: the weights or the configuration do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         weights = video_weights("VideoEncoder.from_official", state_dict)
-        settings = video_settings(weights, config) | settings
-        return load(weights, lambda: cls(**settings))
+        return cls._from_weights(weights, video_settings(weights, config, overrides))
 
     def forward(
         self,
@@ -316,6 +266,7 @@ class VideoEncoder(nn.Module):
             )
         self.window = window
         self.sparsity = sparsity
+        self._reconfigure(num_frames=window[0], sparsity=sparsity)
         self.register_buffer("order_of_tokens", token_order(self.order, window), persistent=False)
         for i, block in enumerate(self.blocks):
             cast(SparseBlock, block).sparsify(sparsity, sparsity.keep if i in sparsity.prune_after else 1.0)
@@ -327,6 +278,9 @@ class VideoEncoder(nn.Module):
             if attention.position_bias is not None:
                 attention.position_bias = attention.position_bias.inflate(num_frames)
         self._see((num_frames, *self.window[1:]), sparsity or self.sparsity)
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}, order={self.order!r}, mean_pooling={self.mean_pooling}, {self.sparsity}"
 
 
 def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> Model:
@@ -362,9 +316,11 @@ def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> M
     return model
 
 
-def video_settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+def video_settings(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any] | None, overrides: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The settings of the :class:`VideoEncoder` that weights, under their names here, and a configuration make."""
-    op = "VideoEncoder.from_official"
+    op, config = "VideoEncoder.from_official", without_nulls(config)
     if config.get("num_cls_tokens", 1) != 1:
         raise ValueError(f"{op}: config must have one class token, got num_cls_tokens={config['num_cls_tokens']}")
     dim, _, _, patch_size = weights["patch_embed.weight"].shape
@@ -378,7 +334,7 @@ def video_settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         "dim": dim,
         "depth": count_blocks(weights, "blocks"),
         "mlp_dim": weights["blocks.0.mlp.fc1.weight"].shape[0],
-        "sparsity": official_sparsity(config),
+        "sparsity": dataclasses.asdict(official_sparsity(config)),
         "order": "raster" if order == "none" else order,
         "position_bias": table is not None,
         "layer_scale": 0.1 if "blocks.0.scale1" in weights else None,
@@ -386,7 +342,8 @@ def video_settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         "drop_path": config.get("drop_path_rate", 0.0),
     }
     if table is None:
-        return settings | settings_of(op, config, dim)
+        settings = override(settings, overrides or {})
+        return settings | {"num_heads": heads_of(op, config, settings, dim)}
     offsets_in_space = (2 * (height // patch_size) - 1) * (2 * (width // patch_size) - 1)
     offsets_in_time, rest = divmod(table.shape[0] - 3, offsets_in_space)
     if rest or offsets_in_time % 2 == 0:
@@ -394,17 +351,5 @@ def video_settings(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
             f"{op}: config must have the image_size of the weights, whose table has {table.shape[0]} rows, "
             f"got image_size={size}"
         )
-    return settings | {"num_frames": (offsets_in_time + 1) // 2, "num_heads": table.shape[1]}
-
-
-def official_sparsity(config: Mapping[str, Any]) -> Sparsity:
-    """The sparsity of an official configuration, whose short blocks are filled up with zeros."""
-    return Sparsity(
-        block_size=config.get("attn_block_size", 1),
-        num_local=config.get("sparse_local_attn") or 0,
-        num_random=config.get("sparse_random_attn"),
-        keep=config.get("token_keep_rate", 1.0),
-        prune_after=tuple(config.get("token_drop_loc", (3, 6, 9))),
-        keep_by=config.get("token_keep_strategy", "cls_attn"),
-        pad_keys="zero",
-    )
+    settings |= {"num_frames": (offsets_in_time + 1) // 2, "num_heads": table.shape[1]}
+    return override(settings, overrides or {})

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vattn.models._common import load, official_weights
-from vattn.models._draws import Randomness
-from vattn.models._svitt_weights import head_weights, part, text_weights, video_weights
-from vattn.models.svitt_text import TextEncoder, TokenHead, text_settings
-from vattn.models.svitt_video import VideoEncoder, video_settings
+from vattn.models.checkpoints import PretrainedModel, official_weights
+from vattn.models.draws import Randomness
+from vattn.models.svitt.text import TextEncoder, TokenHead, text_settings
+from vattn.models.svitt.video import VideoEncoder, video_settings
+from vattn.models.svitt.weights import head_weights, part, sections, text_weights, video_weights
 
 
-class VideoAnswers(nn.Module):
+class VideoAnswers(PretrainedModel):
     """A model that answers questions about videos.
 
     Args:
-        video, question: the encoders, as in :class:`vattn.models.svitt.SViTT`.
-        answer: the decoder: a :class:`TextEncoder` that is causal and reads the question in all layers
+        video, question: settings of the encoders, as `video` and `text` in :class:`vattn.models.svitt.SViTT`.
+        answer: settings of the decoder: a :class:`TextEncoder` that is causal and reads the question in all layers
             (``causal=True, fusion_layer=0``), `video_dim` being the channels of the question.
 
     Shape:
@@ -39,43 +39,60 @@ class VideoAnswers(nn.Module):
         Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers".
 
     Example:
-        >>> from vattn.models.svitt_video import Sparsity
-        >>> video = VideoEncoder(2, image_size=16, patch_size=8, dim=32, depth=1, num_heads=2, mlp_dim=64,
-        ...                      sparsity=Sparsity(keep=1.0))
-        >>> question = TextEncoder(50, 32, 2, 2, 64, fusion_layer=1, video_dim=32, prune_after=())
-        >>> decoder = TextEncoder(50, 32, 1, 2, 64, fusion_layer=0, video_dim=32, prune_after=(), causal=True)
-        >>> model = VideoAnswers(video, question, decoder).eval()
+        >>> size = {"dim": 32, "num_heads": 2, "mlp_dim": 64}
+        >>> video = {"num_frames": 2, "image_size": 16, "patch_size": 8, "depth": 1, "sparsity": {"keep": 1.0}, **size}
+        >>> question = {"vocab_size": 50, "depth": 2, "fusion_layer": 1, **size}
+        >>> model = VideoAnswers(video, question, answer={"vocab_size": 50, "depth": 1, **size}).eval()
         >>> clip, ask, answers = torch.randn(1, 2, 3, 16, 16), torch.tensor([[1, 7, 8]]), torch.tensor([[1, 5], [1, 6]])
         >>> ranking, probabilities = model.rank(clip, ask, None, answers, None)
         >>> ranking.shape, bool(torch.isclose(probabilities.sum(), torch.tensor(1.0)))
         (torch.Size([1, 2]), True)
     """
 
-    def __init__(self, video: VideoEncoder, question: TextEncoder, answer: TextEncoder) -> None:
+    video: VideoEncoder
+    question: TextEncoder
+    answer: TextEncoder
+
+    def __init__(
+        self,
+        video: Mapping[str, Any] | None = None,
+        question: Mapping[str, Any] | None = None,
+        answer: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        if not answer.causal or answer.fusion_layer != 0:
+        self.video = VideoEncoder(**(video or {}))
+        self.video.pool_norm = nn.Identity()  # nothing asks for the vector of a video
+        width = self.video.cls_token.shape[2]
+        self.video_norm = nn.LayerNorm(width, eps=1e-12)
+        self.question = TextEncoder(**{"video_dim": width, **(question or {})})
+        words = self.question.word.embedding_dim
+        self.answer = TextEncoder(**{"video_dim": words, "fusion_layer": 0, "causal": True, **(answer or {})})
+        if not self.answer.causal or self.answer.fusion_layer != 0:
             raise ValueError(
                 "VideoAnswers: answer must be causal and read the question in all layers, "
-                f"got answer.causal={answer.causal}, answer.fusion_layer={answer.fusion_layer}"
+                f"got answer.causal={self.answer.causal}, answer.fusion_layer={self.answer.fusion_layer}"
             )
-        self.video = video
-        self.video.pool_norm = nn.Identity()  # nothing asks for the vector of a video
-        self.video_norm = nn.LayerNorm(video.cls_token.shape[2], eps=1e-12)
-        self.question = question
-        self.answer = answer
-        self.word_head = TokenHead(answer.word.embedding_dim, answer.word.num_embeddings)
+        for name, encoder, channels in (("question", self.question, width), ("answer", self.answer, words)):
+            if encoder.video_dim != channels:
+                raise ValueError(
+                    f"VideoAnswers: {name} must read {channels} channels, got {name}.video_dim={encoder.video_dim}"
+                )
+        self.word_head = TokenHead(self.answer.word.embedding_dim, self.answer.word.num_embeddings)
 
     @classmethod
     def from_official(
-        cls, state_dict: Mapping[str, Any], video_config: Mapping[str, Any], text_config: Mapping[str, Any]
+        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
     ) -> "VideoAnswers":
         """The model of an official checkpoint, in evaluation mode. As in the official code, no text layer prunes.
 
         Args:
             state_dict: of ``Singularity`` in ``models/model_vqa.py``, with or without the outer dict of a checkpoint.
                 It is copied; dtype and device stay.
-            video_config, text_config: see :meth:`VideoEncoder.from_official` and :meth:`TextEncoder.from_official`; the
-                decoder has the heads of the text encoder.
+            config: the official configurations in two sections, ``video`` and ``text``, see
+                :meth:`VideoEncoder.from_official` and :meth:`TextEncoder.from_official`; the decoder has the heads of
+                the text encoder.
+            overrides: settings of the constructor, which win over those of `config` and of the weights; in `video`,
+                `question` and `answer` one by one.
 
         Raises:
             ValueError: the weights or the configuration do not make this model.
@@ -83,6 +100,7 @@ class VideoAnswers(nn.Module):
         """
         op = "VideoAnswers.from_official"
         official = official_weights(op, state_dict, "vision_layernorm.weight")
+        of_video, of_text = sections(op, config)
         video = video_weights(op, part(official, "vision_encoder."))
         question = text_weights(op, part(official, "text_encoder."))
         answer = text_weights(op, part(official, "text_decoder.bert."))
@@ -90,14 +108,12 @@ class VideoAnswers(nn.Module):
         parts = {"video": video, "question": question, "answer": answer, "word_head": head}
         weights = {f"{name}.{end}": x for name, these in parts.items() for end, x in these.items()}
         weights |= {f"video_norm.{end}": x for end, x in part(official, "vision_layernorm.").items()}
-        return load(
-            weights,
-            lambda: cls(
-                VideoEncoder(**video_settings(video, video_config)),
-                TextEncoder(**text_settings(question, text_config) | {"keep": 1.0}),
-                TextEncoder(**text_settings(answer, text_config) | {"keep": 1.0, "causal": True}),
-            ),
-        )
+        settings = {
+            "video": video_settings(video, of_video, overrides.get("video")),
+            "question": text_settings(question, of_text, overrides.get("question")) | {"keep": 1.0},
+            "answer": text_settings(answer, of_text, overrides.get("answer")) | {"keep": 1.0, "causal": True},
+        }
+        return cls._from_weights(weights, settings, overrides)
 
     def forward(
         self,
@@ -114,6 +130,21 @@ class VideoAnswers(nn.Module):
         states = self.states(video, question, question_mask, generator=generator)
         mask = None if question_mask is None else question_mask[of]
         return -(weights * self.log_probability(states[of], mask, answers, answers_mask)).sum() / len(video)
+
+    def training_loss(
+        self,
+        video: Tensor,
+        question: Tensor,
+        question_mask: Tensor | None,
+        answers: Tensor,
+        answers_mask: Tensor | None,
+        of: Tensor,
+        weights: Tensor,
+        *,
+        generator: Randomness = None,
+    ) -> Tensor:
+        """The loss of one training step, which is what the model gives: see :class:`VideoAnswers`."""
+        return self(video, question, question_mask, answers, answers_mask, of, weights, generator=generator)
 
     def states(self, video: Tensor, question: Tensor, mask: Tensor | None, *, generator: Randomness = None) -> Tensor:
         """The tokens ``(B, L, C)`` of questions that have read their videos."""
@@ -149,7 +180,7 @@ class VideoAnswers(nn.Module):
             video, question, question_mask: of B questions, as in :class:`VideoAnswers`.
             answers, answers_mask: ``(A, M)`` int64, and what of it is not padding, or None.
             candidates: how many answers to each question are looked at whole.
-            generator: see :class:`vattn.models.svitt_video.VideoEncoder`.
+            generator: see :class:`vattn.models.svitt.VideoEncoder`.
 
         Returns:
             ``(B, K)`` int64, the numbers of K = min(candidates, A) answers, and their probabilities among them.

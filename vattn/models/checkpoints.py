@@ -1,0 +1,339 @@
+"""Models on disk: official checkpoints are read, and every model is saved and loaded in one form, without pickle.
+
+    model.save_pretrained(folder)                      Model.from_pretrained(folder, **overrides)
+
+    folder/config.json          {"class": "LapsViT", "vattn": "0.1.0", "settings": {"num_frames": 8, ...}}
+    folder/model.safetensors    every weight and buffer under its name, in its dtype
+
+A model is its settings (:mod:`vattn.models.settings`) and its weights. Settings are recorded when it is made. Weights
+are never drawn only to be overwritten: a model is built without storage first, and then given its weights.
+"""
+
+import copy
+import inspect
+import json
+import os
+import pathlib
+import re
+import tempfile
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vattn._version import __version__
+from vattn.models.settings import override, plain, require_settings, tuples
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+KEYS = ("class", "vattn", "settings")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class PretrainedModel(nn.Module):
+    """A model that is saved as a folder, and loaded from one, or from a repository of the Hugging Face Hub.
+
+    What a subclass takes in its constructor are its settings. They must be plain values: numbers, strings, bools, None,
+    and lists, tuples and dicts of them; dataclasses of them are written as dicts. :attr:`config` has them all.
+
+    A setting with the name of a part that is a :class:`PretrainedModel` is a dict of that part's settings. Its class is
+    what the subclass annotates, such as ``video: VideoEncoder``.
+
+    A buffer that is not persistent is not saved, and must be made on a device that the constructor names, since there
+    is no storage where a model is built to be loaded.
+
+    Example:
+        >>> class Classifier(PretrainedModel):
+        ...     def __init__(self, channels: int, classes: tuple[str, ...] = ("walk", "run")) -> None:
+        ...         super().__init__()
+        ...         self.head = nn.Linear(channels, len(classes))
+        >>> model = Classifier(4)
+        >>> model.config
+        {'channels': 4, 'classes': ['walk', 'run']}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     print(sorted(os.listdir(folder)))
+        ...     loaded = Classifier.from_pretrained(folder)
+        ['config.json', 'model.safetensors']
+        >>> torch.equal(loaded.head.weight, model.head.weight), loaded.training
+        (True, False)
+    """
+
+    _settings: dict[str, Any]
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        model = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(model, *args, **settings)
+        except TypeError:  # the constructor says what is wrong; a copy is made without arguments, and gets its settings
+            return model
+        bound.apply_defaults()
+        given = dict(list(bound.arguments.items())[1:])
+        for parameter in bound.signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name)
+        model.__dict__["_settings"] = {name: plain(f"{cls.__name__}: {name}", value) for name, value in given.items()}
+        return model
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings that make this model, as JSON has them: ``type(model)(**model.config)`` is another one."""
+        parts = {name: part.config for name, part in self.named_children() if isinstance(part, PretrainedModel)}
+        return copy.deepcopy(self._settings) | {name: parts[name] for name in parts if name in self._settings}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model to `folder`, which is made if it does not exist; what it held of a model is replaced.
+
+        Weights are written in their own dtypes. What a checkpoint of training has besides, such as the state of an
+        optimizer, is not there, nor whether a weight is trained. A folder whose writing was interrupted has no
+        ``config.json``, and does not load.
+
+        Raises:
+            ValueError: the model is not what its settings make, such as one with a layer replaced, or has no storage.
+            ImportError: safetensors is not installed.
+        """
+        op = f"{type(self).__name__}.save_pretrained"
+        save_file = _safetensors(op).torch.save_file
+        settings = self.config
+        _require_same_parts(op, self, _build_empty(lambda: _make(type(self), settings)))
+        written, state = {}, self.state_dict()
+        for names in _tied(self):
+            weight = state[names[0]]
+            if weight.is_meta:
+                raise ValueError(f"{op}: weights must have storage, got {names[0]}.device=meta")
+            written[names[0]] = weight.detach().cpu().contiguous()
+        storages = [weight.untyped_storage().data_ptr() for weight in written.values() if weight.numel()]
+        if len(set(storages)) < len(storages):  # safetensors writes no views of one storage
+            written = {name: weight.clone() for name, weight in written.items()}
+        config = {"class": type(self).__name__, "vattn": __version__, "settings": settings}
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:
+            new = pathlib.Path(part)
+            save_file(written, new / WEIGHTS, metadata={"format": "pt"})
+            (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (folder / CONFIG).unlink(missing_ok=True)  # old settings never meet new weights
+            os.replace(new / WEIGHTS, folder / WEIGHTS)
+            os.replace(new / CONFIG, folder / CONFIG)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **overrides: Any) -> Self:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode, on the CPU, with the dtypes it had.
+
+        Args:
+            folder: where it is, or ``"owner/name"`` of a repository of the Hugging Face Hub, also with a revision:
+                ``"owner/name@revision"``.
+            overrides: settings that win over those that were saved, such as those of dropout. One that is a dict wins
+                entry by entry.
+
+        Raises:
+            FileNotFoundError: there is no such folder, repository or file.
+            TypeError, ValueError: the files are not those of such a model.
+            ImportError: safetensors, or huggingface_hub for a repository, is not installed.
+        """
+        op = f"{cls.__name__}.from_pretrained"
+        safetensors = _safetensors(op)
+        where = _find(op, folder)
+        settings = override(_read_config(op, cls, where / CONFIG), overrides)
+        try:
+            empty = _build_empty(lambda: _make(cls, settings))
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{op}: settings must make a {cls.__name__}, got settings={settings}, which says: {error}"
+            ) from error
+        try:
+            with safetensors.safe_open(where / WEIGHTS, framework="pt") as file:
+                # Copies: in memory of their own, whatever becomes of the file.
+                weights = {name: file.get_tensor(name).clone() for name in file.keys()}
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{op}: {WEIGHTS} must be a whole safetensors file, got {where / WEIGHTS}") from error
+        _require_same_weights(op, empty, weights)
+        return _fill(empty, weights)
+
+    @classmethod
+    def _from_weights(
+        cls, weights: Mapping[str, Tensor], settings: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> Self:
+        """The model of weights under their names here, in evaluation mode; `overrides` win over `settings`."""
+        return load(weights, lambda: cls(**override(settings, overrides or {})))
+
+    def _reconfigure(self, **settings: Any) -> None:
+        """Record that settings, of those that there are, are others than those the model was made with."""
+        op, names = type(self).__name__, [name for name in settings if name in self._settings]
+        self._settings = self._settings | {name: plain(f"{op}: {name}", settings[name]) for name in names}
+
+
+def load(weights: Mapping[str, Tensor], build: Callable[[], Model]) -> Model:
+    """The model that `build` makes, in evaluation mode, with copies of `weights` that keep dtype and device.
+
+    Raises:
+        RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
+    """
+    return _fill(_build_empty(build), {name: weight.detach().clone() for name, weight in weights.items()})
+
+
+def official_weights(op: str, state_dict: Mapping[str, Any], *needed: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint under their own names: without an outer dict, and without prefixes.
+
+    A training script saves ``{"epoch": ..., "state_dict": {"module.base_model.head.weight": ...}}``. `needed`
+    are names that the weights must have; the first one tells what the prefix is.
+    """
+    for outer in ("state_dict", "model"):
+        if isinstance(state_dict.get(outer), Mapping):
+            state_dict = state_dict[outer]
+    ends = [name.removesuffix(needed[0]) for name in state_dict if name.endswith(needed[0])]
+    prefix = next((end for end in ends if end == "" or end.endswith(".")), "")
+    weights = {name.removeprefix(prefix): weight for name, weight in state_dict.items()}
+    for name in needed:
+        if name not in weights:
+            raise ValueError(
+                f"{op}: state_dict must have {name}, got {len(weights)} names: {', '.join(sorted(weights)[:8])}"
+            )
+    return weights
+
+
+def count_blocks(weights: Mapping[str, Tensor], stage: str) -> int:
+    """How many ``<stage>.<i>.`` there are."""
+    return len({name.split(".")[1] for name in weights if name.startswith(f"{stage}.")})
+
+
+def heads_or_default(op: str, num_heads: int | None, embed_dim: int) -> int:
+    """`num_heads`, which weights do not show, or heads of 64 channels."""
+    if num_heads is None and embed_dim % 64:
+        raise ValueError(f"{op}: num_heads must be given unless embed_dim is a multiple of 64, got {embed_dim=}")
+    return num_heads or embed_dim // 64
+
+
+def _build_empty(build: Callable[[], Model]) -> Model:
+    """What `build` makes, its weights without storage."""
+    with torch.device("meta"):
+        return build()
+
+
+def _make(cls: Callable[..., Model], settings: Mapping[str, Any]) -> Model:
+    """The model of settings out of a file, whose lists are the tuples that a constructor is used to."""
+    return cls(**{name: tuples(value) for name, value in settings.items()})
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of each weight: more than one where layers share it."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(weight), []).append(name)
+    return list(names.values())
+
+
+def _fill(model: Model, weights: Mapping[str, Tensor]) -> Model:
+    """`model`, which has no storage, with `weights` as they are, in evaluation mode."""
+    filled, empty = dict(weights), model.state_dict(keep_vars=True)
+    for names in _tied(model):
+        given = [name for name in names if name in weights]
+        if len(names) > 1 and given:  # one weight for all of them, which must be a parameter to stay one
+            weight, old = weights[given[0]], empty[names[0]]
+            if not all(torch.equal(weight, weights[name]) for name in given):
+                raise ValueError(f"{type(model).__name__}: {' and '.join(given)} must be equal, got others")
+            weight = nn.Parameter(weight, old.requires_grad) if isinstance(old, nn.Parameter) else weight
+            filled |= dict.fromkeys(names, weight)
+    model.load_state_dict(filled, assign=True)
+    device = next((weight.device for weight in weights.values()), torch.device("cpu"))
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                raise RuntimeError(f"{type(module).__name__}: {name} is not saved, and must be made on a named device")
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return model.eval()
+
+
+def _find(op: str, folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder with the files of a model, which is fetched if it is a repository."""
+    where = pathlib.Path(folder)
+    name = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", folder) if isinstance(folder, str) else None
+    if not where.is_dir() and name is not None:
+        try:
+            import huggingface_hub  # not needed otherwise
+        except ImportError as error:
+            raise ImportError(f"{op}: a repository needs huggingface_hub: pip install 'vattn[models]'") from error
+        try:
+            where = pathlib.Path(
+                huggingface_hub.snapshot_download(name[1], revision=name[2], allow_patterns=[CONFIG, WEIGHTS])
+            )
+        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+            raise FileNotFoundError(
+                f"{op}: folder must be a folder, or a repository that can be read, got folder={folder!r}: {error}"
+            ) from error
+    if not where.is_dir():
+        raise FileNotFoundError(
+            f"{op}: folder must be a folder, or the name of a repository, owner/name, got folder={str(folder)!r}"
+        )
+    for file in (CONFIG, WEIGHTS):
+        if not (where / file).is_file():
+            raise FileNotFoundError(f"{op}: folder must hold {file}, got folder={str(folder)!r}")
+    return where
+
+
+def _read_config(op: str, cls: type[PretrainedModel], path: pathlib.Path) -> dict[str, Any]:
+    """The settings in a file, which must be those of `cls`."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{op}: {CONFIG} must be JSON, got {path}: {error}") from error
+    if not isinstance(config, dict) or set(config) != set(KEYS):
+        found = ", ".join(config) if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{op}: {CONFIG} must be an object with {', '.join(KEYS)}, got {found}")
+    if config["class"] != cls.__name__:
+        raise ValueError(f"{op}: class must be {cls.__name__}, got class={config['class']!r}")
+    if not isinstance(config["settings"], dict):
+        raise TypeError(f"{op}: settings must be an object, got settings={config['settings']!r}")
+    require_settings(op, cls, config["settings"], PretrainedModel)
+    return config["settings"]
+
+
+def _require_same_parts(op: str, model: nn.Module, made: nn.Module) -> None:
+    """`model` has the layers and the weights of `made`, which its settings make."""
+    found, wanted = _parts(model), _parts(made)
+    for name in dict.fromkeys((*wanted, *found)):
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{op}: {name} must be what config makes, {wanted.get(name, 'nothing')}, "
+                f"got {name}={found.get(name, 'nothing')}"
+            )
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """What every layer and every weight of a model is, under its name."""
+    layers = {}
+    for name, layer in model.named_modules():
+        is_container = isinstance(layer, (nn.ParameterDict, nn.ParameterList))  # shows its weights, with their device
+        layers[name or "model"] = f"{type(layer).__name__}({'' if is_container else layer.extra_repr()})"
+    weights = model.state_dict()
+    shared = {name: f"{tuple(weights[name].shape)} of {names[0]}" for names in _tied(model) for name in names}
+    return layers | shared
+
+
+def _require_same_weights(op: str, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """`weights` are all those of `model`, of its shapes, and numbers of its kind."""
+    empty = model.state_dict(keep_vars=True)
+    for names in _tied(model):
+        if not any(name in weights for name in names):
+            raise ValueError(f"{op}: weights must have {names[0]}, got {len(weights)} others")
+    for name, weight in weights.items():
+        if name not in empty:
+            raise ValueError(f"{op}: weights must be those of the model, got {name}.shape={tuple(weight.shape)}")
+        shape, dtype = empty[name].shape, empty[name].dtype
+        if weight.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {name}.shape={tuple(weight.shape)}")
+        if weight.is_floating_point() != dtype.is_floating_point or not (
+            dtype.is_floating_point or weight.dtype == dtype
+        ):
+            raise TypeError(f"{op}: {name} must have a dtype such as {dtype}, got {name}.dtype={weight.dtype}")
+
+
+def _safetensors(op: str) -> types.ModuleType:
+    try:
+        import safetensors.torch  # not needed otherwise
+    except ImportError as error:
+        raise ImportError(f"{op}: safetensors is needed: pip install 'vattn[models]'") from error
+    return safetensors

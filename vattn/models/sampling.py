@@ -1,0 +1,91 @@
+"""What sampling from models has in common: tokens from logits, and how many codes are wanted.
+
+p(token) = top_p(softmax(top_k(logits / temperature))),   token = argmax p / q,  q ~ Exp(1)
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vattn.models.draws import Randomness, draws_of
+
+Item = TypeVar("Item")
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: Randomness = None,
+) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits.
+
+    Args:
+        logits: ``(..., V)``; the computation is in float32.
+        temperature: divides the logits; at 0 the largest is taken, and of equal ones the first.
+        top_k: only the k largest logits count, and those equal to the last of them.
+        top_p: only the largest probabilities count, up to and including the one with which their sum reaches p.
+        generator: see :class:`vattn.models.draws.Draws`.
+
+    Returns:
+        tokens ``(...)`` int64, and the probabilities ``(..., V)`` they were drawn with.
+
+    Raises:
+        ValueError: a setting that does not fit.
+
+    Source:
+        Holtzman et al., "The Curious Case of Neural Text Degeneration" (ICLR 2020), section 3, for `top_p`.
+
+    Example:
+        >>> logits = torch.tensor([0.1, 2.0, 1.0])
+        >>> tokens, probabilities = sample_tokens(logits, temperature=0.5, top_k=2, generator=torch.Generator())
+        >>> probabilities
+        tensor([0.0000, 0.8808, 0.1192])
+    """
+    op, vocabulary = "sample_tokens", logits.shape[-1]
+    if temperature < 0:
+        raise ValueError(f"{op}: temperature must be at least 0, got temperature={temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"{op}: top_k must be at least 1, got top_k={top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"{op}: top_p must be above 0 and at most 1, got top_p={top_p}")
+    logits = logits.float()
+    if temperature == 0:
+        probabilities = torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float()
+    else:
+        logits = logits / temperature
+        if top_k is not None:
+            smallest = logits.topk(min(top_k, vocabulary)).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest, -torch.inf)
+        probabilities = logits.softmax(-1)
+        if top_p is not None:
+            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            reached = ordered.cumsum(-1) >= top_p
+            reached = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)
+            probabilities = probabilities.masked_fill(reached.scatter(-1, order, reached), 0.0)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    exponential = draws_of(generator).exponential(*logits.shape, device=logits.device)
+    return (probabilities / exponential).argmax(-1), probabilities
+
+
+def codes_shape(op: str, model: Any, shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of the codes that are to be generated: `shape`, or so many videos of the grid of `model`."""
+    if not isinstance(shape, int):
+        return tuple(shape)
+    grid = getattr(model, "grid", None)
+    if grid is None:
+        raise TypeError(f"{op}: shape must be that of the codes for a model without a grid, got shape={shape}")
+    return (shape, *grid)
+
+
+def progress_bar(items: Iterable[Item], title: str, shown: bool) -> Iterable[Item]:
+    """`items`, with a progress bar if there shall be one."""
+    if not shown:
+        return items
+    from tqdm.auto import tqdm  # not needed otherwise
+
+    return tqdm(items, desc=title)

@@ -1,0 +1,164 @@
+"""Settings of models: plain values, which JSON has, too, and what is asked of those that come out of a file."""
+
+import argparse
+import dataclasses
+import functools
+import inspect
+import numbers
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from typing import Any
+
+
+def override(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, of which `overrides` win; where both are dicts, entry by entry.
+
+    Example:
+        >>> override({"dim": 8, "video": {"dim": 4, "depth": 2}}, {"video": {"depth": 3}})
+        {'dim': 8, 'video': {'dim': 4, 'depth': 3}}
+    """
+    merged = dict(settings)
+    for name, value in overrides.items():
+        old = merged.get(name)
+        merged[name] = override(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def plain(name: str, value: object) -> Any:
+    """`value` as JSON has it: lists for tuples and sets, dicts for dataclasses.
+
+    Raises:
+        TypeError: it is none of these, nor a number, a string, a bool or None.
+
+    Example:
+        >>> plain("levels", ((1, 2), None))
+        [[1, 2], None]
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(name, getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {_key(name, key): plain(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return plain(name, sorted(value))
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [plain(name, item) for item in value]
+    raise TypeError(
+        f"{name} must be a plain value (numbers, strings, bools, None, lists, tuples and dicts of them), "
+        f"got {type(value).__name__}"
+    )
+
+
+def _key(name: str, key: object) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"{name} must have strings as keys, got key={key!r}")
+    return key
+
+
+def leaves(config: Mapping[str, Any] | argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration, a mapping or what a command line is parsed to, without the sections they are in.
+
+    Example:
+        >>> dict(leaves({"model": {"n_head": 2}, "shape": [4, 16, 16]}))
+        {'n_head': 2, 'shape': [4, 16, 16]}
+    """
+    for name, value in (vars(config) if isinstance(config, argparse.Namespace) else config).items():
+        if isinstance(value, (Mapping, argparse.Namespace)):
+            yield from leaves(value)
+        else:
+            yield name, value
+
+
+def official_settings(config: Mapping[str, Any] | None, **names: str) -> dict[str, Any]:
+    """The settings that a configuration has, in whatever sections, under official names: ``ours="official"``.
+
+    What is null is as if it were not there.
+
+    Raises:
+        TypeError: `config` is not a mapping.
+
+    Example:
+        >>> official_settings({"DATA": {"NUM_FRAMES": 8}}, num_frames="NUM_FRAMES", fold_div="FOLD_DIV")
+        {'num_frames': 8}
+    """
+    if not isinstance(config, (Mapping, argparse.Namespace, types.NoneType)):
+        raise TypeError(f"official_settings: config must be a mapping, got config={config!r}")
+    found = dict(leaves(config or {}))
+    return {ours: found[official] for ours, official in names.items() if found.get(official) is not None}
+
+
+def tuples(value: Any) -> Any:
+    """`value` with tuples, which constructors are used to, for the lists of JSON."""
+    if isinstance(value, list):
+        return tuple(tuples(item) for item in value)
+    return {name: tuples(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def require_settings(op: str, cls: type, settings: Mapping[str, Any], parts: type, path: str = "") -> None:
+    """`settings`, as JSON has them, are among those of the constructor of `cls`, and of the types it wants.
+
+    Args:
+        op: for messages.
+        parts: a class. Settings with the name of a part, which `cls` annotates as one of such a class, are settings of
+            that part.
+        path: of `settings` in those of a whole model, such as "video.".
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    constructor: Any = cls.__init__  # type: ignore[misc]
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    names, annotated, hints = [p.name for p in parameters], _hints(cls), _hints(constructor)
+    for name, value in settings.items():
+        if name not in names:
+            raise ValueError(f"{op}: settings must be among {', '.join(names)}, got {path}{name}={value!r}")
+        hint, part = hints.get(name, Any), annotated.get(name)
+        if not _fits(value, hint):
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", "")
+            raise TypeError(f"{op}: {path}{name} must be {wanted}, got {path}{name}={value!r}")
+        for kind in (part, *typing.get_args(part)):
+            if isinstance(kind, type) and issubclass(kind, parts) and isinstance(value, dict):
+                require_settings(op, kind, value, parts, f"{path}{name}.")
+    for parameter in parameters:
+        if parameter.default is inspect.Parameter.empty and parameter.name not in settings:
+            raise ValueError(f"{op}: settings must have {path}{parameter.name}, got {', '.join(settings) or 'none'}")
+
+
+@functools.cache
+def _hints(annotated: Any) -> dict[str, Any]:
+    """The types of a class or of a function; none if they cannot be known here."""
+    try:
+        return typing.get_type_hints(annotated)
+    except NameError:  # of a type that is not imported
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is one of the type `hint`; unknown types are left to the constructor."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if hint in (None, types.NoneType):
+        return value is None
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    if origin is tuple and arguments[-1:] != (Ellipsis,):
+        return isinstance(value, list) and len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if dataclasses.is_dataclass(hint):
+        fields = _hints(hint)  # type: ignore[arg-type]
+        return isinstance(value, dict) and all(n in fields and _fits(item, fields[n]) for n, item in value.items())
+    return True

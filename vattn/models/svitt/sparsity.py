@@ -1,0 +1,84 @@
+"""What a video encoder reads, and what it keeps: sparse edges, sparse nodes.
+
+SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vattn import _checks
+from vattn.layout import BlockLayout
+
+KEEP_BY = ("cls_attn", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """What a video encoder reads and what it keeps. The default is the official setting for 4 frames.
+
+    Args:
+        block_size: tokens of a block.
+        num_local: how many blocks around it a block reads, itself among them: odd, or 0. The ends meet.
+        num_random: how many other blocks it reads, drawn anew in each layer of each call. Where there are no more
+            blocks than these, each reads all of them, once. None means that every token reads every token.
+        keep: share of the tokens that a pruning layer keeps, rounded up; 1 for all.
+        prune_after: the layers that prune, counted from 0.
+        keep_by: "cls_attn" keeps the tokens that the global token attends to most, "random" any.
+        pad_keys: see :class:`vattn.nn.SparseSelfAttention`.
+
+    Example:
+        >>> Sparsity().layout(784).density < 0.3                           # 4 blocks of 14, and the global token
+        True
+        >>> Sparsity(num_random=None, keep=1.0).layout(784) is None        # dense
+        True
+    """
+
+    block_size: int = 56
+    num_local: int = 1
+    num_random: int | None = 3
+    keep: float = 0.7
+    prune_after: tuple[int, ...] = (3, 6, 9)
+    keep_by: str = "cls_attn"
+    pad_keys: str = "mask"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prune_after", tuple(self.prune_after))  # a file has a list
+        op = type(self).__name__
+        for name, setting, least in (
+            ("block_size", self.block_size, 1), ("num_local", self.num_local, 0),
+            ("num_random", 0 if self.num_random is None else self.num_random, 0),
+        ):  # fmt: skip
+            _checks.integer(op, name, setting, least=least)
+        if self.num_local and self.num_local % 2 == 0:
+            raise ValueError(f"{op}: num_local must be odd or 0, got num_local={self.num_local}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"{op}: keep must be above 0 and at most 1, got keep={self.keep}")
+        if self.keep_by not in KEEP_BY:
+            raise ValueError(f"{op}: keep_by must be one of {', '.join(KEEP_BY)}, got keep_by={self.keep_by!r}")
+
+    def layout(self, num_tokens: int, generator: torch.Generator | None = None) -> BlockLayout | None:
+        """Who reads whom among `num_tokens` tokens behind one that is global; None is everyone."""
+        if self.num_random is None:
+            return None
+        if -(-num_tokens // self.block_size) <= self.num_local + self.num_random:
+            return BlockLayout.dense(num_tokens, self.block_size, num_global=1)
+        return BlockLayout.local_random(
+            num_tokens, self.block_size, num_local=self.num_local, num_random=self.num_random, num_global=1,
+            generator=generator,
+        )  # fmt: skip
+
+
+def official_sparsity(config: Mapping[str, Any]) -> Sparsity:
+    """The sparsity of an official configuration, whose short blocks are filled up with zeros."""
+    return Sparsity(
+        block_size=config.get("attn_block_size", 1),
+        num_local=config.get("sparse_local_attn") or 0,
+        num_random=config.get("sparse_random_attn"),
+        keep=config.get("token_keep_rate", 1.0),
+        prune_after=tuple(config.get("token_drop_loc", (3, 6, 9))),
+        keep_by=config.get("token_keep_strategy", "cls_attn"),
+        pad_keys="zero",
+    )
