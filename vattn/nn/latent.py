@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.nn.heads import merge_heads, split_heads
+from vattn.nn.sdpa import scaled_dot_product_attention
 from vattn.ops.latent_attention import latent_attention
 
 
@@ -82,7 +82,7 @@ class LatentAttention(nn.Module):
             if bias is None:
                 out = cast(Tensor, latent_attention(query, key, value, dropout_p=dropout_p))
             else:  # the operator has no bias
-                out = F.scaled_dot_product_attention(query, torch.cat(key, 2), torch.cat(value, 2), bias, dropout_p)
+                out = scaled_dot_product_attention(query, torch.cat(key, 2), torch.cat(value, 2), bias, dropout_p)
             outs.append(self.proj_drop(self.proj(merge_heads(out))))
         return outs
 

@@ -26,6 +26,7 @@ from vattn.models.layers import init_linear, named
 from vattn.models.settings import official_settings, override
 from vattn.models.svitt.weights import heads_of, text_weights, without_nulls
 from vattn.nn import merge_heads, split_heads
+from vattn.nn.sdpa import scaled_dot_product_attention
 from vattn.ops.latent_attention import latent_attention
 from vattn.ops.node_sparse_attention import node_sparse_attention
 from vattn.ops.select_tokens import select_tokens
@@ -282,7 +283,7 @@ class TextAttention(nn.Module):
         if mask is not None:
             if kept is not None:
                 key, value, mask = (_gather(x, kept, dim) for x, dim in ((key, 2), (value, 2), (mask, 3)))
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
+            return scaled_dot_product_attention(query, key, value, mask, dropout_p)
         if kept is not None:
             return cast(Tensor, node_sparse_attention(query, key, value, kept, dropout_p=dropout_p))
         return cast(Tensor, latent_attention(query, key, value, dropout_p=dropout_p))

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.layout import BlockLayout
 from vattn.nn.axial import MultiHeadAttention
+from vattn.nn.sdpa import scaled_dot_product_attention
 from vattn.ops.edge_sparse_attention import edge_sparse_attention
 from vattn.ops.node_sparse_attention import node_sparse_attention
 
@@ -168,7 +168,7 @@ class CausalAttention(MultiHeadAttention):
         query, key, value = (self.heads(layer, x) for layer in (self.w_qs, self.w_ks, self.w_vs))
         dropout_p = self.attn_drop.p if self.training else 0.0
         if layout is None:
-            return self.merge(F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True))
+            return self.merge(scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True))
         out = edge_sparse_attention(query, key, value, layout, causal=True, dropout_p=dropout_p)
         return self.merge(cast(Tensor, out))
 
@@ -177,7 +177,7 @@ class CausalAttention(MultiHeadAttention):
         cache.append(key, value)
         if visible is None:
             key, value = (x[:, :, : cache.length] for x in (cache.key, cache.value))
-            return self.merge(F.scaled_dot_product_attention(query, key, value))
+            return self.merge(scaled_dot_product_attention(query, key, value))
         out = node_sparse_attention(query, cache.key, cache.value, visible.expand(len(x), -1))
         return self.merge(cast(Tensor, out))
 
@@ -190,7 +190,7 @@ class CrossAttention(MultiHeadAttention):
         return self.heads(self.w_ks, memory), self.heads(self.w_vs, memory)
 
     def forward(self, x: Tensor, memory: KeyValue) -> Tensor:
-        return self.merge(F.scaled_dot_product_attention(self.heads(self.w_qs, x), *memory))
+        return self.merge(scaled_dot_product_attention(self.heads(self.w_qs, x), *memory))
 
 
 class AttentionBlock(nn.Module):
