@@ -61,6 +61,14 @@ def randomize(model: Any) -> Any:
     return model.eval()
 
 
+def assert_same(found: Any, expected: Any) -> None:
+    """Tensors, in order or by name, are the same, bit by bit."""
+    pairs = [(found[name], expected[name]) for name in expected] if isinstance(expected, dict) else []
+    for one, other in pairs or zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert len(found) == len(expected)
+
+
 def _video(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator)
 

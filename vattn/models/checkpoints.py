@@ -87,8 +87,8 @@ class PretrainedModel(nn.Module):
         """Write the model to `folder`, which is made if it does not exist; what it held of a model is replaced.
 
         Weights are written in their own dtypes. What a checkpoint of training has besides, such as the state of an
-        optimizer, is not there, nor whether a weight is trained. A folder whose writing was interrupted has no
-        ``config.json``, and does not load.
+        optimizer, is not there, nor whether a weight is trained, nor its memory format. A folder whose writing was
+        interrupted has no ``config.json``, and does not load.
 
         Raises:
             ValueError: the model is not what its settings make, such as one with a layer replaced, or has no storage.
