@@ -13,8 +13,8 @@ Transformers" (2019).
 """
 
 import dataclasses
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +23,7 @@ from vattn._library import empty_rows
 from vattn.kernels import attention, configs, flash, launch
 from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.launch import head, unpack
+from vattn.kernels.launchers import Launchers
 
 
 @triton.jit
@@ -151,55 +152,12 @@ def backward_kernel(
     flash.store_rows(head(dq_ptr, grad_strides, bh, H), offs, mask, flash.scale_rows(dq, scale), SHAPE)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, H, outer, line, inner, D), in memory as (B, outer, line, inner, H, D), and lse, float32, without D."""
-    out, lse = attention.empty_results(query)
-    if lse.numel() > 0:
-        call = attention.Call(query, [key], [value], dropout_p, seed, scale)
-        call.forward(_part(call, "forward", _lines(call, "forward")), out[None], lse[None])
-    return out, lse
-
-
-def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    dropout_p: float, seed: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value; memory beyond them is `delta`, as large as lse, where lines are long."""
-    dq, dk, dv = empty_rows(query), empty_rows(query), empty_rows(query)
-    if lse.numel() == 0:
-        return dq, dk, dv
-    call = attention.Call(query, [key], [value], dropout_p, seed, scale)
-    lines = _lines(call, "backward")
-    part = _part(call, "backward_query", lines)
-    if lines is not None:
-        _backward_lines(call, part, grad_out, grad_lse, out, lse, (dq, dk, dv))
-    else:
-        delta = torch.empty_like(lse)
-        call.backward_query(part, grad_out, grad_lse, out, lse, delta, dq[None])
-        call.backward_key(_part(call, "backward_key", None), grad_out, lse, delta, dk[None], dv[None])
-    return dq, dk, dv
-
-
-def jvp(
-    query_tangent: Tensor, key_tangent: Tensor, value_tangent: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    out: Tensor, lse: Tensor, dropout_p: float, seed: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The tangents of out and lse."""
-    dout, dlse = attention.empty_results(query)
-    if lse.numel() > 0:
-        call = attention.Call(query, [key], [value], dropout_p, seed, scale)
-        part = _part(call, "jvp", _lines(call, "jvp"))
-        call.jvp(part, query_tangent, [key_tangent], [value_tangent], out, lse, dout[None], dlse[None])
-    return dout, dlse
-
-
-def _part(call: attention.Call, phase: str, lines: dict[str, int] | None) -> attention.Part:
-    """A program for every tile of whole lines, of which `lines` are the tiles, or of a part of one."""
+def _part(call: attention.Call, phase: str) -> attention.Part:
+    """A program for every tile of whole lines, if a tile has room for a line, or else of a part of one."""
     outer, L, inner = call.query.shape[2:-1]
-    if lines is not None:
-        op, tiles, count, parts = LINES, lines, lines["BLOCK_Q"] // L, 1
+    tiles = _lines(call, phase)
+    if tiles is not None:
+        op, count, parts = LINES, tiles["BLOCK_Q"] // L, 1
     else:
         tiles = configs.tiles(phase, call.query, call.extras, "group")
         op, count, parts = PARTS, 1, triton.cdiv(L, configs.own_and_other(phase, tiles)[0])
@@ -208,8 +166,26 @@ def _part(call: attention.Call, phase: str, lines: dict[str, int] | None) -> att
 
 
 def _lines(call: attention.Call, phase: str) -> dict[str, int] | None:
-    """Tiles of whole lines, if one has room for a line."""
+    """Tiles of whole lines, if one has room for a line; all gradients have one kernel then."""
+    phase = "backward" if phase.startswith("backward") else phase
     return configs.line_tiles(phase, call.query, call.extras, call.query.shape[3])
+
+
+_launchers = Launchers(_part)
+forward, jvp = _launchers.forward, _launchers.jvp
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value; memory beyond them is `delta`, as large as lse, where lines are long."""
+    call = attention.Call(query, [key], [value], *settings)
+    if lse.numel() == 0 or _lines(call, "backward") is None:
+        return _launchers.backward(grad_out, grad_lse, query, key, value, out, lse, *settings)
+    grads = empty_rows(query), empty_rows(query), empty_rows(query)
+    _backward_lines(call, _part(call, "backward"), grad_out, grad_lse, out, lse, grads)
+    return grads
 
 
 def _backward_lines(

@@ -15,15 +15,13 @@ on leap attention and on the periodic shift.
 import dataclasses
 import functools
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from vattn._library import empty_rows
 from vattn.kernels import attention, configs, flash, launch
 from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.launch import quotient, unpack
+from vattn.kernels.launchers import Launchers
 from vattn.kernels.periodic_shift import load_moved, store_moved, store_zeros
 
 
@@ -109,46 +107,6 @@ def itinerary(fold: int) -> Itinerary:
     return dataclasses.replace(PLAIN, load=load_shifted, store=store_shifted, constants=fold)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, leap: int, group_size: int, fold_div: int,
-    dropout_p: float, seed: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, H, T, N, D), in memory as (B, T, N, H, D), and the float32 lse (B, H, T, N)."""
-    out, lse = attention.empty_results(query)
-    if lse.numel() > 0:
-        call = attention.Call(query, [key], [value], dropout_p, seed, scale)
-        call.forward(_part(call, "forward", leap, group_size, fold_div), out[None], lse[None])
-    return out, lse
-
-
-def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    leap: int, group_size: int, fold_div: int, dropout_p: float, seed: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value; memory beyond them is `delta`, as large as lse."""
-    dq, dk, dv, delta = empty_rows(query), empty_rows(query), empty_rows(query), torch.empty_like(lse)
-    if lse.numel() > 0:
-        call, settings = attention.Call(query, [key], [value], dropout_p, seed, scale), (leap, group_size, fold_div)
-        part = _part(call, "backward_query", *settings)
-        call.backward_query(part, grad_out, grad_lse, out, lse, delta, dq[None])
-        call.backward_key(_part(call, "backward_key", *settings), grad_out, lse, delta, dk[None], dv[None])
-    return dq, dk, dv
-
-
-def jvp(
-    query_tangent: Tensor, key_tangent: Tensor, value_tangent: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    out: Tensor, lse: Tensor, leap: int, group_size: int, fold_div: int, dropout_p: float, seed: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The tangents of out and lse."""
-    dout, dlse = attention.empty_results(query)
-    if lse.numel() > 0:
-        call = attention.Call(query, [key], [value], dropout_p, seed, scale)
-        part = _part(call, "jvp", leap, group_size, fold_div)
-        call.jvp(part, query_tangent, [key_tangent], [value_tangent], out, lse, dout[None], dlse[None])
-    return dout, dlse
-
-
 def _part(call: attention.Call, phase: str, leap: int, group_size: int, fold_div: int) -> attention.Part:
     """A program for every tile of every group."""
     B, H, T, N, D = call.query.shape
@@ -161,3 +119,7 @@ def _part(call: attention.Call, phase: str, leap: int, group_size: int, fold_div
     programs = triton.cdiv(group_size * N, own) * B * H * groups
     op = itinerary(D // fold_div if fold_div > 0 else 0)
     return attention.Part(op, tiles, programs, (T, N, leap, group_size, groups, launch.reciprocal(N)))
+
+
+_launchers = Launchers(_part)
+forward, backward, jvp = _launchers.forward, _launchers.backward, _launchers.jvp
