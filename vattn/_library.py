@@ -3,7 +3,7 @@
 An operator is one ``torch.library`` schema. Its kernels hang on dispatch keys:
 
     CPU          C++, registered by the compiled extension ``vattn._C``
-    CUDA         Triton, launched from ``vattn.kernels``
+    CUDA         Triton, launched from ``vattn.kernels``, or CUDA C++ of ``vattn._C_cuda``
     Autocast*    casts to the autocast dtype, as PyTorch's own attention does
 
 so that choosing a backend is the dispatcher's business, not ours. Where there is no kernel (float64, a
@@ -32,20 +32,19 @@ def build_record() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _load_extension() -> tuple[Any, str | None]:
-    """The compiled extension, which registers the CPU kernels; or None, and why there is none."""
+def _load_extension(name: str = "vattn._C") -> tuple[Any, str | None]:
+    """A compiled extension, which registers kernels as it loads; or None, and why there is none."""
     try:
-        return importlib.import_module("vattn._C"), None
+        return importlib.import_module(name), None
     except ModuleNotFoundError:
-        return None, build_record().get("error") or "the extension vattn._C was never built"
+        return None, build_record().get("error") or f"the extension {name} was never built"
     except ImportError as error:
-        built_for = build_record().get("torch")
-        if built_for not in (None, torch.__version__):
-            return None, f"the extension was built for torch {built_for}, this is torch {torch.__version__}"
-        return None, str(error)
+        built_with = build_record().get("torch")
+        return None, f"the extension was built with torch {built_with}, this is torch {torch.__version__}: {error}"
 
 
 _C, extension_error = _load_extension()
+_load_extension("vattn._C_cuda")
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 KERNEL_DEVICES = {"meta"}
@@ -61,6 +60,8 @@ _without_cpu_kernel: set[str] = set()  # operators that the extension does not k
 def define(schema: str, cuda: Callable[..., Any], autocast: int = 0) -> None:
     """Define an operator by its `schema`, with its CUDA launcher; the CPU kernel is in ``vattn._C``.
 
+    A CUDA kernel of ``vattn._C_cuda`` comes before the launcher.
+
     Under autocast its first `autocast` arguments, tensors or lists of them, are cast. A backward has none to cast:
     it gets what its forward saved, also where autocast is still on around it.
     """
@@ -68,7 +69,8 @@ def define(schema: str, cuda: Callable[..., Any], autocast: int = 0) -> None:
     name = schema.split("(")[0]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CPU"):
         _without_cpu_kernel.add(name)
-    library.impl(name, cuda, "CUDA")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CUDA"):
+        library.impl(name, cuda, "CUDA")
     for device_type in AUTOCAST_DEVICES if autocast else ():
         rule = functools.partial(_run_autocast, name, autocast, device_type)
         library.impl(name, rule, f"Autocast{device_type.upper()}")

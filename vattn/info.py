@@ -76,7 +76,7 @@ def _extension() -> dict[str, Any]:
         "instructions": _library._C.cpu_capability(),
         "compiler": record.get("compiler"),
         "flags": record.get("flags"),
-        "built for": record.get("torch"),
+        "built with": f"torch {record.get('torch')}",
     }
 
 

@@ -85,11 +85,11 @@ VATTN_INLINE void store(Float16* p, Vec x) {
 #else
 VATTN_INLINE Vec load(const Float16* p) {
   Vec x;
-  for (int i = 0; i < VL; ++i) x[i] = c10::detail::fp16_ieee_to_fp32_value(p[i].bits);
+  for (int i = 0; i < VL; ++i) x[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(p[i].bits);
   return x;
 }
 VATTN_INLINE void store(Float16* p, Vec x) {
-  for (int i = 0; i < VL; ++i) p[i].bits = c10::detail::fp16_ieee_from_fp32_value(x[i]);
+  for (int i = 0; i < VL; ++i) p[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(x[i]);
 }
 #endif
 
