@@ -54,7 +54,8 @@ struct AxialLines : Itinerary<AxialAttention> {
   int64_t token_of(int64_t o, int64_t token, int64_t i) const { return (o * a.line + token) * a.inner + i; }
 
   void query_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
-    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { tokens[row] = (uint32_t)token_of(o, t, i); });
+    each(first, count,
+         [&](int64_t o, int64_t t, int64_t i, int64_t row) { tokens[row] = (uint32_t)token_of(o, t, i); });
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const { query_tokens(first, count, tokens); }
 

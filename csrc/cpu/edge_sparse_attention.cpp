@@ -80,7 +80,10 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
     }
     a.grad_key = strided(a.slices > 1 ? torch::stable::select(keys, 0, 0) : keys);
     a.grad_value = strided(a.slices > 1 ? torch::stable::select(values, 0, 0) : values);
-    if (a.positions.table) grad_bias = positions.start_grads(a.slices * heads), a.grad_bias = positions.first(grad_bias);
+    if (a.positions.table) {
+      grad_bias = positions.start_grads(a.slices * heads);
+      a.grad_bias = positions.first(grad_bias);
+    }
     run(kernel.backward, a, a.slices * heads, k.backward_workspace(a.D, a.chunk, a.chunk + 1, a.Lq));
     if (a.slices == 1) return;
     const Ints slices = {0};

@@ -9,7 +9,7 @@
 //
 // It knows tiles, and passes tensors by. Where their rows live is told by an itinerary:
 //
-//     a                                                      the operator's arguments, its tensors among them: kernels.h
+//     a                                                      the operator's arguments, with its tensors: kernels.h
 //     int64_t head_dim, queries, keys;  float scale;  const Dropout* dropout;
 //     load_queries / store_queries (tensor, first, count, rows, ld, times)     rows of a tensor, as floats
 //     load_keys / store_keys       (likewise)
@@ -23,8 +23,8 @@
 //         adjust_tangents (likewise)                         tangents of those, not in units of log2
 //     HAS_VALUES   whether there are values and an output; without, the forward ends with, and add_weights begins with,
 //                  the maximum and the sum of a query's powers of 2: a.maximum, a.sum
-//     SHARES_KEYS  whether keys belong to several components, the units of a head; each_piece (first, count, f) then tells
-//                  which rows of all keys a tile has, and store_keys stores all keys as they lie
+//     SHARES_KEYS  whether keys belong to several components, the units of a head; each_piece (first, count, f) then
+//                  tells which rows of all keys a tile has, and store_keys stores all keys as they lie
 //
 // A panel holds TILE keys, transposed, so that a vector of scores is VL keys of one query; whatever else there is lies
 // as rows.
@@ -303,9 +303,9 @@ void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWo
   }
 }
 
-// One tile of keys against the queries held, `first` and on: adds to grad_query of those if QUERY, to rows of the keys
-// kept if KEY: each_row calls back with (row, count, keys before) for each piece of the tile. Rows that are `fresh` hold
-// nothing yet.
+// One tile of keys against the queries held, `first` and on: adds to grad_query of those if QUERY, and to rows of the
+// keys kept if KEY: each_row calls back with (row, count, keys before) for each piece of the tile. Rows that are
+// `fresh` hold nothing yet.
 template <bool QUERY, bool KEY, class Itinerary, class EachRow>
 void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first, int64_t held,
                    const BackwardWorkspace& w, bool fresh, EachRow each_row) {
@@ -326,8 +326,8 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
     multiply(false, queries, columns, D, {grad_out, ld, 1}, w.value_panel, TILE, w.grad_scores, TILE);
     if constexpr (Itinerary::ADJUSTS) it.adjust_scores(tile, first + q0, queries, w.weights);
     for (int64_t q = 0; q < queries; ++q)
-      softmax_backward(w.weights + q * TILE, w.grad_scores + q * TILE, columns, w.lse[q0 + q], w.delta[q0 + q], it.dropout,
-                       w.query_tokens[q0 + q], w.key_tokens);
+      softmax_backward(w.weights + q * TILE, w.grad_scores + q * TILE, columns, w.lse[q0 + q], w.delta[q0 + q],
+                       it.dropout, w.query_tokens[q0 + q], w.key_tokens);
     if constexpr (Itinerary::ADJUSTS && QUERY) it.adjust_grads(tile, first + q0, queries, w.grad_scores);
     if constexpr (KEY)
       each_row([&](int64_t row, int64_t count, int64_t before) {
@@ -341,9 +341,9 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
   }
 }
 
-// The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other: five
-// products for both at once, four and three for either alone. Keys that are shared are all kept, in rows as they lie, and
-// stored by the caller, who says whether they are fresh.
+// The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other:
+// five products for both at once, four and three for either alone. Keys that are shared are all kept, in rows as they
+// lie, and stored by the caller, who says whether they are fresh.
 template <bool QUERY, bool KEY, class Itinerary>
 void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
               int64_t key_end, const BackwardWorkspace& w, bool fresh = true) {

@@ -1,5 +1,5 @@
-// Between PyTorch's tensors and the kernels: what every operator's CPU side needs. All of it is of PyTorch's stable ABI,
-// so that one build serves every later PyTorch.
+// Between PyTorch's tensors and the kernels: what every operator's CPU side needs. Of PyTorch it has the stable ABI
+// alone, so that one build serves every later version.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -94,10 +94,10 @@ inline Tensor empty(Sizes sizes, ScalarType dtype, const std::vector<size_t>& or
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t axis : order) strides[axis] = step, step *= std::max<int64_t>(sizes[axis], 1);
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      (int64_t)sizes.size(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(), code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 inline Tensor empty(Sizes sizes, ScalarType dtype) {
@@ -157,8 +157,8 @@ inline const int64_t* checked_key_lengths(const char* op, const Tensor& lengths,
   check_value(lengths.numel() == B, op, ": key_lengths must have shape (", B, ",), got ", lengths.sizes());
   const int64_t* length = lengths.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b)
-    check_value(0 <= length[b] && length[b] <= keys, op, ": key_lengths must be between 0 and the number of keys (", keys,
-                "), got key_lengths[", b, "]=", length[b]);
+    check_value(0 <= length[b] && length[b] <= keys, op, ": key_lengths must be between 0 and the number of keys (",
+                keys, "), got key_lengths[", b, "]=", length[b]);
   return length;
 }
 

@@ -96,8 +96,8 @@ inline Tensors tangent_rows(const char* op, const std::string& name, const Tenso
   return results;
 }
 
-// One call of an attention operator: the arguments of its kernels, and the tensors that they point to. Keys is Tensor, or
-// Tensors where keys and values come in lists.
+// One call of an attention operator: the arguments of its kernels, and the tensors that they point to. Keys is Tensor,
+// or Tensors where keys and values come in lists.
 template <class Args, class Keys = Tensor>
 class AttentionCall {
   std::vector<std::vector<Strided>> lists;  // that `a` points to

@@ -27,8 +27,8 @@ struct Itinerary {
   }
 };
 
-// Queries that are consecutive tokens of (B, H, Lq, D), from `query_begin` on, and keys that are tokens of (B, H, Lk, D);
-// T is the dtype of rows.
+// Queries that are consecutive tokens of (B, H, Lq, D), from `query_begin` on, and keys that are tokens of
+// (B, H, Lk, D); T is the dtype of rows.
 template <class T, class Args>
 struct TokenItinerary : Itinerary<Args> {
   using Itinerary<Args>::a, Itinerary<Args>::b, Itinerary<Args>::h, Itinerary<Args>::head_dim;
@@ -48,7 +48,7 @@ struct TokenItinerary : Itinerary<Args> {
   void store_rows(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     for (int64_t i = 0; i < count; ++i) copy(this->template at<U>(x, first + i), rows + i * ld, head_dim, times);
   }
-  // Into part `part` of several, each float and `step` behind the one before; if there is but one, of the dtype of rows.
+  // Into part `part` of several, each float and `step` behind the one before; if it is the only one, of dtype T.
   void store_part(Strided x, int64_t parts, int64_t part, int64_t step, int64_t first, int64_t count, const float* rows,
                   int64_t ld, float times) const {
     if (parts == 1) return store_rows<T>(x, first, count, rows, ld, times);

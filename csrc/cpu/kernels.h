@@ -63,7 +63,7 @@ struct LatentAttention : Attention, KeyTensors<const Strided*> {
   int64_t splits, split_out, split_lse;
 };
 
-// What the positions of G + N tokens do to their scores: a learned bias of differences, see position_bias.h, and causality.
+// What the positions of G + N tokens do to their scores: a learned bias of differences (position_bias.h), causality.
 struct Positions {
   int64_t G = 0;
   const float* table = nullptr;         // of head 0, in units of log2, turned around; null if there is no bias
@@ -76,7 +76,7 @@ struct Positions {
   int64_t causal_batch = 0;
 };
 
-// The components of a head share its keys: they are its units, of which unit 0 is the global queries and reads all keys.
+// The components of a head share its keys: they are its units. Unit 0 is the global queries and reads all keys.
 struct EdgeSparseAttention : Attention, KeyTensors<Strided> {
   int64_t Lq, G, block_size, blocks, layouts;  // Lq = G + N; layouts: 1, or one for each head
   const int32_t *row_offsets, *columns;

@@ -14,7 +14,8 @@ struct NodeSparseCall : AttentionCall<NodeSparseAttention> {
                       scale),
         kept(contiguous(kept_, ScalarType::Long)) {
     check_one_shape_but_tokens(key, value, "key and value");
-    check_value(kept.dim() == 2 && kept.size(0) == a.B, op, ": kept must have shape (", a.B, ", K), got ", kept.sizes());
+    check_value(kept.dim() == 2 && kept.size(0) == a.B, op, ": kept must have shape (", a.B, ", K), got ",
+                kept.sizes());
     const int64_t K = kept.size(1), *index = kept.const_data_ptr<int64_t>();
     Lk = key.size(2);
     std::vector<int64_t> seen(Lk, -1);  // the last sample that keeps a key
@@ -32,7 +33,8 @@ struct NodeSparseCall : AttentionCall<NodeSparseAttention> {
 
   void run_backward(Tensor& grad_key, Tensor& grad_value) override {
     if (!a.compact) return AttentionCall::run_backward(grad_key, grad_value);
-    Tensor keys = empty({a.B, a.H, a.max_keys, a.D}, ScalarType::Float), values = empty(keys.sizes(), ScalarType::Float);
+    Tensor keys = empty({a.B, a.H, a.max_keys, a.D}, ScalarType::Float);
+    Tensor values = empty(keys.sizes(), ScalarType::Float);
     AttentionCall::run_backward(keys, values);
     add_up(grad_key, keys), add_up(grad_value, values);
   }

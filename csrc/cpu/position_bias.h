@@ -14,8 +14,8 @@
 namespace vattn {
 namespace VATTN_ISA {
 
-// A tile of scores has the keys across and queries down its side. The table is turned around, so that its index grows with
-// the code of the key: middle + key - query.
+// A tile of scores has the keys across and queries down its side. The table is turned around, so that its index grows
+// with the code of the key: middle + key - query.
 class BiasTile {
   struct Piece {
     Mask mask;     // the lanes of a vector that are one run

@@ -45,7 +45,8 @@ void each_kept(int64_t B, int64_t G, int64_t keep, const int64_t* kept, F f) {
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& tokens, const Tensor& importance, int64_t keep,
                                            const MaybeTensor& positions, int64_t num_global) {
-  check_value(tokens.dim() == 3 && importance.dim() == 2, "select_tokens: tokens and importance must have 3 and 2 axes");
+  check_value(tokens.dim() == 3 && importance.dim() == 2,
+              "select_tokens: tokens and importance must have 3 and 2 axes");
   Tensor x = with_rows(tokens), scores = contiguous(importance, ScalarType::Float);
   const int64_t B = x.size(0), N = scores.size(1), G = num_global;
   check_value(scores.size(0) == B && x.size(1) == G + N && 0 <= keep && keep <= N,

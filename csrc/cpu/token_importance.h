@@ -38,7 +38,8 @@ void importance_items(const TokenImportance& a, int64_t begin, int64_t end, floa
     double sums[TILE] = {};
     for (int64_t h = 0; h < a.H && keys > 0; ++h)
       add_weights(ImportanceKeys<T>(a, b * a.H + h), first, keys, w, sums);
-    for (int64_t i = 0; i < keys; ++i) a.importance[b * a.max_keys + first + i] = (float)(sums[i] / (double)(a.H * a.Lq));
+    float* importance = a.importance + b * a.max_keys + first;
+    for (int64_t i = 0; i < keys; ++i) importance[i] = (float)(sums[i] / (double)(a.H * a.Lq));
   }
 }
 

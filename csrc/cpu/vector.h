@@ -133,7 +133,8 @@ VATTN_INLINE Vec exp2(Vec x) {
   return (Vec)(scaled & (x > -126.f));
 }
 
-// Which lanes of two vectors, one behind the other, a step of a transpose or a sum takes: constants, or GCC builds them anew.
+// Which lanes of two vectors, one behind the other, a step of a transpose or a sum takes: constants, or GCC builds them
+// anew.
 struct Lanes {
   alignas(VATTN_VECTOR_BYTES) int32_t upper[VL], lower[VL], turned[VL];
   constexpr Lanes(int half) : upper{}, lower{}, turned{} {

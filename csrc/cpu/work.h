@@ -1,6 +1,7 @@
 // The items of an attention kernel's work, for any operator: Itinerary<T>(args, component) tells where its rows live.
 //
-// Forward and tangent, components come before their tiles: neighbours among them are heads, whose rows lie on the same pages.
+// Forward and tangent, components come before their tiles: neighbours among them are heads, whose rows lie on the same
+// pages.
 #pragma once
 
 #include "flash.h"

@@ -17,7 +17,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// kept_tokens (B, G+K, C), kept_positions (B, K) and kept_index (B, K), int64; of tokens (B, G+N, C) and importance (B, N).
+// kept_tokens (B, G+K, C), kept_positions (B, K) and kept_index (B, K), int64; of tokens (B, G+N, C) and importance
+// (B, N).
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& tokens_, const Tensor& importance_, int64_t keep,
                                            const std::optional<Tensor>& positions, int64_t num_global) {
   torch::stable::accelerator::DeviceGuard guard(tokens_.get_device_index());
