@@ -53,6 +53,12 @@ def test_missing_triton_is_explained(monkeypatch):
     assert info.collect()["operators"]["leap_attention"]["cuda"] == "reference: Triton is not installed"
 
 
+def test_a_compiled_cuda_kernel_is_told_from_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_library, "_with_cuda_cpp", {"select_tokens"})
+    assert info._runs("select_tokens", "cuda") == "kernel: CUDA C++"
+
+
 def test_an_extension_that_does_not_load_is_explained(monkeypatch):
     def fail(name: str) -> None:
         raise ImportError("undefined symbol: torch_new_shim")

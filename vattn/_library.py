@@ -55,6 +55,7 @@ if importlib.util.find_spec("triton") is not None:
 
 library = torch.library.Library("vattn", "DEF")
 _without_cpu_kernel: set[str] = set()  # operators that the extension does not know: it is older than they are
+_with_cuda_cpp: set[str] = set()  # operators that vattn._C_cuda has a kernel for
 
 
 def define(schema: str, cuda: Callable[..., Any], autocast: int = 0) -> None:
@@ -69,7 +70,9 @@ def define(schema: str, cuda: Callable[..., Any], autocast: int = 0) -> None:
     name = schema.split("(")[0]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CPU"):
         _without_cpu_kernel.add(name)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CUDA"):
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CUDA"):
+        _with_cuda_cpp.add(name)
+    else:
         library.impl(name, cuda, "CUDA")
     for device_type in AUTOCAST_DEVICES if autocast else ():
         rule = functools.partial(_run_autocast, name, autocast, device_type)

@@ -85,6 +85,8 @@ def _runs(name: str, device: str) -> str:
     if device == "cuda":
         if not torch.cuda.is_available():
             return "no device: " + ("no GPU is visible" if torch.version.cuda else "this torch has no CUDA")
+        if name in _library._with_cuda_cpp:
+            return "kernel: CUDA C++"
         if device not in _library.KERNEL_DEVICES:
             return "reference: Triton is not installed"
         return f"kernel: Triton {_version('triton')}"

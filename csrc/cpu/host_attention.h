@@ -79,6 +79,12 @@ Tensors each(const Tensors& list, F f) {
   for (const Tensor& x : list) results.push_back(f(x));
   return results;
 }
+template <class F>
+void for_each(const Tensor& x, F f) { f(x); }
+template <class F>
+void for_each(const Tensors& list, F f) {
+  for (const Tensor& x : list) f(x);
+}
 
 // The tangents `name` of the arguments `of`, as the kernels read them.
 inline Tensor tangent_rows(const char* op, const std::string& name, const Tensor& x, const std::string& of,
@@ -102,11 +108,6 @@ template <class Args, class Keys = Tensor>
 class AttentionCall {
   std::vector<std::vector<Strided>> lists;  // that `a` points to
 
-  void zero(Tensor x) { torch::stable::zero_(x); }
-  void zero(const Tensors& list) {
-    for (const Tensor& x : list) zero(x);
-  }
-
  protected:
   const char* op;
   const AttentionKernels<Args>& kernel;
@@ -121,9 +122,8 @@ class AttentionCall {
     set_attention(op, a, query, axes, dropout_p, seed, scale);
     auto check = [&](const Tensor& x) {
       check_value(x.dim() == axes, op, ": keys and values must have ", axes, " axes, got ", x.sizes());
-      return x;
     };
-    each(key, check), each(value, check);
+    for_each(key, check), for_each(value, check);
     a.key = view(key), a.value = view(value);
   }
   AttentionCall(const AttentionCall&) = delete;  // `a` points into this object
@@ -179,7 +179,8 @@ class AttentionCall {
     Tensor out = tangent_rows(op, "out", out_, "query", query), lse = contiguous(lse_, ScalarType::Float);
     Tensor grad_query = empty_rows(query);
     Keys grad_key = each(key, empty_rows), grad_value = each(value, empty_rows);
-    if (leaves_keys || query.numel() == 0) zero(grad_key), zero(grad_value);
+    auto zero = [](Tensor x) { torch::stable::zero_(x); };
+    if (leaves_keys || query.numel() == 0) for_each(grad_key, zero), for_each(grad_value, zero);
     if (query.numel() == 0) return {grad_query, grad_key, grad_value};
     Tensor delta = start_delta(lse, grad_lse);
     a.out = strided(out), a.grad_out = strided(grad_out), a.grad_query = strided(grad_query);

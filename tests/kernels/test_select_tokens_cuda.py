@@ -169,7 +169,7 @@ def test_strides(on_host):
 @pytest.mark.parametrize("positions", [None, "shared", "of samples"])
 @pytest.mark.parametrize("num_global", [0, 2])
 def test_launcher(num_global, positions, device):
-    """What takes the compiled kernel's place; and on a GPU the operator, which has that kernel where it was compiled."""
+    """What takes the compiled kernel's place; on a GPU the operator too, which has that kernel if it was compiled."""
     tokens, importance = torch.randn(3, num_global + 20, 5, device=device), torch.rand(3, 20, device=device)
     importance[:, 5:9] = importance[:, 3:4]
     if positions is not None:
