@@ -62,6 +62,18 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
                 stacklevel=1,
             )
 
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            if BUILD_CPP == "1" or ext.name == "vattn._C":
+                raise
+            self.record["cuda"] = False
+            warnings.warn(
+                f"vattn is installed without CUDA C++ kernels, and PyTorch's operations take their place: {error}",
+                stacklevel=1,
+            )
+
     def missing(self, compiler: str) -> str | None:
         """What the build lacks, in words that a person can act upon; None if it may begin."""
         if BUILD_CPP == "0":
