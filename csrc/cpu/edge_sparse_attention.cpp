@@ -13,16 +13,20 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
   Tensor row_offsets, columns;
   int64_t N;
   HostPositions positions;
+  bool importance;
   Tensor grad_bias;
 
+  // What the backward on a GPU needs is not looked at: the transposed layout, and whether it must be deterministic,
+  // which comes in the place of `importance`.
   EdgeSparseCall(const Tensor& query_, const Tensor& key, const Tensor& value, const Tensor& row_offsets_,
-                 const Tensor& columns_, int64_t block_size, int64_t num_global, const MaybeTensor& bias_table,
-                 const Ints& window, const MaybeTensor& positions_, bool causal, double dropout_p,
-                 const MaybeTensor& seed, double scale)
+                 const Tensor& columns_, const MaybeTensor&, const MaybeTensor&, int64_t block_size, int64_t num_global,
+                 const MaybeTensor& bias_table, const Ints& window, const MaybeTensor& positions_, bool causal,
+                 double dropout_p, const MaybeTensor& seed, double scale, bool importance)
       : AttentionCall("edge_sparse_attention", kernels().edge_sparse_attention, 4, query_, key, value, dropout_p, seed,
                       scale),
         row_offsets(contiguous(row_offsets_, ScalarType::Int)), columns(contiguous(columns_, ScalarType::Int)),
-        N(query.size(2) - num_global), positions(op, a.B, a.H, N, num_global, bias_table, window, positions_, causal) {
+        N(query.size(2) - num_global), positions(op, a.B, a.H, N, num_global, bias_table, window, positions_, causal),
+        importance(importance) {
     check_one_shape();
     check_value(block_size >= 1 && num_global >= 0 && N >= 0, op, ": the layout does not fit the query");
     a.Lq = query.size(2), a.G = num_global, a.block_size = block_size, a.blocks = parts(N, block_size);
@@ -49,7 +53,7 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
   }
 
   // With the probability (B, N) that the first global query gives each key, averaged over heads, or with nothing.
-  std::tuple<Tensor, Tensor, Tensor> forward(bool importance) {
+  std::tuple<Tensor, Tensor, Tensor> forward() {
     check_value(!importance || a.G > 0, op, ": importance needs a global token");
     if (!importance) return std::tuple_cat(AttentionCall::forward(), std::tuple(empty({0}, ScalarType::Float)));
     Tensor scores = empty({a.B, a.H, N}, ScalarType::Float), average = zeros({a.B, N});
@@ -109,35 +113,19 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& row_offsets, const Tensor& columns,
-    const MaybeTensor&, const MaybeTensor&, int64_t block_size, int64_t num_global, const MaybeTensor& bias_table,
-    const Ints& window, const MaybeTensor& positions, bool causal, double dropout_p, const MaybeTensor& seed,
-    double scale, bool importance) {
-  return EdgeSparseCall(query, key, value, row_offsets, columns, block_size, num_global, bias_table, window, positions,
-                        causal, dropout_p, seed, scale)
-      .forward(importance);
-}
+using EdgeSparse = AttentionOperator<EdgeSparseCall, Tensor, const Tensor&, const Tensor&, const MaybeTensor&,
+                                     const MaybeTensor&, int64_t, int64_t, const MaybeTensor&, const Ints&,
+                                     const MaybeTensor&, bool, double, const MaybeTensor&, double, bool>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& out, const Tensor& lse, const Tensor& row_offsets, const Tensor& columns, const MaybeTensor&,
-    const MaybeTensor&, int64_t block_size, int64_t num_global, const MaybeTensor& bias_table, const Ints& window,
-    const MaybeTensor& positions, bool causal, double dropout_p, const MaybeTensor& seed, double scale,
-    bool /*deterministic: always*/) {
-  return EdgeSparseCall(query, key, value, row_offsets, columns, block_size, num_global, bias_table, window, positions,
-                        causal, dropout_p, seed, scale)
-      .backward(grad_out, grad_lse, out, lse);
-}
-
+// Its tangent takes that of the table besides, and no transposed layout.
 std::tuple<Tensor, Tensor> tangent(
     const Tensor& query_tangent, const Tensor& key_tangent, const Tensor& value_tangent,
     const MaybeTensor& table_tangent, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
     const Tensor& lse, const Tensor& row_offsets, const Tensor& columns, int64_t block_size, int64_t num_global,
     const MaybeTensor& bias_table, const Ints& window, const MaybeTensor& positions, bool causal, double dropout_p,
     const MaybeTensor& seed, double scale) {
-  EdgeSparseCall call(query, key, value, row_offsets, columns, block_size, num_global, bias_table, window, positions,
-                      causal, dropout_p, seed, scale);
+  EdgeSparseCall call(query, key, value, row_offsets, columns, {}, {}, block_size, num_global, bias_table, window,
+                      positions, causal, dropout_p, seed, scale, false);
   call.set_table_tangent(table_tangent, bias_table);
   return call.tangent(query_tangent, key_tangent, value_tangent, out, lse);
 }
@@ -145,8 +133,8 @@ std::tuple<Tensor, Tensor> tangent(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) {
-  m.impl("edge_sparse_attention", TORCH_BOX(forward));
-  m.impl("edge_sparse_attention_backward", TORCH_BOX(backward));
+  m.impl("edge_sparse_attention", TORCH_BOX(EdgeSparse::forward));
+  m.impl("edge_sparse_attention_backward", TORCH_BOX(EdgeSparse::backward));
   m.impl("edge_sparse_attention_jvp", TORCH_BOX(tangent));
 }
 

@@ -211,19 +211,16 @@ class AttentionCall {
 // The functions of an operator, for the dispatcher: its settings come after its tensors.
 template <class Call, class Keys, class... Settings>
 struct AttentionOperator {
-  static std::tuple<Tensor, Tensor> forward(const Tensor& query, const Keys& key, const Keys& value,
-                                            Settings... settings) {
+  static auto forward(const Tensor& query, const Keys& key, const Keys& value, Settings... settings) {
     return Call(query, key, value, settings...).forward();
   }
-  static std::tuple<Tensor, Keys, Keys> backward(const Tensor& grad_out, const MaybeTensor& grad_lse,
-                                                 const Tensor& query, const Keys& key, const Keys& value,
-                                                 const Tensor& out, const Tensor& lse, Settings... settings) {
+  static auto backward(const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& query, const Keys& key,
+                       const Keys& value, const Tensor& out, const Tensor& lse, Settings... settings) {
     return Call(query, key, value, settings...).backward(grad_out, grad_lse, out, lse);
   }
-  static std::tuple<Tensor, Tensor> tangent(const Tensor& query_tangent, const Keys& key_tangent,
-                                            const Keys& value_tangent, const Tensor& query, const Keys& key,
-                                            const Keys& value, const Tensor& out, const Tensor& lse,
-                                            Settings... settings) {
+  static auto tangent(const Tensor& query_tangent, const Keys& key_tangent, const Keys& value_tangent,
+                      const Tensor& query, const Keys& key, const Keys& value, const Tensor& out, const Tensor& lse,
+                      Settings... settings) {
     return Call(query, key, value, settings...).tangent(query_tangent, key_tangent, value_tangent, out, lse);
   }
 };
