@@ -77,7 +77,7 @@ docs: $(BUILT)
 	$(RUN) -m pdoc --docformat google --output-directory docs/_build vattn
 
 clean:
-	rm -rf build dist outputs docs/_build *.egg-info vattn/_C.*.so $(BUILT)
+	rm -rf build dist outputs docs/_build *.egg-info vattn/_C*.so $(BUILT)
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.venv-*' -prune -exec rm -rf {} +
 

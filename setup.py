@@ -1,5 +1,8 @@
 """Builds `vattn` and, where a C++ compiler is at hand, its CPU kernels ``vattn._C``.
 
+They use PyTorch's stable ABI: built with one PyTorch, they load in every one from TORCH_TARGET on. Where torch has CUDA
+and nvcc is found, ``vattn._C_cuda`` has the CUDA C++ kernels.
+
 An install never fails for want of a compiler: it says why there are no compiled kernels, and writes the
 reason to ``vattn/_build.json``, where ``python -m vattn.info`` finds it. ``VATTN_BUILD_CPP=1`` makes a failure an
 error, ``VATTN_BUILD_CPP=0`` leaves the extension out.
@@ -25,13 +28,15 @@ except ImportError:
 BUILD_CPP = os.environ.get("VATTN_BUILD_CPP")
 # Contracted multiply-adds, and vectorised loops without errno or traps; sums keep the order they are written in.
 FLAGS = ["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-Wall", "-Wextra"]
+FLAGS += ["-Wall", "-Wextra", "-fvisibility=hidden"]
+TORCH_TARGET = (2, 11)  # the oldest PyTorch that pyproject.toml promises
+STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
 # To compile only: linked in, it might bring a second OpenMP beside the one that torch carries.
 OPENMP = ["-fopenmp"]
 
 
 class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # type: ignore[misc]
-    """Compiles the extension, or records why it could not."""
+    """Compiles the extensions, or records why it could not."""
 
     record: dict[str, Any]
 
@@ -41,7 +46,7 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
         reason = self.missing(compiler)
         if reason is None:
             self.record["compiler"] = compiler
-            self.record["cuda"] = any(source.endswith(".cu") for source in self.extensions[0].sources)
+            self.record["cuda"] = len(self.extensions) > 1
             try:
                 super().build_extensions()
             except Exception as error:
@@ -54,6 +59,18 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
             self.record["error"] = reason
             warnings.warn(
                 f"vattn is installed without compiled CPU kernels and will run its slower reference there: {reason}",
+                stacklevel=1,
+            )
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            if BUILD_CPP == "1" or ext.name == "vattn._C":
+                raise
+            self.record["cuda"] = False
+            warnings.warn(
+                f"vattn is installed without CUDA C++ kernels, and PyTorch's operations take their place: {error}",
                 stacklevel=1,
             )
 
@@ -74,26 +91,28 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
         built = pathlib.Path(self.build_lib, "vattn")
         package = pathlib.Path("vattn") if self.inplace else built
         if self.record["error"]:
-            for outdated in {*built.glob("_C.*.so"), *package.glob("_C.*.so")}:
+            for outdated in {*built.glob("_C*.so"), *package.glob("_C*.so")}:
                 outdated.unlink()
         (package / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
 
-def extension() -> Extension:
-    """``vattn._C`` with the CPU kernels, and the CUDA C++ ones where torch has CUDA and nvcc is found."""
-    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-    cuda_sources = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
+def extensions() -> list[Extension]:
+    """``vattn._C`` and, where torch has CUDA and nvcc is found, ``vattn._C_cuda``."""
     headers = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
     # As system headers, so that -Wextra speaks of our code and not of torch's.
     system = [flag for path in (cpp_extension.include_paths() if torch else []) for flag in ("-isystem", path)]
-    options: dict[str, Any] = {"include_dirs": ["csrc"], "depends": headers, "optional": True}
-    if torch is None:
-        return Extension("vattn._C", sources, **options)
-    if torch.version.cuda and cpp_extension.CUDA_HOME:
-        flags = {"cxx": FLAGS + OPENMP + system, "nvcc": ["-O3", "-std=c++20"]}
-        options["define_macros"] = [("VATTN_CUDA", None)]
-        return cpp_extension.CUDAExtension("vattn._C", sources + cuda_sources, extra_compile_args=flags, **options)
-    return cpp_extension.CppExtension("vattn._C", sources, extra_compile_args=FLAGS + OPENMP + system, **options)
+    flags = [*FLAGS, STABLE_ABI, *system]
+    options: dict[str, Any] = {"include_dirs": ["csrc"], "depends": headers, "language": "c++", "optional": True}
+    if torch is not None:  # of its libraries, those that have the stable ABI
+        options |= {"library_dirs": cpp_extension.library_paths(), "libraries": ["torch_cpu"]}
+    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    found = [Extension("vattn._C", sources, extra_compile_args=flags + OPENMP, **options)]
+    if torch is not None and torch.version.cuda and cpp_extension.CUDA_HOME:
+        sources = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
+        by_compiler = {"cxx": [*flags, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++20"]}
+        del options["library_dirs"], options["libraries"]
+        found.append(cpp_extension.CUDAExtension("vattn._C_cuda", sources, extra_compile_args=by_compiler, **options))
+    return found
 
 
 setup(
@@ -101,6 +120,6 @@ setup(
     packages=[*find_packages(include=["vattn", "vattn.*"]), "vattn.kernels"],
     package_dir={"vattn": "vattn", "vattn.kernels": "kernels"},
     package_data={"vattn": ["py.typed", "*.pyi"]},
-    ext_modules=[extension()],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildOrExplain},
 )

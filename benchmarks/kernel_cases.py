@@ -140,9 +140,9 @@ def edge_sparse(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     settings = (BLOCK, 1, table, window, None, "causal" in variant, *dropout(variant), 0.1)
     edge_sparse_attention.forward(query, query, query, *layout, *layout, *settings, "dropout" in variant)
     edge_sparse_attention.backward(
-        query, None, query, query, query, query, lse, *layout, *layout, *settings, deterministic="dropout" in variant
+        query, None, *[query] * 4, lse, *layout, *layout, *settings, False, deterministic="dropout" in variant
     )
-    edge_sparse_attention.jvp(*[query] * 3, table, *[query] * 4, lse, *layout, None, None, *settings)
+    edge_sparse_attention.jvp(*[query] * 3, table, *[query] * 4, lse, *layout, None, None, *settings, False)
 
 
 def latent(variant: str, dtype: torch.dtype, head_dim: int) -> None:

@@ -1,26 +1,29 @@
 // The Python module vattn._C. Importing it registers the CPU kernels with PyTorch's dispatcher (each operator's file
 // in csrc/cpu does so for itself); the schemas are defined in vattn/ops, where they exist without a compiler too.
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
 
 #include "cpu/kernels.h"
-#ifdef VATTN_CUDA
-#include "cuda/operators.h"
-#endif
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Compiled kernels of vattn.";
+namespace vattn {
+
+// The one thing that the kernels know of Python: see cpu/host.h.
+[[noreturn]] void raise_type_error(const std::string& message) { throw pybind11::type_error(message); }
+
+}  // namespace vattn
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled CPU kernels of vattn.";
   m.def(
       "cpu_capability", [] { return vattn::kernels().name; },
       "The instruction set that the CPU kernels use: avx512, avx2 or generic.");
   m.def(
       "cpu_capabilities",
       [] {
-        std::vector<std::string> names;
-        for (const vattn::Kernels* kernels : vattn::available_kernels()) names.push_back(kernels->name);
+        pybind11::list names;
+        for (const vattn::Kernels* kernels : vattn::available_kernels()) names.append(kernels->name);
         return names;
       },
       "The instruction sets that they could use on this processor, the fastest first.");
-#ifdef VATTN_CUDA
-  m.def("select_tokens", &vattn::cuda::select_tokens, "The CUDA kernel of vattn::select_tokens.");
-#endif
 }

@@ -335,7 +335,7 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     row_offsets: Tensor, columns: Tensor, column_offsets: Tensor, rows: Tensor, block_size: int, num_global: int,
     bias_table: Tensor | None, window: Sequence[int], positions: Tensor | None, causal: bool, dropout_p: float,
-    seed: Tensor | None, scale: float, *, deterministic: bool | None = None,
+    seed: Tensor | None, scale: float, importance: bool, *, deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key, value and the table, the last (0,) without one.
 
@@ -374,6 +374,7 @@ def jvp(
     key: Tensor, value: Tensor, out: Tensor, lse: Tensor, row_offsets: Tensor, columns: Tensor,
     column_offsets: Tensor | None, rows: Tensor | None, block_size: int, num_global: int, bias_table: Tensor | None,
     window: Sequence[int], positions: Tensor | None, causal: bool, dropout_p: float, seed: Tensor | None, scale: float,
+    importance: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The tangents of out and lse."""
     bias = bias_table, window, positions, causal

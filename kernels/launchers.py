@@ -14,7 +14,7 @@ class Launchers:
     """The launchers of an operator whose programs read all that they read, without splits.
 
     Args:
-        part: of a :class:`vattn.kernels.attention.Call`, the name of a pass and the operator's settings: the one launch of that pass.
+        part: of a :class:`attention.Call`, the name of a pass and the operator's settings: the one launch of the pass.
     """
 
     def __init__(self, part: Callable[..., attention.Part]) -> None:

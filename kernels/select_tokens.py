@@ -1,24 +1,18 @@
-"""Selection of tokens on the GPU: one kernel of CUDA C++, or a few operations of PyTorch where it was not compiled.
+"""Selection of tokens on the GPU where its kernel was not compiled: a few operations of PyTorch.
 
 Top-k and a compaction that keeps the order are a matter of counting within a block of threads, for which Triton has no
-words: ``csrc/cuda/select_tokens.cuh``. SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers"
-(CVPR 2023).
+words; one kernel of CUDA C++ does both: ``csrc/cuda/select_tokens.cuh``. SViTT: Li et al., "SViTT: Temporal Learning of
+Sparse Video-Text Transformers" (CVPR 2023).
 """
 
 import torch
 from torch import Tensor
-
-from vattn import _library
-from vattn.kernels import launch
 
 
 def forward(
     tokens: Tensor, importance: Tensor, keep: int, positions: Tensor | None, num_global: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """kept_tokens (B, G+K, C), kept_positions and kept_index (B, K); `importance` (B, N) is float32."""
-    compiled = getattr(_library._C, "select_tokens", None)
-    if compiled is not None and tokens.is_cuda:
-        return compiled(launch.with_rows(tokens), importance, keep, positions, num_global)
     ranking = importance.sort(dim=1, descending=True, stable=True).indices
     kept_index = ranking[:, :keep].sort(dim=1).values
     kept_tokens = torch.cat([tokens[:, :num_global], tokens[_rows(kept_index, num_global)]], 1)

@@ -53,12 +53,19 @@ def test_missing_triton_is_explained(monkeypatch):
     assert info.collect()["operators"]["leap_attention"]["cuda"] == "reference: Triton is not installed"
 
 
-def test_an_extension_for_another_torch_is_explained(monkeypatch):
+def test_a_compiled_cuda_kernel_is_told_from_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_library, "_with_cuda_cpp", {"select_tokens"})
+    assert info._runs("select_tokens", "cuda") == "kernel: CUDA C++"
+
+
+def test_an_extension_that_does_not_load_is_explained(monkeypatch):
     def fail(name: str) -> None:
-        raise ImportError("undefined symbol: _ZN2at4_ops")
+        raise ImportError("undefined symbol: torch_new_shim")
 
     monkeypatch.setattr(_library.importlib, "import_module", fail)
-    monkeypatch.setattr(_library, "build_record", lambda: {"error": None, "torch": "2.11.0"})
+    monkeypatch.setattr(_library, "build_record", lambda: {"error": None, "torch": "2.99.0"})
     extension, error = _library._load_extension()
     assert extension is None
-    assert error == f"the extension was built for torch 2.11.0, this is torch {torch.__version__}"
+    expected = "the extension was built with torch 2.99.0, this is torch"
+    assert error == f"{expected} {torch.__version__}: undefined symbol: torch_new_shim"

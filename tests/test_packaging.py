@@ -1,4 +1,4 @@
-"""What an install contains, and what it does where there is no compiler."""
+"""What an install contains, what of PyTorch it relies on, and what it does where there is no compiler."""
 
 import json
 import os
@@ -11,6 +11,8 @@ import sysconfig
 import zipfile
 
 import pytest
+
+from vattn import _library
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = ("csrc", "kernels", "vattn", "LICENSE", "README.md", "pyproject.toml", "setup.py")
@@ -30,6 +32,7 @@ def build_wheel(folder: pathlib.Path, **environment: str) -> subprocess.Complete
     earlier = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "vattn"
     earlier.mkdir(parents=True)
     (earlier / "_C.earlier.so").touch()
+    (earlier / "_C_cuda.earlier.so").touch()
     command = [sys.executable, "-m", "pip", "--verbose", "wheel", "--no-build-isolation", "--no-deps"]
     command += ["--wheel-dir", str(folder), str(source)]
     environment = {**os.environ, **environment}
@@ -108,6 +111,15 @@ def test_info_explains_the_missing_kernels(without_compiler):
     installed, _ = without_compiler
     printed = python(installed, "-m", "vattn.info").stdout
     assert re.search(r"leap_attention +cpu +reference: the C\+\+ compiler 'false' failed", printed)
+
+
+@pytest.mark.skipif(_library._C is None or shutil.which("nm") is None, reason="no extension, or no nm")
+def test_the_extension_relies_on_the_stable_abi_alone():
+    """Of PyTorch it needs C functions and no C++ symbol, which another version might not have."""
+    command = ["nm", "--dynamic", "--undefined-only", _library._C.__file__]
+    needed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "torch_library_impl" in needed
+    assert not [symbol for symbol in needed if re.match(r"_Z.*(2at|3c10|5torch)", symbol)]
 
 
 @pytest.mark.slow

@@ -153,13 +153,13 @@ def test_opcheck_of_edges(everything):
     for grad_lse in (None, torch.randn_like(lse)):
         torch.library.opcheck(
             torch.ops.vattn.edge_sparse_attention_backward.default,
-            (torch.randn_like(out), grad_lse, query, key, value, out, lse, *args),
+            (torch.randn_like(out), grad_lse, query, key, value, out, lse, *args, everything),
         )
     table_tangent = None if table is None else torch.randn_like(table.detach())
     tangents = [torch.randn_like(x) for x in (query, key, value)]
     torch.library.opcheck(
         torch.ops.vattn.edge_sparse_attention_jvp.default,
-        (*tangents, table_tangent, query, key, value, out, lse, *args),
+        (*tangents, table_tangent, query, key, value, out, lse, *args, everything),
     )
 
 

@@ -140,13 +140,13 @@ def edge(
         return module
 
     def backward(grad_out: Tensor, grad_lse: Tensor, x: list[Tensor], *results: Tensor) -> list[Tensor]:
-        settings = (*graph, None, None, layout.block_size, G, table(x), *end)
+        settings = (*graph, None, None, layout.block_size, G, table(x), *end, False)
         grads = OPS.edge_sparse_attention_backward(grad_out, grad_lse, *x[:3], *results, *settings)
         return grads[: len(x)]
 
     def jvp(tangents: list[Tensor], x: list[Tensor], *results: Tensor) -> Results:
         middle = (*graph, None, None, layout.block_size, G, table(x))
-        return OPS.edge_sparse_attention_jvp(*tangents[:3], table(tangents), *x[:3], *results, *middle, *end)
+        return OPS.edge_sparse_attention_jvp(*tangents[:3], table(tangents), *x[:3], *results, *middle, *end, False)
 
     shape = (B, H, G + layout.num_tokens, D)
     tables = []
@@ -466,7 +466,7 @@ def test_as_many_tangents_as_primals():
         OPS.merge_attention_jvp([q], [lse], [q, q], [lse, lse], out, lse)
     graph = (torch.tensor([[0, 1]]), torch.tensor([0]), None, None, 3, 0)
     with pytest.raises(ValueError, match="edge_sparse_attention: table_tangent must come with a bias_table"):
-        OPS.edge_sparse_attention_jvp(q, q, q, torch.randn(25, 1), q, q, q, out, lse, *graph, None, [], None, False, 0.0, None, 1.0)  # fmt: skip # noqa: E501
+        OPS.edge_sparse_attention_jvp(q, q, q, torch.randn(25, 1), q, q, q, out, lse, *graph, None, [], None, False, 0.0, None, 1.0, False)  # fmt: skip # noqa: E501
 
 
 def other_capabilities() -> list[str]:

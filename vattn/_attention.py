@@ -23,7 +23,6 @@ class Attention(Operator):
     Args:
         schema: of the forward. Its first arguments are `inputs`; one that is optional may stand among the settings.
         inputs: the arguments that have a gradient.
-        forward_only: settings that the other two ops do not take.
         pairs: of the arguments, by their names: how many pairs of a query and a key meet. In a product of matrices, a
             pair takes a multiplication and an addition for each channel. The forward has two products, the others five.
         fake: as for :class:`Operator`, if not that of rows.
@@ -36,7 +35,6 @@ class Attention(Operator):
         schema: str,
         *,
         inputs: Sequence[str] = ("query", "key", "value"),
-        forward_only: Sequence[str] = (),
         pairs: Callable[..., int] | None = None,
         fake: Callable[..., Any] | None = None,
         like: Callable[[str, Tensor], Tensor] | None = None,
@@ -48,7 +46,7 @@ class Attention(Operator):
         kinds, results = (declared(part) for part in schema.split(" -> "))
         self._inputs, self._optional = inputs, [x for x in inputs if kinds[x] == "Tensor?"]
         self._leading = [x for x in kinds if x in inputs and x not in self._optional]
-        self._rest = [x for x in kinds if x not in self._leading and x not in forward_only]
+        self._rest = [x for x in kinds if x not in self._leading]
         self._pairs, self._empty = pairs, like or _like_rows
         super().__init__(
             schema, fake=fake or _fake, backward=self._backward, jvp=self._jvp, keeps=[*kinds, "out", "lse"],

@@ -3,7 +3,7 @@
 An operator is one ``torch.library`` schema. Its kernels hang on dispatch keys:
 
     CPU          C++, registered by the compiled extension ``vattn._C``
-    CUDA         Triton, launched from ``vattn.kernels``
+    CUDA         Triton, launched from ``vattn.kernels``, or CUDA C++ of ``vattn._C_cuda``
     Autocast*    casts to the autocast dtype, as PyTorch's own attention does
 
 so that choosing a backend is the dispatcher's business, not ours. Where there is no kernel (float64, a
@@ -28,20 +28,19 @@ def build_record() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _load_extension() -> tuple[Any, str | None]:
-    """The compiled extension, which registers the CPU kernels; or None, and why there is none."""
+def _load_extension(name: str = "vattn._C") -> tuple[Any, str | None]:
+    """A compiled extension, which registers kernels as it loads; or None, and why there is none."""
     try:
-        return importlib.import_module("vattn._C"), None
+        return importlib.import_module(name), None
     except ModuleNotFoundError:
-        return None, build_record().get("error") or "the extension vattn._C was never built"
+        return None, build_record().get("error") or f"the extension {name} was never built"
     except ImportError as error:
-        built_for = build_record().get("torch")
-        if built_for not in (None, torch.__version__):
-            return None, f"the extension was built for torch {built_for}, this is torch {torch.__version__}"
-        return None, str(error)
+        built_with = build_record().get("torch")
+        return None, f"the extension was built with torch {built_with}, this is torch {torch.__version__}: {error}"
 
 
 _C, extension_error = _load_extension()
+_load_extension("vattn._C_cuda")
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 KERNEL_DEVICES = {"meta"}
@@ -52,12 +51,15 @@ if importlib.util.find_spec("triton") is not None:
 
 library = torch.library.Library("vattn", "DEF")
 _without_cpu_kernel: set[str] = set()  # operators that the extension does not know: it is older than they are
+_with_cuda_cpp: set[str] = set()  # operators that vattn._C_cuda has a kernel for
 
 
-def note_cpu_kernel(name: str) -> None:
-    """Remember an operator that has no kernel in the extension, as one has not that was built before it existed."""
+def note_compiled_kernels(name: str) -> None:
+    """Remember an operator that has no CPU kernel, as one has not that is newer than the extension, or a CUDA one."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CPU"):
         _without_cpu_kernel.add(name)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CUDA"):
+        _with_cuda_cpp.add(name)
 
 
 def runs_reference(x: Tensor, op: str | None = None) -> bool:

@@ -22,7 +22,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from vattn._library import AUTOCAST_DEVICES, compute_dtype, library, note_cpu_kernel
+from vattn._library import AUTOCAST_DEVICES, _with_cuda_cpp, compute_dtype, library, note_compiled_kernels
 from vattn._vmap import vmap_rule
 
 OPERATORS: dict[str, "Operator"] = {}
@@ -72,8 +72,9 @@ class Operator:
         self.backward, self.jvp, self.keeps, self.constant = backward, jvp, keeps, constant
         self.autocast, self.autocast_to, self.shared, self.any_axes = autocast, autocast_to, shared, any_axes
         self._has_lists = "Tensor[]" in self.arguments.values()
-        note_cpu_kernel(self.name)
-        library.impl(self.name, functools.partial(_launch, launch or f"{self.name}.forward"), "CUDA")
+        note_compiled_kernels(self.name)
+        if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
+            library.impl(self.name, functools.partial(_launch, launch or f"{self.name}.forward"), "CUDA")
         library.impl(self.name, self._differentiate_op, "Autograd")
         for device_type in AUTOCAST_DEVICES if autocast else ():
             rule = functools.partial(self._run_autocast, self.op, device_type)

@@ -72,7 +72,7 @@ def _extension() -> dict[str, Any]:
         "instructions": _library._C.cpu_capability(),
         "compiler": record.get("compiler"),
         "flags": record.get("flags"),
-        "built for": record.get("torch"),
+        "built with": f"torch {record.get('torch')}",
     }
 
 
@@ -81,6 +81,8 @@ def _runs(name: str, device: str) -> str:
     if device == "cuda":
         if not torch.cuda.is_available():
             return "no device: " + ("no GPU is visible" if torch.version.cuda else "this torch has no CUDA")
+        if name in _library._with_cuda_cpp:
+            return "kernel: CUDA C++"
         if device not in _library.KERNEL_DEVICES:
             return "reference: Triton is not installed"
         return f"kernel: Triton {_version('triton')}"

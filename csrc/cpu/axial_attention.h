@@ -12,6 +12,9 @@ namespace VATTN_ISA {
 template <class T>
 struct AxialLines : Itinerary<AxialAttention> {
   static constexpr bool ADJUSTS = true;
+  struct Tile {
+    int64_t first, count;
+  };
   int64_t first_line, queries, keys;
   struct Place {
     int64_t b, h, outer, inner;
@@ -45,26 +48,27 @@ struct AxialLines : Itinerary<AxialAttention> {
     }
   }
 
-  T* at(const Grid& x, int64_t o, int64_t token, int64_t i) const {
-    return (T*)x.data + b * x.batch + h * x.head + o * x.outer + token * x.line + i * x.inner;
+  T* at(const Strided& x, int64_t o, int64_t token, int64_t i) const {
+    return (T*)x.data + b * x.batch + h * x.head + o * x.outer + token * x.middle + i * x.inner;
   }
-  int64_t number(int64_t o, int64_t token, int64_t i) const { return (o * a.line + token) * a.inner + i; }
+  int64_t token_of(int64_t o, int64_t token, int64_t i) const { return (o * a.line + token) * a.inner + i; }
 
   void query_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
-    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { tokens[row] = (uint32_t)number(o, t, i); });
+    each(first, count,
+         [&](int64_t o, int64_t t, int64_t i, int64_t row) { tokens[row] = (uint32_t)token_of(o, t, i); });
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const { query_tokens(first, count, tokens); }
 
   // Rows of a line may each lie on a page of their own, which no processor foresees: what a component reads and writes
   // is fetched into the second-level cache some components before.
-  int64_t soon(const Grid& x) const {
+  int64_t soon(const Strided& x) const {
     return step.b * x.batch + step.h * x.head + step.outer * x.outer + step.inner * x.inner;
   }
   void fetch(const T* row) const {
     constexpr int64_t CACHE_LINE = 64 / sizeof(T);
     for (int64_t d = 0; d < head_dim; d += CACHE_LINE) __builtin_prefetch(row + d, 0, 2);
   }
-  void load_rows(const Grid& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     const int64_t ahead = soon(x);
     each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) {
       const T* from = at(x, o, t, i);
@@ -73,7 +77,7 @@ struct AxialLines : Itinerary<AxialAttention> {
       copy(rows + row * ld, from, head_dim, times);
     });
   }
-  void store_rows(const Grid& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+  void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     const int64_t ahead = soon(x);
     each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) {
       T* to = at(x, o, t, i);
@@ -82,76 +86,42 @@ struct AxialLines : Itinerary<AxialAttention> {
     });
   }
 
-  void load_query(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.query, first, count, rows, ld, times);
+  void load_queries(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_keys(x, first, count, rows, ld, times);
   }
-  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.key, first, count, rows, ld, times);
+  void store_queries(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_keys(x, first, count, rows, ld, times);
   }
-  void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.value, first, count, rows, ld, times);
+  void load_outputs(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_keys(x, first, count, rows, ld, times);
   }
-  void load_query_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.query_tangent, first, count, rows, ld, times);
-  }
-  void load_key_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.key_tangent, first, count, rows, ld, times);
-  }
-  void load_value_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.value_tangent, first, count, rows, ld, times);
-  }
-  void load_out(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.out, first, count, rows, ld, times);
-  }
-  void load_grad_out(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.grad_out, first, count, rows, ld, times);
-  }
-  void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows(a.out, first, count, rows, ld, times);
-  }
-  void store_out_tangent(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows(a.out_tangent, first, count, rows, ld, times);
-  }
-  void store_grad_query(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows(a.grad_query, first, count, rows, ld, times);
-  }
-  void store_grad_key(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows(a.grad_key, first, count, rows, ld, times);
-  }
-  void store_grad_value(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows(a.grad_value, first, count, rows, ld, times);
+  void store_outputs(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_keys(x, first, count, rows, ld, times);
   }
 
-  // Row sums lie in (B, H, outer, line, inner): in the order of the tokens' numbers.
-  float* sums(float* of) const { return of + (b * a.H + h) * a.outer * a.line * a.inner; }
-  void load_sums(const float* of, int64_t first, int64_t count, float* x) const {
-    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { x[row] = of[number(o, t, i)]; });
+  // Numbers lie in (B, H, outer, line, inner): in the order of the tokens.
+  float* numbers(float* x) const { return x + (b * a.H + h) * a.outer * a.line * a.inner; }
+  void load_numbers(float* x, int64_t first, int64_t count, float* to) const {
+    const float* of = numbers(x);
+    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { to[row] = of[token_of(o, t, i)]; });
   }
-  void load_lse(int64_t first, int64_t count, float* x) const { load_sums(sums(a.lse), first, count, x); }
-  void load_delta(int64_t first, int64_t count, float* x) const { load_sums(sums(a.delta), first, count, x); }
-  void store_sums(float* to, int64_t first, int64_t count, const float* x) const {
-    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { to[number(o, t, i)] = x[row]; });
-  }
-  void store_lse(int64_t first, int64_t count, const float* x) const { store_sums(sums(a.lse), first, count, x); }
-  void store_lse_tangent(int64_t first, int64_t count, const float* x) const {
-    store_sums(sums(a.lse_tangent), first, count, x);
-  }
-  void add_delta(int64_t first, int64_t count, const float* x) const {
-    float* to = sums(a.delta);
-    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { to[number(o, t, i)] += x[row]; });
+  void store_numbers(float* x, int64_t first, int64_t count, const float* from) const {
+    float* of = numbers(x);
+    each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) { of[token_of(o, t, i)] = from[row]; });
   }
 
   // Lines that share a panel do not see each other.
-  void adjust_scores(int64_t first, int64_t count, int64_t k0, int64_t keys, float* scores) const {
+  void set_keys(Tile& tile, int64_t first, int64_t count) const { tile = {first, count}; }
+  void adjust_scores(const Tile& tile, int64_t first, int64_t count, float* scores) const {
     if (a.lines == 1) return;
     for (int64_t q = 0; q < count; ++q) {
-      int64_t begin = (first + q) / a.line * a.line - k0, end = begin + a.line;
-      for (int64_t j = 0; j < keys; ++j)
+      int64_t begin = (first + q) / a.line * a.line - tile.first, end = begin + a.line;
+      for (int64_t j = 0; j < tile.count; ++j)
         if (j < begin || j >= end) scores[q * TILE + j] = -INFINITE;
     }
   }
-  void adjust_grads(int64_t, int64_t, int64_t, int64_t, const float*) const {}
-  void adjust_tangents(int64_t, int64_t, int64_t, int64_t, float*) const {}
+  void adjust_grads(const Tile&, int64_t, int64_t, const float*) const {}
+  void adjust_tangents(const Tile&, int64_t, int64_t, float*) const {}
 };
 
 }  // namespace VATTN_ISA

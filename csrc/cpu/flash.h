@@ -7,20 +7,24 @@
 //
 //     s' = scale * (q' k^T + q k'^T),   lse' = sum of p * s' over keys,   out' = p v' + (p * s') v - lse' * out
 //
-// It knows tiles, not tensors. Where rows live is told by an itinerary:
+// It knows tiles, and passes tensors by. Where their rows live is told by an itinerary:
 //
+//     a                                                      the operator's arguments, with its tensors: kernels.h
 //     int64_t head_dim, queries, keys;  float scale;  const Dropout* dropout;
-//     load_query / load_key / load_value / load_out / load_grad_out (first, count, rows, ld, times)   to float rows
-//     store_out / store_grad_query / store_grad_key / store_grad_value (first, count, rows, ld, times)
-//     load_query_tangent / load_key_tangent / load_value_tangent / store_out_tangent (first, count, rows, ld, times)
-//     store_lse / load_lse / load_delta / add_delta / store_lse_tangent (first, count, floats)
-//     query_tokens / key_tokens (first, count, integers)      the operator's own numbers of rows, for dropout
+//     load_queries / store_queries (tensor, first, count, rows, ld, times)     rows of a tensor, as floats
+//     load_keys / store_keys       (likewise)
+//     load_outputs / store_outputs (likewise)                what belongs to queries and comes after the softmax
+//     load_numbers / store_numbers (numbers, first, count, floats)             a number for each query, such as lse
+//     query_tokens / key_tokens (first, count, integers)     the operator's own numbers of rows, for dropout
 //     ADJUSTS      whether scores are more than products; if so, on a tile of them, a row of TILE for each query:
-//         adjust_scores (first query, count, first key, count, scores)      in units of log2
-//         adjust_grads (likewise)                                           gradients of those, to take a share of
-//         adjust_tangents (likewise)                                        tangents of those, not in units of log2
+//         Tile, set_keys (tile, first, count)                what it has to know of a tile of keys, found once
+//         adjust_scores (tile, first query, count, scores)   in units of log2
+//         adjust_grads (likewise)                            gradients of those, to take a share of
+//         adjust_tangents (likewise)                         tangents of those, not in units of log2
 //     HAS_VALUES   whether there are values and an output; without, the forward ends with, and add_weights begins with,
-//         store_softmax / load_softmax (first, count, maximum, sum)     of the powers of 2
+//                  the maximum and the sum of a query's powers of 2: a.maximum, a.sum
+//     SHARES_KEYS  whether keys belong to several components, the units of a head; each_piece (first, count, f) then
+//                  tells which rows of all keys a tile has, and store_keys stores all keys as they lie
 //
 // A panel holds TILE keys, transposed, so that a vector of scores is VL keys of one query; whatever else there is lies
 // as rows.
@@ -52,6 +56,8 @@ struct Pieces {
   }
 };
 
+constexpr int64_t FORWARD_TILES = 4;  // of keys in a chunk, at most
+
 // Of the forward: as many queries as share a load of the keys, and a chunk of keys, whose weights have one maximum.
 struct ForwardWorkspace {
   int64_t ld, chunk, size;
@@ -61,7 +67,7 @@ struct ForwardWorkspace {
   uint32_t *query_tokens, *key_tokens;
 
   ForwardWorkspace(int64_t head_dim, int64_t panels, float* base)
-      : ld(round_up(head_dim, VL)), chunk(head_dim <= 128 ? 4 * TILE : 2 * TILE) {
+      : ld(round_up(head_dim, VL)), chunk((head_dim <= 128 ? FORWARD_TILES : FORWARD_TILES / 2) * TILE) {
     const int64_t queries = panels * TILE;
     Pieces p{base};
     for (float** piece : {&query, &out}) *piece = p.take(queries * ld);
@@ -88,7 +94,7 @@ VATTN_INLINE void drop(const Dropout& dropout, uint32_t query_token, const uint3
 
 // Scores of one query become weights: a row of each tile of keys. Returns what all that was gathered before is to be
 // multiplied by, since the maximum may have grown.
-VATTN_INLINE float soften(float* scores, int64_t keys, float* maximum, float* sum) {
+VATTN_INLINE float online_softmax(float* scores, int64_t keys, float* maximum, float* sum) {
   const float old = *maximum;
   Vec most = splat(old);
   auto each = [&](auto f) {
@@ -118,10 +124,11 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   const int64_t ld = w.ld;
   const Dropout* dropout = it.dropout;
 
-  it.load_query(first, count, w.query, ld, it.scale * LOG2E);
+  it.load_queries(it.a.query, first, count, w.query, ld, it.scale * LOG2E);
   if (dropout) it.query_tokens(first, count, w.query_tokens);
   for (int64_t q = 0; q < count; ++q) w.maximum[q] = -INFINITE, store(w.sum + q * VL, Vec{});
   if (it.keys == 0) zero(w.out, count * ld);
+  typename Itinerary::Tile tiles[FORWARD_TILES];
 
   for (int64_t k0 = 0, keys; k0 < it.keys; k0 += keys) {
     keys = least(w.chunk, it.keys - k0);
@@ -134,17 +141,18 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
         const int64_t n = least(TILE, keys - k), columns = round_up(n, VL);
         float *scores = w.scores + k * TILE, *key_panel = w.key_panels + k * ld;
         if (q0 == 0) {
-          it.load_key(k0 + k, n, w.keys, ld, 1);
+          it.load_keys(it.a.key, k0 + k, n, w.keys, ld, 1);
           zero(w.keys + n * ld, (columns - n) * ld);
           transpose(key_panel, TILE, w.keys, ld, columns, ld);
+          if constexpr (Itinerary::ADJUSTS) it.set_keys(tiles[k / TILE], k0 + k, n);
         }
         multiply(false, queries, columns, D, {query, ld, 1}, key_panel, TILE, scores, TILE);
-        if constexpr (Itinerary::ADJUSTS) it.adjust_scores(first + q0, queries, k0 + k, n, scores);
+        if constexpr (Itinerary::ADJUSTS) it.adjust_scores(tiles[k / TILE], first + q0, queries, scores);
         for (int64_t q = 0; q < queries && n < columns; ++q)
           for (int64_t j = n; j < columns; ++j) scores[q * TILE + j] = -INFINITE;
       }
       for (int64_t q = 0; q < queries; ++q) {
-        float decay = soften(w.scores + q * TILE, keys, w.maximum + q0 + q, w.sum + (q0 + q) * VL);
+        float decay = online_softmax(w.scores + q * TILE, keys, w.maximum + q0 + q, w.sum + (q0 + q) * VL);
         if (k0 > 0 && decay != 1)
           for (int64_t d = 0; d < ld; d += VL) store(out + q * ld + d, decay * load(out + q * ld + d));
         if (dropout) drop(*dropout, w.query_tokens[q0 + q], w.key_tokens, keys, w.scores + q * TILE);
@@ -153,7 +161,7 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
         for (int64_t k = 0; k < keys; k += TILE) {
           const int64_t n = least(TILE, keys - k);
           float* values = w.values + k * ld;
-          if (q0 == 0) it.load_value(k0 + k, n, values, ld, 1);
+          if (q0 == 0) it.load_keys(it.a.value, k0 + k, n, values, ld, 1);
           multiply(k0 + k > 0, queries, ld, n, {w.scores + k * TILE, TILE, 1}, values, ld, out, ld);
         }
     }
@@ -161,15 +169,16 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
 
   for (int64_t q = 0; q < count; ++q) w.sum[q] = total(load(w.sum + q * VL));
   if constexpr (!Itinerary::HAS_VALUES) {
-    it.store_softmax(first, count, w.maximum, w.sum);
+    it.store_numbers(it.a.maximum, first, count, w.maximum);
+    it.store_numbers(it.a.sum, first, count, w.sum);
   } else {
     for (int64_t q = 0; q < count; ++q) {
       const float sum = w.sum[q], inverse = sum > 0 ? 1 / sum : 0;
       for (int64_t d = 0; d < ld; d += VL) store(w.out + q * ld + d, inverse * load(w.out + q * ld + d));
       w.sum[q] = sum > 0 ? w.maximum[q] * LN2 + __builtin_logf(sum) : -INFINITE;
     }
-    it.store_out(first, count, w.out, ld, 1);
-    it.store_lse(first, count, w.sum);
+    it.store_outputs(it.a.out, first, count, w.out, ld, 1);
+    it.store_numbers(it.a.lse, first, count, w.sum);
   }
 }
 
@@ -182,19 +191,19 @@ VATTN_INLINE void add_products(const float* out, const float* grad_out, int64_t 
   }
 }
 
-// Adds to the delta in memory of a tile of queries.
+// Completes the delta in memory of a tile of queries.
 template <class Itinerary>
 void delta(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const ForwardWorkspace w(it.head_dim, 1, workspace);
-  it.load_out(first, count, w.out, w.ld, 1);
-  it.load_grad_out(first, count, w.query, w.ld, 1);
-  zero(w.sum, count);
+  it.load_outputs(it.a.out, first, count, w.out, w.ld, 1);
+  it.load_outputs(it.a.grad_out, first, count, w.query, w.ld, 1);
+  it.load_numbers(it.a.delta, first, count, w.sum);
   add_products(w.out, w.query, count, w.ld, w.sum);
-  it.add_delta(first, count, w.sum);
+  it.store_numbers(it.a.delta, first, count, w.sum);
 }
 
-// How a backward is cut. A chunk of queries is held while the keys stream past it; if one chunk is not all of them, the
-// gradients of all keys are kept until the last.
+// How a backward is cut. A chunk of queries is held while the keys stream past it; if one chunk is not all queries that
+// read them, the gradients of all keys are kept until the last.
 struct BackwardWorkspace {
   int64_t ld, kept, size;  // kept: keys whose gradients are
   float *keys, *key_panel, *value_panel, *weights, *grad_scores;
@@ -218,18 +227,25 @@ struct BackwardWorkspace {
 
   // The delta in memory is complete, or the products of out are still to be added.
   template <class Itinerary>
-  void hold(const Itinerary& it, int64_t first, int64_t count, bool complete = true) const {
-    it.load_query(first, count, query, ld, it.scale * LOG2E);
-    it.load_grad_out(first, count, grad_out, ld, 1);
-    it.load_lse(first, count, lse);
-    it.load_delta(first, count, delta);
+  void load_queries(const Itinerary& it, int64_t first, int64_t count, bool complete) const {
+    it.load_queries(it.a.query, first, count, query, ld, it.scale * LOG2E);
+    it.load_outputs(it.a.grad_out, first, count, grad_out, ld, 1);
+    it.load_numbers(it.a.lse, first, count, lse);
+    it.load_numbers(it.a.delta, first, count, delta);
     for (int64_t i = 0; i < count && !complete; i += TILE) {
       int64_t rows = least(TILE, count - i);
-      it.load_out(first + i, rows, keys, ld, 1);
+      it.load_outputs(it.a.out, first + i, rows, keys, ld, 1);
       add_products(keys, grad_out + i * ld, rows, ld, delta + i);
     }
     if (it.dropout) it.query_tokens(first, count, query_tokens);
     zero(grad_query, count * ld);
+  }
+
+  // The gradients of keys, from row `row` of those kept. Queries carry scale * log2(e): scale is left.
+  template <class Itinerary>
+  void store_keys(const Itinerary& it, int64_t first, int64_t count, int64_t row) const {
+    it.store_keys(it.a.grad_value, first, count, grad_value + row * ld, ld, 1);
+    it.store_keys(it.a.grad_key, first, count, grad_key + row * ld, ld, LN2);
   }
 };
 
@@ -244,8 +260,8 @@ struct Lse2 {
 };
 
 // Scores and their gradients, a row of either for one query, become weights and gradients of scores.
-VATTN_INLINE void weigh(float* weights, float* grads, int64_t columns, float lse, float delta, const Dropout* dropout,
-                        uint32_t query_token, const uint32_t* key_tokens) {
+VATTN_INLINE void softmax_backward(float* weights, float* grads, int64_t columns, float lse, float delta,
+                                   const Dropout* dropout, uint32_t query_token, const uint32_t* key_tokens) {
   const auto [shift, rest] = Lse2(lse);
   uint32_t times = 0, add = 0;
   if (dropout) dropout->query(query_token, times, add);
@@ -266,15 +282,18 @@ template <class Itinerary>
 void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWorkspace& w, double* sums) {
   const int64_t ld = w.ld, columns = round_up(keys, VL);
   float maximum[TILE], sum[TILE];
-  it.load_key(k0, keys, w.keys, ld, 1);
+  it.load_keys(it.a.key, k0, keys, w.keys, ld, 1);
   zero(w.keys + keys * ld, (columns - keys) * ld);
   transpose(w.key_panel, TILE, w.keys, ld, columns, ld);
+  typename Itinerary::Tile tile;
+  if constexpr (Itinerary::ADJUSTS) it.set_keys(tile, k0, keys);
   for (int64_t first = 0; first < it.queries; first += TILE) {
     int64_t count = least(TILE, it.queries - first);
-    it.load_query(first, count, w.query, ld, it.scale * LOG2E);
-    it.load_softmax(first, count, maximum, sum);
+    it.load_queries(it.a.query, first, count, w.query, ld, it.scale * LOG2E);
+    it.load_numbers(it.a.maximum, first, count, maximum);
+    it.load_numbers(it.a.sum, first, count, sum);
     multiply(false, count, columns, it.head_dim, {w.query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
-    if constexpr (Itinerary::ADJUSTS) it.adjust_scores(first, count, k0, keys, w.weights);
+    if constexpr (Itinerary::ADJUSTS) it.adjust_scores(tile, first, count, w.weights);
     for (int64_t q = 0; q < count; ++q) {
       if (sum[q] == 0) continue;
       float* weights = w.weights + q * TILE;
@@ -284,32 +303,34 @@ void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWo
   }
 }
 
-// One tile of keys against the queries held, `first` and on: adds to grad_query of those if QUERY, to rows of the keys
-// kept if KEY, which `place` tells: it calls back with (row, count, keys before) for each piece of the tile. Rows that are
+// One tile of keys against the queries held, `first` and on: adds to grad_query of those if QUERY, and to rows of the
+// keys kept if KEY: each_row calls back with (row, count, keys before) for each piece of the tile. Rows that are
 // `fresh` hold nothing yet.
-template <bool QUERY, bool KEY, class Itinerary, class Place>
+template <bool QUERY, bool KEY, class Itinerary, class EachRow>
 void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first, int64_t held,
-                   const BackwardWorkspace& w, bool fresh, Place place) {
+                   const BackwardWorkspace& w, bool fresh, EachRow each_row) {
   const int64_t D = it.head_dim, ld = w.ld, columns = round_up(keys, VL);
-  it.load_value(k0, keys, w.keys, ld, 1);
+  it.load_keys(it.a.value, k0, keys, w.keys, ld, 1);
   zero(w.keys + keys * ld, (columns - keys) * ld);
   transpose(w.value_panel, TILE, w.keys, ld, columns, ld);
-  it.load_key(k0, keys, w.keys, ld, 1);
+  it.load_keys(it.a.key, k0, keys, w.keys, ld, 1);
   transpose(w.key_panel, TILE, w.keys, ld, columns, ld);
   if (it.dropout) it.key_tokens(k0, keys, w.key_tokens);
+  typename Itinerary::Tile tile;
+  if constexpr (Itinerary::ADJUSTS) it.set_keys(tile, k0, keys);
 
   for (int64_t q0 = 0; q0 < held; q0 += TILE) {
     int64_t queries = least(TILE, held - q0);
     const float *query = w.query + q0 * ld, *grad_out = w.grad_out + q0 * ld;
     multiply(false, queries, columns, D, {query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
     multiply(false, queries, columns, D, {grad_out, ld, 1}, w.value_panel, TILE, w.grad_scores, TILE);
-    if constexpr (Itinerary::ADJUSTS) it.adjust_scores(first + q0, queries, k0, keys, w.weights);
+    if constexpr (Itinerary::ADJUSTS) it.adjust_scores(tile, first + q0, queries, w.weights);
     for (int64_t q = 0; q < queries; ++q)
-      weigh(w.weights + q * TILE, w.grad_scores + q * TILE, columns, w.lse[q0 + q], w.delta[q0 + q], it.dropout,
-            w.query_tokens[q0 + q], w.key_tokens);
-    if constexpr (Itinerary::ADJUSTS && QUERY) it.adjust_grads(first + q0, queries, k0, keys, w.grad_scores);
+      softmax_backward(w.weights + q * TILE, w.grad_scores + q * TILE, columns, w.lse[q0 + q], w.delta[q0 + q],
+                       it.dropout, w.query_tokens[q0 + q], w.key_tokens);
+    if constexpr (Itinerary::ADJUSTS && QUERY) it.adjust_grads(tile, first + q0, queries, w.grad_scores);
     if constexpr (KEY)
-      place([&](int64_t row, int64_t count, int64_t before) {
+      each_row([&](int64_t row, int64_t count, int64_t before) {
         float *grad_value = w.grad_value + row * ld, *grad_key = w.grad_key + row * ld;
         const bool more = !fresh || q0 > 0;
         multiply(more, count, ld, queries, {w.weights + before, 1, TILE}, grad_out, ld, grad_value, ld);
@@ -320,29 +341,33 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
   }
 }
 
-// The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other: five
-// products for both at once, four and three for either alone.
+// The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other:
+// five products for both at once, four and three for either alone. Keys that are shared are all kept, in rows as they
+// lie, and stored by the caller, who says whether they are fresh.
 template <bool QUERY, bool KEY, class Itinerary>
 void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
-              int64_t key_end, float* workspace) {
-  const BackwardWorkspace w(it.head_dim, chunk, query_end - query_begin, KEY ? key_end - key_begin : 0, workspace);
+              int64_t key_end, const BackwardWorkspace& w, bool fresh = true) {
+  constexpr bool SHARED = Itinerary::SHARES_KEYS;
   const int64_t ld = w.ld;
   int64_t q0 = query_begin;
   do {
     int64_t held = least(chunk, query_end - q0);
-    bool first = q0 == query_begin, last = q0 + held == query_end;
-    w.hold(it, q0, held, !(QUERY && KEY));  // whoever wants both gradients reads every query once
+    bool last = q0 + held == query_end;
+    w.load_queries(it, q0, held, !(QUERY && KEY));  // whoever wants both gradients reads every query once
     for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE) {
       int64_t keys = least(TILE, key_end - k0), row = (k0 - key_begin) % w.kept;
       if (KEY && held == 0) zero(w.grad_key + row * ld, keys * ld), zero(w.grad_value + row * ld, keys * ld);
-      backward_tile<QUERY, KEY>(it, k0, keys, q0, held, w, first, [&](auto piece) { piece(row, keys, 0); });
-      if (KEY && last) {
-        it.store_grad_value(k0, keys, w.grad_value + row * ld, ld, 1);
-        it.store_grad_key(k0, keys, w.grad_key + row * ld, ld, LN2);  // the queries carry scale * log2(e): scale is left
-      }
+      backward_tile<QUERY, KEY>(it, k0, keys, q0, held, w, fresh, [&](auto piece) {
+        if constexpr (SHARED)
+          it.each_piece(k0, keys, piece);
+        else
+          piece(row, keys, 0);
+      });
+      if constexpr (KEY && !SHARED)
+        if (last) w.store_keys(it, k0, keys, row);
     }
-    if constexpr (QUERY) it.store_grad_query(q0, held, w.grad_query, ld, it.scale);
-    q0 += held;
+    if constexpr (QUERY) it.store_queries(it.a.grad_query, q0, held, w.grad_query, ld, it.scale);
+    q0 += held, fresh = false;
   } while (q0 < query_end);
 }
 
@@ -370,8 +395,8 @@ struct TangentWorkspace {
 
 // Scores and their tangents, a row of either for one query, become weights and the products of both, which are returned
 // summed over the tile, lane by lane. Dropout leaves those sums, which are the tangent of lse, as they are.
-VATTN_INLINE Vec weigh_tangents(float* weights, float* tangents, int64_t columns, float lse, const Dropout* dropout,
-                                uint32_t query_token, const uint32_t* key_tokens) {
+VATTN_INLINE Vec softmax_tangent(float* weights, float* tangents, int64_t columns, float lse, const Dropout* dropout,
+                                 uint32_t query_token, const uint32_t* key_tokens) {
   const auto [shift, rest] = Lse2(lse);
   uint32_t times = 0, add = 0;
   if (dropout) dropout->query(query_token, times, add);
@@ -399,23 +424,25 @@ void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
   const TangentWorkspace w(D, (count + TILE - 1) / TILE, workspace);
   const int64_t ld = w.ld;
 
-  it.load_query(first, count, w.query, ld, it.scale * LOG2E);
-  it.load_query_tangent(first, count, w.query_tangent, ld, it.scale);
-  it.load_lse(first, count, w.lse);
+  it.load_queries(it.a.query, first, count, w.query, ld, it.scale * LOG2E);
+  it.load_queries(it.a.query_tangent, first, count, w.query_tangent, ld, it.scale);
+  it.load_numbers(it.a.lse, first, count, w.lse);
   if (it.dropout) it.query_tokens(first, count, w.query_tokens);
   zero(w.lse_tangent, count * VL);
   if (it.keys == 0) zero(w.out_tangent, count * ld);
 
   for (int64_t k0 = 0; k0 < it.keys; k0 += TILE) {
     const int64_t keys = least(TILE, it.keys - k0), columns = round_up(keys, VL);
-    it.load_key(k0, keys, w.rows, ld, 1);
+    it.load_keys(it.a.key, k0, keys, w.rows, ld, 1);
     zero(w.rows + keys * ld, (columns - keys) * ld);
     transpose(w.key_panel, TILE, w.rows, ld, columns, ld);
-    it.load_key_tangent(k0, keys, w.rows, ld, LN2);  // the queries carry scale * log2(e): scale is left
+    it.load_keys(it.a.key_tangent, k0, keys, w.rows, ld, LN2);  // the queries carry scale * log2(e): scale is left
     transpose(w.key_tangent_panel, TILE, w.rows, ld, columns, ld);
-    it.load_value(k0, keys, w.value, ld, 1);
-    it.load_value_tangent(k0, keys, w.value_tangent, ld, 1);
+    it.load_keys(it.a.value, k0, keys, w.value, ld, 1);
+    it.load_keys(it.a.value_tangent, k0, keys, w.value_tangent, ld, 1);
     if (it.dropout) it.key_tokens(k0, keys, w.key_tokens);
+    typename Itinerary::Tile tile;
+    if constexpr (Itinerary::ADJUSTS) it.set_keys(tile, k0, keys);
 
     for (int64_t q0 = 0; q0 < count; q0 += TILE) {
       const int64_t queries = least(TILE, count - q0);
@@ -424,14 +451,14 @@ void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
       multiply(false, queries, columns, D, query_tangent, w.key_panel, TILE, w.score_tangents, TILE);
       multiply(true, queries, columns, D, query, w.key_tangent_panel, TILE, w.score_tangents, TILE);
       if constexpr (Itinerary::ADJUSTS) {
-        it.adjust_scores(first + q0, queries, k0, keys, w.weights);
-        it.adjust_tangents(first + q0, queries, k0, keys, w.score_tangents);
+        it.adjust_scores(tile, first + q0, queries, w.weights);
+        it.adjust_tangents(tile, first + q0, queries, w.score_tangents);
       }
       for (int64_t q = 0; q < queries; ++q) {
         float *weights = w.weights + q * TILE, *lse_tangent = w.lse_tangent + (q0 + q) * VL;
         for (int64_t j = keys; j < columns; ++j) weights[j] = -INFINITE;
-        Vec sum = weigh_tangents(weights, w.score_tangents + q * TILE, columns, w.lse[q0 + q], it.dropout,
-                                 w.query_tokens[q0 + q], w.key_tokens);
+        Vec sum = softmax_tangent(weights, w.score_tangents + q * TILE, columns, w.lse[q0 + q], it.dropout,
+                                  w.query_tokens[q0 + q], w.key_tokens);
         store(lse_tangent, load(lse_tangent) + sum);
       }
       float* out_tangent = w.out_tangent + q0 * ld;
@@ -443,15 +470,15 @@ void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
   for (int64_t q = 0; q < count; ++q) w.lse_tangent[q] = total(load(w.lse_tangent + q * VL));
   for (int64_t q0 = 0; q0 < count; q0 += TILE) {
     const int64_t queries = least(TILE, count - q0);
-    it.load_out(first + q0, queries, w.rows, ld, 1);
+    it.load_outputs(it.a.out, first + q0, queries, w.rows, ld, 1);
     for (int64_t q = 0; q < queries; ++q)
       for (int64_t d = 0; d < ld; d += VL) {
         float* out_tangent = w.out_tangent + (q0 + q) * ld + d;
         store(out_tangent, load(out_tangent) - w.lse_tangent[q0 + q] * load(w.rows + q * ld + d));
       }
   }
-  it.store_out_tangent(first, count, w.out_tangent, ld, 1);
-  it.store_lse_tangent(first, count, w.lse_tangent);
+  it.store_outputs(it.a.out_tangent, first, count, w.out_tangent, ld, 1);
+  it.store_numbers(it.a.lse_tangent, first, count, w.lse_tangent);
 }
 
 }  // namespace VATTN_ISA

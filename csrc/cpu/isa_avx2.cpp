@@ -15,7 +15,7 @@
 #define VATTN_ISA avx2
 #define VATTN_NAME "avx2"
 #define VATTN_VECTOR_BYTES 32
-#include "table.h"
+#include "isa_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -15,7 +15,7 @@
 #define VATTN_ISA avx512
 #define VATTN_NAME "avx512"
 #define VATTN_VECTOR_BYTES 64
-#include "table.h"
+#include "isa_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -8,7 +8,8 @@ namespace VATTN_ISA {
 
 template <class Args>
 struct Itinerary {
-  static constexpr bool ADJUSTS = false, HAS_VALUES = true;
+  static constexpr bool ADJUSTS = false, HAS_VALUES = true, SHARES_KEYS = false;
+  struct Tile {};
   const Args& a;
   const int64_t b, h, head_dim;
   const float scale;
@@ -21,12 +22,13 @@ struct Itinerary {
   Itinerary(const Itinerary&) = delete;  // `dropout` points into this object
 
   template <class U>
-  U* at(const Video& x, int64_t token) const {
-    return (U*)x.data + b * x.batch + h * x.head + token * x.token;
+  U* at(const Strided& x, int64_t token) const {
+    return (U*)x.data + b * x.batch + h * x.head + token * x.inner;
   }
 };
 
-// Queries that are consecutive tokens of (B, H, Lq, D), from `query_begin` on; T is the dtype of rows.
+// Queries that are consecutive tokens of (B, H, Lq, D), from `query_begin` on, and keys that are tokens of
+// (B, H, Lk, D); T is the dtype of rows.
 template <class T, class Args>
 struct TokenItinerary : Itinerary<Args> {
   using Itinerary<Args>::a, Itinerary<Args>::b, Itinerary<Args>::h, Itinerary<Args>::head_dim;
@@ -34,51 +36,44 @@ struct TokenItinerary : Itinerary<Args> {
 
   TokenItinerary(const Args& a, int64_t b, int64_t h, int64_t queries) : Itinerary<Args>(a, b, h), queries(queries) {}
 
-  void load_rows(const Video& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  void load_rows(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     for (int64_t i = 0; i < count; ++i) {
       const T* row = this->template at<const T>(x, first + i);
       store(rows + i * ld + ld - VL, Vec{});
-      prefetch(row + AHEAD * x.token, head_dim);
+      prefetch(row + AHEAD * x.inner, head_dim);
       copy(rows + i * ld, row, head_dim, times);
     }
   }
   template <class U>
-  void store_rows(const Video& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+  void store_rows(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     for (int64_t i = 0; i < count; ++i) copy(this->template at<U>(x, first + i), rows + i * ld, head_dim, times);
   }
-
-  void load_query(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.query, query_begin + first, count, rows, ld, times);
-  }
-  void load_query_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.query_tangent, query_begin + first, count, rows, ld, times);
-  }
-  void load_out(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.out, query_begin + first, count, rows, ld, times);
-  }
-  void load_grad_out(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.grad_out, query_begin + first, count, rows, ld, times);
-  }
-  void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows<T>(a.out, query_begin + first, count, rows, ld, times);
-  }
-  void store_out_tangent(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows<T>(a.out_tangent, query_begin + first, count, rows, ld, times);
-  }
-  void store_grad_query(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows<T>(a.grad_query, query_begin + first, count, rows, ld, times);
+  // Into part `part` of several, each float and `step` behind the one before; if it is the only one, of dtype T.
+  void store_part(Strided x, int64_t parts, int64_t part, int64_t step, int64_t first, int64_t count, const float* rows,
+                  int64_t ld, float times) const {
+    if (parts == 1) return store_rows<T>(x, first, count, rows, ld, times);
+    x.data = (float*)x.data + part * step;
+    store_rows<float>(x, first, count, rows, ld, times);
   }
 
-  // Row sums lie in (B, H, Lq).
-  float* sums(float* of, int64_t first) const { return of + (b * a.H + h) * a.Lq + query_begin + first; }
-  void load_lse(int64_t first, int64_t count, float* x) const { copy(x, sums(a.lse, first), count); }
-  void store_lse(int64_t first, int64_t count, const float* x) const { copy(sums(a.lse, first), x, count); }
-  void store_lse_tangent(int64_t first, int64_t count, const float* x) const {
-    copy(sums(a.lse_tangent, first), x, count);
+  void load_queries(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_rows(x, query_begin + first, count, rows, ld, times);
   }
-  void load_delta(int64_t first, int64_t count, float* x) const { copy(x, sums(a.delta, first), count); }
-  void add_delta(int64_t first, int64_t count, const float* x) const {
-    for (int64_t i = 0; i < count; ++i) sums(a.delta, first)[i] += x[i];
+  void store_queries(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_rows<T>(x, query_begin + first, count, rows, ld, times);
+  }
+  void load_outputs(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_queries(x, first, count, rows, ld, times);
+  }
+  void store_outputs(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_queries(x, first, count, rows, ld, times);
+  }
+
+  // Numbers lie in (B, H, Lq).
+  float* number(float* x, int64_t first) const { return x + (b * a.H + h) * a.Lq + query_begin + first; }
+  void load_numbers(float* x, int64_t first, int64_t count, float* to) const { copy(to, number(x, first), count); }
+  void store_numbers(float* x, int64_t first, int64_t count, const float* from) const {
+    copy(number(x, first), from, count);
   }
 
   void query_tokens(int64_t first, int64_t count, uint32_t* tokens) const {

@@ -7,10 +7,10 @@
 
 namespace vattn {
 
-namespace generic { const Kernels& table(); }
+namespace generic { const Kernels& isa_kernels(); }
 #if defined(__x86_64__)
-namespace avx2 { const Kernels& table(); }
-namespace avx512 { const Kernels& table(); }
+namespace avx2 { const Kernels& isa_kernels(); }
+namespace avx512 { const Kernels& isa_kernels(); }
 #endif
 
 std::vector<const Kernels*> available_kernels() {
@@ -20,10 +20,10 @@ std::vector<const Kernels*> available_kernels() {
   bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512) available.push_back(&avx512::table());
-  if (has_avx2) available.push_back(&avx2::table());
+  if (has_avx512) available.push_back(&avx512::isa_kernels());
+  if (has_avx2) available.push_back(&avx2::isa_kernels());
 #endif
-  available.push_back(&generic::table());
+  available.push_back(&generic::isa_kernels());
   return available;
 }
 

@@ -12,31 +12,41 @@ struct Float16 { uint16_t bits; };
 
 enum class Dtype { Float32, BFloat16, Float16 };
 
-// A tensor (B, H, T, N, D), or (B, H, N, D) without frames, by pointer and strides. Null where an operator has none.
-struct Video {
+// A tensor (B, H, tokens, D) by pointer and strides, whose tokens have up to three axes: (token), (frame, token), or
+// (outer, line, inner) of a grid. The last of them is `inner`; strides of axes that an operator does not have are 0.
+struct Strided {
   void* data = nullptr;
-  int64_t batch = 0, head = 0, frame = 0, token = 0;
+  int64_t batch = 0, head = 0, outer = 0, middle = 0, inner = 0;
 };
 
-// What attention operators share. The graph of an operator falls into components whose queries read none but their keys:
-// the unit of work, of which each is an itinerary.
+// What attention operators share. The graph of an operator splits into independent components: queries attend only to
+// keys of their own. A component is the unit of work, and has an itinerary.
 struct Attention {
   Dtype dtype;
   int64_t B, H, D;
   float scale, dropout_p;
   int64_t seed;
-  float* lse;    // a number for each query; `delta` likewise, and comes in as minus the gradient of lse, or 0
-  float* delta;  // backward only, as are the gradients of an operator
-  float* lse_tangent;  // forward-mode only, as are the tangents of an operator
+  Strided query, out;
+  Strided grad_out, grad_query;        // backward only
+  Strided query_tangent, out_tangent;  // forward-mode only
+  float* lse;          // a number for each query, as have `delta` and `lse_tangent`
+  float* delta;        // backward only; comes in as minus the gradient of lse, or 0
+  float* lse_tangent;  // forward-mode only
   int64_t components, max_queries, max_keys;
   int64_t panels;  // of queries to an item of the forward and of the tangent
   int64_t chunk;   // of queries held at once by the backward
 };
 
-struct LeapAttention : Attention {
+// Its keys and values: Strided, or something else where they lie in several tensors.
+template <class Tensor>
+struct KeyTensors {
+  Tensor key, value;
+  Tensor grad_key, grad_value;        // backward only
+  Tensor key_tangent, value_tangent;  // forward-mode only
+};
+
+struct LeapAttention : Attention, KeyTensors<Strided> {
   int64_t T, N, leap, group_size, fold;
-  Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  Video query_tangent, key_tangent, value_tangent, out_tangent;
 
   int64_t groups() const {
     int64_t span = leap * group_size, rest = T % span;
@@ -44,23 +54,16 @@ struct LeapAttention : Attention {
   }
 };
 
-// A piece of the keys that lies somewhere by itself.
-struct Segment {
-  int64_t first, count;
-  Video key, value, grad_key, grad_value, key_tangent, value_tangent;
-};
-
-struct LatentAttention : Attention {
+// Keys in segments that lie apart: a tensor for each.
+struct LatentAttention : Attention, KeyTensors<const Strided*> {
   int64_t Lq;
-  Video query, out, grad_out, grad_query, query_tangent, out_tangent;
-  const Segment* segments;
-  int64_t num_segments;
-  const int64_t* key_lengths;  // (B,), or null
+  const int64_t* segment_ends;  // of each segment, the keys up to its end
+  const int64_t* key_lengths;   // (B,), or null
   // Over `splits` ranges of the keys, what forward or tangent gives is float, and has a leading axis of that size.
   int64_t splits, split_out, split_lse;
 };
 
-// What the positions of G + N tokens do to their scores: a learned bias of differences, see position_bias.h, and causality.
+// What the positions of G + N tokens do to their scores: a learned bias of differences (position_bias.h), causality.
 struct Positions {
   int64_t G = 0;
   const float* table = nullptr;         // of head 0, in units of log2, turned around; null if there is no bias
@@ -73,48 +76,39 @@ struct Positions {
   int64_t causal_batch = 0;
 };
 
-struct EdgeSparseAttention : Attention {
+// The components of a head share its keys: they are its units. Unit 0 is the global queries and reads all keys.
+struct EdgeSparseAttention : Attention, KeyTensors<Strided> {
   int64_t Lq, G, block_size, blocks, layouts;  // Lq = G + N; layouts: 1, or one for each head
   const int32_t *row_offsets, *columns;
-  Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  Video query_tangent, key_tangent, value_tangent, out_tangent;
   Positions positions;
   float* importance;  // the scores (B, H, N) of the first global query, in units of log2, or null
-  // Backward over `slices` shares of the queries: gradients of keys then are float, and they and grad_bias have a
+  // Backward over `slices` shares of the units: gradients of keys then are float, and they and grad_bias have a
   // leading axis of that size. grad_bias has a table for each batch and head.
   int64_t slices, slice_grad;
   float* grad_bias;
 
+  int64_t units() const { return blocks + 1; }
   int64_t length(int64_t block) const {
     int64_t rest = Lq - G - block * block_size;
     return rest < block_size ? rest : block_size;
   }
 };
 
-// A tensor (B, H, outer, line, inner, D): lines along one axis of a grid, whose other axes lie outside and inside of it.
-struct Grid {
-  void* data = nullptr;
-  int64_t batch = 0, head = 0, outer = 0, line = 0, inner = 0;
-};
-
-struct AxialAttention : Attention {
+// Lines along one axis of a grid, whose other axes lie outside and inside of it: tokens are (outer, line, inner).
+struct AxialAttention : Attention, KeyTensors<Strided> {
   int64_t outer, line, inner;
   int64_t lines;  // of a component
-  Grid query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  Grid query_tangent, key_tangent, value_tangent, out_tangent;
 };
 
-struct NodeSparseAttention : Attention {
+struct NodeSparseAttention : Attention, KeyTensors<Strided> {
   int64_t Lq;
-  Video query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  Video query_tangent, key_tangent, value_tangent, out_tangent;
   const int64_t* kept;  // (B, max_keys): which keys are read
   bool compact;         // the gradients are those of kept keys, in float, and not of all
 };
 
 struct TokenImportance : Attention {
   int64_t Lq;
-  Video query, key, out;  // no out
+  Strided key;
   Positions positions;
   const int64_t* key_lengths;  // (B,), or null
   float *maximum, *sum;        // of the powers of 2 of a query (B, H, Lq): exacter than lse, their rounded logarithm
@@ -125,7 +119,7 @@ struct PeriodicShift {
   Dtype dtype;
   int64_t B, H, T, N, D, fold;
   bool transpose;
-  Video x, out;
+  Strided x, out;
 };
 
 // A tensor of rows, by pointer and the strides of all axes but the last.
@@ -175,10 +169,10 @@ struct AttentionKernels {
   using Kernel = void (*)(const Args&, int64_t begin, int64_t end, float* workspace);
   Kernel forward;         // items: panels of a component
   Kernel tangent;         // likewise
-  Kernel delta;           // tiles of a component
-  Kernel backward;        // components
-  Kernel backward_query;  // chunks of a component
-  Kernel backward_key;    // tiles of a component
+  Kernel delta;           // tiles of a component, or null as those below
+  Kernel backward;        // components; where they share keys, (slice, b, h)
+  Kernel backward_query;  // chunks of a component, or null where components share keys
+  Kernel backward_key;    // tiles of a component, or null likewise
 };
 
 // The kernels of one instruction set.
@@ -191,7 +185,7 @@ struct Kernels {
   int64_t (*tangent_workspace)(int64_t head_dim, int64_t panels);
   AttentionKernels<LeapAttention> leap_attention;
   AttentionKernels<LatentAttention> latent_attention;
-  AttentionKernels<EdgeSparseAttention> edge_sparse_attention;  // backward only whole: items are (slice, b, h)
+  AttentionKernels<EdgeSparseAttention> edge_sparse_attention;
   AttentionKernels<NodeSparseAttention> node_sparse_attention;
   AttentionKernels<TokenImportance>::Kernel token_importance_sums;  // panels of a component
   AttentionKernels<TokenImportance>::Kernel token_importance;       // tiles of keys of a sample

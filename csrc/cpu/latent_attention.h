@@ -27,64 +27,34 @@ struct LatentHead : TokenItinerary<T, LatentAttention> {
   template <class F>
   VATTN_INLINE void pieces(int64_t first, int64_t count, F f) const {
     first += key_begin;
-    int64_t done = 0;
-    for (const Segment* s = a.segments; done < count; ++s) {
-      int64_t token = first + done - s->first;
-      if (token >= s->count) continue;
-      int64_t piece = least(count - done, s->count - token);
-      f(*s, token, piece, done);
+    for (int64_t segment = 0, begin = 0, end, done = 0; done < count; ++segment, begin = end) {
+      end = a.segment_ends[segment];
+      int64_t token = first + done - begin, piece = least(count - done, end - first - done);
+      if (piece <= 0) continue;
+      f(segment, token, piece, done);
       done += piece;
     }
   }
-
-  void load_pieces(Video Segment::*x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    pieces(first, count, [&](const Segment& s, int64_t token, int64_t n, int64_t before) {
-      this->load_rows(s.*x, token, n, rows + before * ld, ld, times);
+  void load_keys(const Strided* x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    pieces(first, count, [&](int64_t segment, int64_t token, int64_t n, int64_t before) {
+      this->load_rows(x[segment], token, n, rows + before * ld, ld, times);
     });
   }
-  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_pieces(&Segment::key, first, count, rows, ld, times);
-  }
-  void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_pieces(&Segment::value, first, count, rows, ld, times);
-  }
-  void load_key_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_pieces(&Segment::key_tangent, first, count, rows, ld, times);
-  }
-  void load_value_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_pieces(&Segment::value_tangent, first, count, rows, ld, times);
-  }
-  void store_grad_key(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    pieces(first, count, [&](const Segment& s, int64_t token, int64_t n, int64_t before) {
-      this->template store_rows<T>(s.grad_key, token, n, rows + before * ld, ld, times);
-    });
-  }
-  void store_grad_value(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    pieces(first, count, [&](const Segment& s, int64_t token, int64_t n, int64_t before) {
-      this->template store_rows<T>(s.grad_value, token, n, rows + before * ld, ld, times);
+  void store_keys(const Strided* x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    pieces(first, count, [&](int64_t segment, int64_t token, int64_t n, int64_t before) {
+      this->template store_rows<T>(x[segment], token, n, rows + before * ld, ld, times);
     });
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
     for (int64_t i = 0; i < count; ++i) tokens[i] = (uint32_t)(key_begin + first + i);
   }
 
-  // What a split of the keys gives is a float and lies behind that of the splits before.
-  void store_split(Video x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    if (a.splits == 1) return this->template store_rows<T>(x, first, count, rows, ld, times);
-    x.data = (float*)x.data + split * a.split_out;
-    this->template store_rows<float>(x, first, count, rows, ld, times);
+  // What a split of the keys gives lies behind that of the splits before.
+  void store_outputs(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    this->store_part(x, a.splits, split, a.split_out, first, count, rows, ld, times);
   }
-  void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_split(a.out, first, count, rows, ld, times);
-  }
-  void store_out_tangent(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_split(a.out_tangent, first, count, rows, ld, times);
-  }
-  void store_lse(int64_t first, int64_t count, const float* x) const {
-    copy(this->sums(a.lse + split * a.split_lse, first), x, count);
-  }
-  void store_lse_tangent(int64_t first, int64_t count, const float* x) const {
-    copy(this->sums(a.lse_tangent + split * a.split_lse, first), x, count);
+  void store_numbers(float* x, int64_t first, int64_t count, const float* from) const {
+    Base::store_numbers(x + split * a.split_lse, first, count, from);
   }
 };
 

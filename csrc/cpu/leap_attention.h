@@ -29,8 +29,8 @@ struct LeapGroup : Itinerary<LeapAttention> {
     queries = keys = least(a.group_size, (a.T - base + a.leap - 1) / a.leap) * a.N;
   }
 
-  T* at(const Video& x, int64_t frame, int64_t token) const {
-    return Itinerary::at<T>(x, token) + frame * x.frame;
+  T* at(const Strided& x, int64_t frame, int64_t token) const {
+    return Itinerary::at<T>(x, token) + frame * x.middle;
   }
 
   // Calls f(frame, token, row of the tile) for `count` rows from `first` on; divides once, not per row.
@@ -43,49 +43,38 @@ struct LeapGroup : Itinerary<LeapAttention> {
     }
   }
 
-  void query_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) { tokens[i] = (uint32_t)(t * a.N + n); });
-  }
-  void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const { query_tokens(first, count, tokens); }
-
-  // Row sums lie in (B, H, T, N).
-  float& sum_of(float* sums, int64_t t, int64_t n) const { return sums[((b * a.H + h) * a.T + t) * a.N + n]; }
-  void load_lse(int64_t first, int64_t count, float* x) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) { x[i] = sum_of(a.lse, t, n); });
-  }
-  void store_lse(int64_t first, int64_t count, const float* x) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) { sum_of(a.lse, t, n) = x[i]; });
-  }
-  void store_lse_tangent(int64_t first, int64_t count, const float* x) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) { sum_of(a.lse_tangent, t, n) = x[i]; });
-  }
-  void load_delta(int64_t first, int64_t count, float* x) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) { x[i] = sum_of(a.delta, t, n); });
-  }
-  void load_rows(const Video& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     each(first, count, [&](int64_t t, int64_t n, int64_t i) {
       store(rows + i * ld + ld - VL, Vec{});
-      prefetch(at(x, t, n) + AHEAD * x.token, head_dim);
+      prefetch(at(x, t, n) + AHEAD * x.inner, head_dim);
       copy(rows + i * ld, at(x, t, n), head_dim, times);
     });
   }
-  void store_rows(const Video& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+  void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     each(first, count,
          [&](int64_t t, int64_t n, int64_t i) { copy(at(x, t, n), rows + i * ld, head_dim, times); });
   }
-  void load_shifted(const Video& x, int64_t first, int64_t count, float* rows, int64_t ld) const {
+  void load_queries(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_keys(x, first, count, rows, ld, times);
+  }
+  void store_queries(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_keys(x, first, count, rows, ld, times);
+  }
+
+  // Outputs are where the shift has put them, and so are their gradients: the product of both is what it was before.
+  void load_outputs(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float) const {
     each(first, count, [&](int64_t t, int64_t n, int64_t i) {
       float* row = rows + i * ld;
       store(row + ld - VL, Vec{});
       shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t from, int64_t channel, int64_t channels) {
         if (from < 0) return zero(row + channel, channels);
         const T* piece = at(x, from, n) + channel;
-        prefetch(piece + AHEAD * x.token, channels);
+        prefetch(piece + AHEAD * x.inner, channels);
         copy(row + channel, piece, channels);
       });
     });
   }
-  void store_shifted(const Video& x, int64_t first, int64_t count, const float* rows, int64_t ld) const {
+  void store_outputs(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float) const {
     each(first, count, [&](int64_t t, int64_t n, int64_t i) {
       const float* row = rows + i * ld;
       shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t to, int64_t channel, int64_t channels) {
@@ -97,50 +86,19 @@ struct LeapGroup : Itinerary<LeapAttention> {
     });
   }
 
-  void add_delta(int64_t first, int64_t count, const float* x) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) { sum_of(a.delta, t, n) += x[i]; });
+  // Numbers lie in (B, H, T, N).
+  float& number(float* x, int64_t t, int64_t n) const { return x[((b * a.H + h) * a.T + t) * a.N + n]; }
+  void load_numbers(float* x, int64_t first, int64_t count, float* to) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) { to[i] = number(x, t, n); });
+  }
+  void store_numbers(float* x, int64_t first, int64_t count, const float* from) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) { number(x, t, n) = from[i]; });
   }
 
-  void load_query(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.query, first, count, rows, ld, times);
+  void query_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
+    each(first, count, [&](int64_t t, int64_t n, int64_t i) { tokens[i] = (uint32_t)(t * a.N + n); });
   }
-  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.key, first, count, rows, ld, times);
-  }
-  void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.value, first, count, rows, ld, times);
-  }
-  void load_query_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.query_tangent, first, count, rows, ld, times);
-  }
-  void load_key_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.key_tangent, first, count, rows, ld, times);
-  }
-  void load_value_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_rows(a.value_tangent, first, count, rows, ld, times);
-  }
-  // Both from where the shift has put them: their product is what it was before.
-  void load_out(int64_t first, int64_t count, float* rows, int64_t ld, float) const {
-    load_shifted(a.out, first, count, rows, ld);
-  }
-  void load_grad_out(int64_t first, int64_t count, float* rows, int64_t ld, float) const {
-    load_shifted(a.grad_out, first, count, rows, ld);
-  }
-  void store_grad_query(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows(a.grad_query, first, count, rows, ld, times);
-  }
-  void store_grad_key(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows(a.grad_key, first, count, rows, ld, times);
-  }
-  void store_grad_value(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_rows(a.grad_value, first, count, rows, ld, times);
-  }
-  void store_out(int64_t first, int64_t count, const float* rows, int64_t ld, float) const {
-    store_shifted(a.out, first, count, rows, ld);
-  }
-  void store_out_tangent(int64_t first, int64_t count, const float* rows, int64_t ld, float) const {
-    store_shifted(a.out_tangent, first, count, rows, ld);
-  }
+  void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const { query_tokens(first, count, tokens); }
 };
 
 }  // namespace VATTN_ISA

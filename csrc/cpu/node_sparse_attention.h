@@ -19,35 +19,17 @@ struct KeptKeys : TokenItinerary<T, NodeSparseAttention> {
   KeptKeys(const NodeSparseAttention& a, int64_t index)
       : Base(a, index / a.H, index % a.H, a.Lq), keys(a.max_keys), kept(a.kept + index / a.H * a.max_keys) {}
 
-  void load_kept(const Video& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     for (int64_t i = 0; i < count; ++i) {
       if (first + i + AHEAD < keys) prefetch(this->template at<const T>(x, kept[first + i + AHEAD]), this->head_dim);
       store(rows + i * ld + ld - VL, Vec{});
       copy(rows + i * ld, this->template at<const T>(x, kept[first + i]), this->head_dim, times);
     }
   }
-  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_kept(a.key, first, count, rows, ld, times);
-  }
-  void load_value(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_kept(a.value, first, count, rows, ld, times);
-  }
-  void load_key_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_kept(a.key_tangent, first, count, rows, ld, times);
-  }
-  void load_value_tangent(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_kept(a.value_tangent, first, count, rows, ld, times);
-  }
-  void store_kept(const Video& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+  void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     if (a.compact) return this->template store_rows<float>(x, first, count, rows, ld, times);
     for (int64_t i = 0; i < count; ++i)
       copy(this->template at<T>(x, kept[first + i]), rows + i * ld, this->head_dim, times);
-  }
-  void store_grad_key(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_kept(a.grad_key, first, count, rows, ld, times);
-  }
-  void store_grad_value(int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_kept(a.grad_value, first, count, rows, ld, times);
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
     for (int64_t i = 0; i < count; ++i) tokens[i] = (uint32_t)kept[first + i];

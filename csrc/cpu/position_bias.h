@@ -14,30 +14,30 @@
 namespace vattn {
 namespace VATTN_ISA {
 
-// A tile of scores has the keys across and queries down its side. The table is turned around, so that its index grows with
-// the code of the key: middle + key - query.
+// A tile of scores has the keys across and queries down its side. The table is turned around, so that its index grows
+// with the code of the key: middle + key - query.
 class BiasTile {
   struct Piece {
     Mask mask;     // the lanes of a vector that are one run
     int32_t code;  // of its first lane, were the run so long
   };
-  const Positions& p;
+  const Positions* positions;
   const int32_t* codes;
-  const uint32_t* across = nullptr;
-  int64_t count = 0, globals, vectors, first_piece[TILE / VL + 1];
+  const uint32_t* across;
+  int64_t count, globals, vectors, first_piece[TILE / VL + 1];
   Piece piece[TILE];
 
   // The entry of a pair of which at least one is global.
   int64_t entry(int64_t query, int64_t key) const {
+    const Positions& p = *positions;
     if (query >= p.G) return p.differences + p.G + key;
     return p.differences + (key >= p.G ? query : 2 * p.G + query * p.G + key);
   }
 
  public:
-  BiasTile(const Positions& p, int64_t b) : p(p), codes(p.codes + b * p.codes_batch) {}
-
-  // Makes the tokens across `count` others, which must outlive their use.
-  void set(const uint32_t* tokens, int64_t new_count) {
+  // Takes `count` tokens of sample b, which must outlive their use, across.
+  void set(const Positions& p, int64_t b, const uint32_t* tokens, int64_t new_count) {
+    positions = &p, codes = p.codes + b * p.codes_batch;
     across = tokens, count = new_count, vectors = (count + VL - 1) / VL, globals = 0;
     while (globals < count && across[globals] < p.G) ++globals;
     int64_t pieces = 0;
@@ -55,6 +55,7 @@ class BiasTile {
 
   // Adds the biases in `table`, that of a head, to a tile of scores, whose rows are those of `side`.
   void add(const float* table, float* tile, const uint32_t* side, int64_t rows) const {
+    const Positions& p = *positions;
     int64_t i = 0;
     for (; i < rows && side[i] < p.G; ++i) {
       float bias = table[entry(side[i], p.G)];  // the same for all tokens that are not global
@@ -68,6 +69,7 @@ class BiasTile {
 
   // Adds to `grads`, as the table lies, the gradients of a tile of scores, whose rows are those of `side`.
   void accumulate(float* grads, const float* tile, const uint32_t* side, int64_t rows) const {
+    const Positions& p = *positions;
     int64_t begin = 0;
     for (; begin < rows && side[begin] < p.G; ++begin) {
       float sum = 0;
@@ -87,6 +89,7 @@ class BiasTile {
  private:
   template <int ROWS>
   VATTN_INLINE void add_rows(const float* table, float* tile, const uint32_t* side) const {
+    const Positions& p = *positions;
     const float* from[ROWS];
     for (int r = 0; r < ROWS; ++r) from[r] = table + p.middle - codes[side[r] - p.G];
     for (int64_t v = 0; v < vectors; ++v) {
@@ -102,8 +105,9 @@ class BiasTile {
 
   // Where neighbours down the side, VL of them at most, cease to have neighbouring codes.
   int64_t run_end(const uint32_t* side, int64_t begin, int64_t rows) const {
+    const int64_t G = positions->G;
     int64_t end = begin + 1;
-    while (end < rows && end - begin < VL && codes[side[end] - p.G] == codes[side[end - 1] - p.G] + 1) ++end;
+    while (end < rows && end - begin < VL && codes[side[end] - G] == codes[side[end - 1] - G] + 1) ++end;
     return end;
   }
 
@@ -121,7 +125,7 @@ class BiasTile {
       const int32_t by = (int32_t)(end - 1 - i);
       low += moved_up(x, by), high += moved_up(x, by - VL);
     }
-    float* to = grads + p.middle - codes[side[end - 1] - p.G] + run.code;
+    float* to = grads + positions->middle - codes[side[end - 1] - positions->G] + run.code;
     store(to, load(to) + low);
     store(to + VL, load(to + VL) + high);
   }

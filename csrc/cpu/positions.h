@@ -12,41 +12,43 @@ template <class T, class Args, class Self>
 struct PositionedItinerary : TokenItinerary<T, Args> {
   static constexpr bool ADJUSTS = true;
   using Base = TokenItinerary<T, Args>;
-  using Base::a, Base::b, Base::h;
+  using Base::a, Base::b, Base::h, Base::TokenItinerary;
+  struct Tile {
+    int64_t first, count;
+    uint32_t keys[TILE];
+    BiasTile bias;
+  };
 
-  PositionedItinerary(const Args& a, int64_t b, int64_t h, int64_t queries)
-      : Base(a, b, h, queries), keys_across(a.positions, b) {}
-
-  void adjust_scores(int64_t first, int64_t count, int64_t k0, int64_t keys, float* scores) const {
+  void set_keys(Tile& tile, int64_t first, int64_t count) const {
+    tile.first = first, tile.count = count;
     if (!a.positions.table && !a.positions.causal) return;
-    if (k0 != key_tile) {  // the same for all tiles of queries
-      self().key_tokens(k0, keys, key_rows);
-      if (a.positions.table) keys_across.set(key_rows, keys);
-      key_tile = k0;
-    }
-    this->query_tokens(first, count, query_rows);
-    if (a.positions.table) keys_across.add(of_head(a.positions.table), scores, query_rows, count);
-    if (a.positions.causal) forbid(query_rows, count, key_rows, keys, scores);
+    static_cast<const Self*>(this)->key_tokens(first, count, tile.keys);
+    if (a.positions.table) tile.bias.set(a.positions, b, tile.keys, count);
   }
-  // Of the tile that adjust_scores has seen last.
-  void adjust_tangents(int64_t, int64_t count, int64_t, int64_t, float* tangents) const {
-    if (a.positions.table_tangent) keys_across.add(of_head(a.positions.table_tangent), tangents, query_rows, count);
+  void adjust_scores(const Tile& tile, int64_t first, int64_t count, float* scores) const {
+    if (!a.positions.table && !a.positions.causal) return;
+    uint32_t queries[TILE];
+    this->query_tokens(first, count, queries);
+    if (a.positions.table) tile.bias.add(of_head(a.positions.table), scores, queries, count);
+    if (a.positions.causal) forbid(queries, count, tile.keys, tile.count, scores);
+  }
+  void adjust_tangents(const Tile& tile, int64_t first, int64_t count, float* tangents) const {
+    if (!a.positions.table_tangent) return;
+    uint32_t queries[TILE];
+    this->query_tokens(first, count, queries);
+    tile.bias.add(of_head(a.positions.table_tangent), tangents, queries, count);
   }
 
  protected:
-  // Adds the gradients of the tile that adjust_scores has seen last to those of a table.
-  void accumulate_bias(float* table, int64_t count, const float* grads) const {
-    keys_across.accumulate(table, grads, query_rows, count);
+  // Adds the gradients of a tile of scores to those of a table.
+  void accumulate_bias(const Tile& tile, float* table, int64_t first, int64_t count, const float* grads) const {
+    uint32_t queries[TILE];
+    this->query_tokens(first, count, queries);
+    tile.bias.accumulate(table, grads, queries, count);
   }
 
  private:
-  mutable BiasTile keys_across;
-  mutable uint32_t query_rows[TILE], key_rows[TILE];
-  mutable int64_t key_tile = -1;
-
   const float* of_head(const float* table) const { return table + h * a.positions.table_head; }
-
-  const Self& self() const { return static_cast<const Self&>(*this); }
 
   // No query reads a later key, unless one of them is global.
   void forbid(const uint32_t* query, int64_t queries, const uint32_t* key, int64_t keys, float* scores) const {

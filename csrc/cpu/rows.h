@@ -1,4 +1,4 @@
-// The operators that only move and weigh rows: periodic shift and merging. Items are rows of the output.
+// The operators that only move and add up rows: periodic shift and merging. Items are rows of the output.
 #pragma once
 
 #include "vector.h"
@@ -9,8 +9,8 @@ namespace VATTN_ISA {
 // Items count (b, t, n, h), heads innermost, as the output lies.
 template <class T>
 void periodic_shift(const PeriodicShift& a, int64_t begin, int64_t end) {
-  auto at = [&](const Video& x, int64_t b, int64_t h, int64_t t, int64_t n) {
-    return (T*)x.data + b * x.batch + h * x.head + t * x.frame + n * x.token;
+  auto at = [&](const Strided& x, int64_t b, int64_t h, int64_t t, int64_t n) {
+    return (T*)x.data + b * x.batch + h * x.head + t * x.middle + n * x.inner;
   };
   int64_t second = least(2 * a.fold, a.D);
   int64_t step = a.transpose ? -1 : 1;

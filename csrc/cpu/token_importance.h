@@ -10,23 +10,17 @@ namespace vattn {
 namespace VATTN_ISA {
 
 template <class T>
-struct WeighedKeys : PositionedItinerary<T, TokenImportance, WeighedKeys<T>> {
+struct ImportanceKeys : PositionedItinerary<T, TokenImportance, ImportanceKeys<T>> {
   static constexpr bool HAS_VALUES = false;
-  using Base = PositionedItinerary<T, TokenImportance, WeighedKeys<T>>;
+  using Base = PositionedItinerary<T, TokenImportance, ImportanceKeys<T>>;
   using Base::a;
   int64_t keys;
 
-  WeighedKeys(const TokenImportance& a, int64_t index)
+  ImportanceKeys(const TokenImportance& a, int64_t index)
       : Base(a, index / a.H, index % a.H, a.Lq), keys(a.key_lengths ? a.key_lengths[index / a.H] : a.max_keys) {}
 
-  void load_key(int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    this->load_rows(a.key, first, count, rows, ld, times);
-  }
-  void store_softmax(int64_t first, int64_t count, const float* maximum, const float* sum) const {
-    copy(this->sums(a.maximum, first), maximum, count), copy(this->sums(a.sum, first), sum, count);
-  }
-  void load_softmax(int64_t first, int64_t count, float* maximum, float* sum) const {
-    copy(maximum, this->sums(a.maximum, first), count), copy(sum, this->sums(a.sum, first), count);
+  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    this->load_rows(x, first, count, rows, ld, times);
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
     for (int64_t i = 0; i < count; ++i) tokens[i] = (uint32_t)(first + i);
@@ -43,8 +37,9 @@ void importance_items(const TokenImportance& a, int64_t begin, int64_t end, floa
     int64_t keys = least(TILE, (a.key_lengths ? a.key_lengths[b] : a.max_keys) - first);
     double sums[TILE] = {};
     for (int64_t h = 0; h < a.H && keys > 0; ++h)
-      add_weights(WeighedKeys<T>(a, b * a.H + h), first, keys, w, sums);
-    for (int64_t i = 0; i < keys; ++i) a.importance[b * a.max_keys + first + i] = (float)(sums[i] / (double)(a.H * a.Lq));
+      add_weights(ImportanceKeys<T>(a, b * a.H + h), first, keys, w, sums);
+    float* importance = a.importance + b * a.max_keys + first;
+    for (int64_t i = 0; i < keys; ++i) importance[i] = (float)(sums[i] / (double)(a.H * a.Lq));
   }
 }
 

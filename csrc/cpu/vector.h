@@ -85,11 +85,11 @@ VATTN_INLINE void store(Float16* p, Vec x) {
 #else
 VATTN_INLINE Vec load(const Float16* p) {
   Vec x;
-  for (int i = 0; i < VL; ++i) x[i] = c10::detail::fp16_ieee_to_fp32_value(p[i].bits);
+  for (int i = 0; i < VL; ++i) x[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(p[i].bits);
   return x;
 }
 VATTN_INLINE void store(Float16* p, Vec x) {
-  for (int i = 0; i < VL; ++i) p[i].bits = c10::detail::fp16_ieee_from_fp32_value(x[i]);
+  for (int i = 0; i < VL; ++i) p[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(x[i]);
 }
 #endif
 
@@ -133,7 +133,8 @@ VATTN_INLINE Vec exp2(Vec x) {
   return (Vec)(scaled & (x > -126.f));
 }
 
-// Which lanes of two vectors, one behind the other, a step of a transpose or a sum takes: constants, or GCC builds them anew.
+// Which lanes of two vectors, one behind the other, a step of a transpose or a sum takes: constants, or GCC builds them
+// anew.
 struct Lanes {
   alignas(VATTN_VECTOR_BYTES) int32_t upper[VL], lower[VL], turned[VL];
   constexpr Lanes(int half) : upper{}, lower{}, turned{} {

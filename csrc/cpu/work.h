@@ -1,6 +1,7 @@
 // The items of an attention kernel's work, for any operator: Itinerary<T>(args, component) tells where its rows live.
 //
-// Forward and tangent, components come before their tiles: neighbours among them are heads, whose rows lie on the same pages.
+// Forward and tangent, components come before their tiles: neighbours among them are heads, whose rows lie on the same
+// pages.
 #pragma once
 
 #include "flash.h"
@@ -43,27 +44,49 @@ template <class Itinerary, class Args>
 void backward_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item);
-    backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, workspace);
+    const BackwardWorkspace w(a.D, a.chunk, it.queries, it.keys, workspace);
+    backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w);
+  }
+}
+
+// Where components share keys: a slice of the units of a head after each other, the gradients of all keys kept. Unit 0
+// reads all keys, as they lie, and so leaves none that hold nothing.
+template <class Itinerary, class Args>
+void backward_shared_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
+  const BackwardWorkspace w(a.D, a.chunk, a.chunk + 1, a.max_keys, workspace);
+  const int64_t share = (a.units() + a.slices - 1) / a.slices;
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t h = item % a.H, b = item / a.H % a.B, slice = item / a.H / a.B;
+    const Itinerary all(a, b, h, 0, slice);
+    bool fresh = slice == 0 && all.queries > 0;
+    if (!fresh) zero(w.grad_key, a.max_keys * w.ld), zero(w.grad_value, a.max_keys * w.ld);
+    for (int64_t unit = slice * share; unit < least(slice * share + share, a.units()); ++unit, fresh = false) {
+      Itinerary it(a, b, h, unit, slice);
+      if (it.queries > 0) backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w, fresh);
+    }
+    w.store_keys(all, 0, a.max_keys, 0);
   }
 }
 
 template <class Itinerary, class Args>
 void backward_query_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
+  const BackwardWorkspace w(a.D, a.chunk, a.chunk, 0, workspace);
   int64_t tiles = (a.max_queries + a.chunk - 1) / a.chunk;
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item / tiles);
     int64_t first = item % tiles * a.chunk, last = least(first + a.chunk, it.queries);
-    if (first < last) backward<true, false>(it, a.chunk, first, last, 0, it.keys, workspace);
+    if (first < last) backward<true, false>(it, a.chunk, first, last, 0, it.keys, w);
   }
 }
 
 template <class Itinerary, class Args>
 void backward_key_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
+  const BackwardWorkspace w(a.D, a.chunk, a.max_queries, TILE, workspace);
   int64_t tiles = (a.max_keys + TILE - 1) / TILE;
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item / tiles);
     int64_t first = item % tiles * TILE, last = least(first + TILE, it.keys);
-    if (first < last) backward<false, true>(it, a.chunk, 0, it.queries, first, last, workspace);
+    if (first < last) backward<false, true>(it, a.chunk, 0, it.queries, first, last, w);
   }
 }
 
@@ -80,10 +103,18 @@ void backward_key_items(const Args& a, int64_t begin, int64_t end, float* worksp
 
 template <template <class> class Itinerary, class Args>
 AttentionKernels<Args> attention_kernels() {
-  return {VATTN_BY_DTYPE(Args, forward_items<Itinerary<T>>), VATTN_BY_DTYPE(Args, tangent_items<Itinerary<T>>),
-          VATTN_BY_DTYPE(Args, delta_items<Itinerary<T>>), VATTN_BY_DTYPE(Args, backward_items<Itinerary<T>>),
-          VATTN_BY_DTYPE(Args, backward_query_items<Itinerary<T>>),
-          VATTN_BY_DTYPE(Args, backward_key_items<Itinerary<T>>)};
+  AttentionKernels<Args> kernels{};
+  kernels.forward = VATTN_BY_DTYPE(Args, forward_items<Itinerary<T>>);
+  kernels.tangent = VATTN_BY_DTYPE(Args, tangent_items<Itinerary<T>>);
+  if constexpr (Itinerary<float>::SHARES_KEYS) {
+    kernels.backward = VATTN_BY_DTYPE(Args, backward_shared_items<Itinerary<T>>);
+  } else {
+    kernels.backward = VATTN_BY_DTYPE(Args, backward_items<Itinerary<T>>);
+    kernels.delta = VATTN_BY_DTYPE(Args, delta_items<Itinerary<T>>);
+    kernels.backward_query = VATTN_BY_DTYPE(Args, backward_query_items<Itinerary<T>>);
+    kernels.backward_key = VATTN_BY_DTYPE(Args, backward_key_items<Itinerary<T>>);
+  }
+  return kernels;
 }
 
 }  // namespace VATTN_ISA

@@ -1,25 +1,33 @@
-// Between PyTorch's tensors and the CUDA C++ kernels.
-#include "operators.h"
+// The Python module vattn._C_cuda. Importing it registers the operators that run CUDA C++ with PyTorch's dispatcher,
+// through PyTorch's stable ABI.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#include <optional>
+#include <tuple>
 
 #include "select_tokens.h"
 
-namespace vattn::cuda {
+namespace vattn {
+namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> select_tokens(const at::Tensor& tokens, const at::Tensor& importance,
-                                                             int64_t keep, const std::optional<at::Tensor>& positions,
-                                                             int64_t num_global) {
-  TORCH_CHECK_TYPE(importance.scalar_type() == at::kFloat, "select_tokens: importance must be float32, got ",
-                   importance.scalar_type());
-  TORCH_CHECK_VALUE(tokens.size(2) <= 1 || tokens.stride(2) == 1, "select_tokens: the rows of tokens must be contiguous");
-  c10::cuda::CUDAGuard guard(tokens.device());
-  int64_t size = tokens.element_size(), B = tokens.size(0);
-  at::Tensor kept_tokens = at::empty({B, num_global + keep, tokens.size(2)}, tokens.options());
-  at::Tensor kept_positions = at::empty({B, keep}, tokens.options().dtype(at::kLong));
-  at::Tensor kept_index = at::empty_like(kept_positions);
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// kept_tokens (B, G+K, C), kept_positions (B, K) and kept_index (B, K), int64; of tokens (B, G+N, C) and importance
+// (B, N).
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& tokens_, const Tensor& importance_, int64_t keep,
+                                           const std::optional<Tensor>& positions, int64_t num_global) {
+  torch::stable::accelerator::DeviceGuard guard(tokens_.get_device_index());
+  Tensor tokens = tokens_.size(2) <= 1 || tokens_.stride(2) == 1 ? tokens_ : torch::stable::contiguous(tokens_);
+  Tensor importance = torch::stable::to(importance_, ScalarType::Float);
+  const int64_t size = (int64_t)tokens.element_size(), B = tokens.size(0);
+  Tensor kept_tokens = torch::stable::new_empty(tokens, {B, num_global + keep, tokens.size(2)});
+  Tensor kept_positions = torch::stable::new_empty(tokens, {B, keep}, ScalarType::Long);
+  Tensor kept_index = torch::stable::new_empty(tokens, {B, keep}, ScalarType::Long);
 
   SelectTokens a{};
   a.B = B, a.G = num_global, a.N = importance.size(1), a.K = keep;
@@ -33,11 +41,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_tokens(const at::Tensor& t
     a.positions_batch = positions->dim() == 2 ? positions->stride(0) : 0;
     a.positions_step = positions->stride(-1);
   }
-  a.kept_tokens = (char*)kept_tokens.data_ptr();
-  a.kept_positions = kept_positions.data_ptr<int64_t>();
-  a.kept_index = kept_index.data_ptr<int64_t>();
-  C10_CUDA_CHECK(vattn::select_tokens(a, c10::cuda::getCurrentCUDAStream()));
+  a.kept_tokens = (char*)kept_tokens.mutable_data_ptr();
+  a.kept_positions = kept_positions.mutable_data_ptr<int64_t>();
+  a.kept_index = kept_index.mutable_data_ptr<int64_t>();
+  void* stream;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tokens.get_device_index(), &stream));
+  const cudaError_t error = select_tokens(a, (cudaStream_t)stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "select_tokens: ", cudaGetErrorString(error));
   return {kept_tokens, kept_positions, kept_index};
 }
 
-}  // namespace vattn::cuda
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vattn, CUDA, m) { m.impl("select_tokens", TORCH_BOX(forward)); }
+
+}  // namespace vattn
+
+PYBIND11_MODULE(_C_cuda, m) { m.doc() = "Compiled CUDA C++ kernels of vattn."; }

@@ -50,7 +50,8 @@ struct Threshold {
 };
 
 // The K-th largest of the keys, K >= 1, by its digits from the highest one down. All threads call it.
-__device__ inline Threshold find_threshold(const float* importance, int64_t step, int N, int K, int* counts, int* sums) {
+__device__ inline Threshold find_threshold(const float* importance, int64_t step, int N, int K, int* counts,
+                                           int* sums) {
   constexpr int OWN = DIGITS / SELECT_THREADS;
   __shared__ int found_digit, found_rest;
   uint32_t key = 0, known = 0;

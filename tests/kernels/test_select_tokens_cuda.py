@@ -4,13 +4,16 @@ And what takes its place where it was not compiled.
 """
 
 import ctypes
+import itertools
 import os
 import pathlib
 import shutil
 import subprocess
+import sysconfig
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from vattn import reference
 from vattn.kernels import select_tokens
@@ -70,6 +73,17 @@ def check(kernel, importance, keep, positions=None, num_global=1, C=4, dtype=tor
     assert torch.equal(kept_positions, expected[1])
     assert torch.equal(kept_tokens, expected[0])
     assert torch.equal(kept_index, reference.select_tokens(tokens, importance, keep, num_global=num_global)[1])
+
+
+def test_the_operator_compiles():
+    """What hands tensors to the kernel, without CUDA: against the stable ABI of the PyTorch that is installed."""
+    if shutil.which(CXX) is None:
+        pytest.skip(f"no C++ compiler: {CXX}")
+    includes = [ROOT / "tests/kernels/cuda_on_host", sysconfig.get_path("include"), *cpp_extension.include_paths()]
+    command = [CXX, "-std=c++20", "-fsyntax-only", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += [flag for path in includes for flag in ("-isystem", str(path))]
+    done = subprocess.run([*command, ROOT / "csrc/cuda/operators.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
@@ -155,13 +169,14 @@ def test_strides(on_host):
 @pytest.mark.parametrize("positions", [None, "shared", "of samples"])
 @pytest.mark.parametrize("num_global", [0, 2])
 def test_launcher(num_global, positions, device):
-    """On a GPU with the compiled kernel, and elsewhere with what takes its place."""
+    """What takes the compiled kernel's place; on a GPU the operator too, which has that kernel if it was compiled."""
     tokens, importance = torch.randn(3, num_global + 20, 5, device=device), torch.rand(3, 20, device=device)
     importance[:, 5:9] = importance[:, 3:4]
     if positions is not None:
         positions = torch.randint(0, 99, (20,) if positions == "shared" else (3, 20), device=device)
-    for keep in (0, 7, 20):
-        out, kept_positions, index = select_tokens.forward(tokens, importance, keep, positions, num_global)
+    forwards = [select_tokens.forward] + [torch.ops.vattn.select_tokens] * tokens.is_cuda
+    for forward, keep in itertools.product(forwards, (0, 7, 20)):
+        out, kept_positions, index = forward(tokens, importance, keep, positions, num_global)
         settings = {"positions": positions, "num_global": num_global}
         expected = reference.select_tokens(tokens, importance, keep, **settings)
         assert torch.equal(out, expected[0]) and torch.equal(kept_positions, expected[1])

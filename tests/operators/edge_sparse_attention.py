@@ -65,7 +65,7 @@ class EdgeSparseAttention(Attention):
         tensors, settings = self._call(case)
         always = isinstance(launchers, CppLaunchers)  # deterministic
         *grads, table = launchers.backward(
-            case.grads["out"], case.grads.get("lse"), *tensors, results["out"], results["lse"], *settings,
+            case.grads["out"], case.grads.get("lse"), *tensors, results["out"], results["lse"], *settings, False,
             **({} if always else {"deterministic": case.settings["deterministic"]}),
         )  # fmt: skip
         if "table" in case.tensors:
@@ -81,6 +81,7 @@ class EdgeSparseAttention(Attention):
             *of_inputs, tangents.get("table"), *inputs, results["out"], results["lse"],
             layout.row_offsets, layout.columns, None, None, layout.block_size, layout.num_global,
             case.tensors.get("table"), s["window"], s["positions"], s["causal"], s["dropout_p"], s["seed"], s["scale"],
+            False,
         )  # fmt: skip
         return dict(zip(self.results, found, strict=True))
 

@@ -168,7 +168,6 @@ _attend = Attention(
     "Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
     "-> (Tensor out, Tensor lse, Tensor importance)",
     inputs=("query", "key", "value", "bias_table"),
-    forward_only=("importance",),
     fake=_fake,
     pairs=_pairs,
     autocast=("query", "key", "value"),

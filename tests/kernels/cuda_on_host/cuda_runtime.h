@@ -21,6 +21,8 @@ using std::max;
 using std::min;
 using cudaError_t = int;
 using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct Index { unsigned x; };
 

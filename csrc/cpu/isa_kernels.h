@@ -1,4 +1,4 @@
-// The kernels of one instruction set, as a table. Included once by each isa_*.cpp, below its target pragma.
+// The kernels of one instruction set. Included once by each isa_*.cpp, below its target pragma.
 #include "axial_attention.h"
 #include "edge_sparse_attention.h"
 #include "latent_attention.h"
@@ -21,7 +21,7 @@ namespace VATTN_ISA {
     }                                                                \
   }
 
-const Kernels& table() {
+const Kernels& isa_kernels() {
   static const Kernels kernels = {
       VATTN_NAME,
       TILE,
@@ -33,11 +33,9 @@ const Kernels& table() {
       [](int64_t head_dim, int64_t panels) { return TangentWorkspace(head_dim, panels, nullptr).size; },
       attention_kernels<LeapGroup, LeapAttention>(),
       attention_kernels<LatentHead, LatentAttention>(),
-      {VATTN_BY_DTYPE(EdgeSparseAttention, forward_items<EdgeBlock<T>>),
-       VATTN_BY_DTYPE(EdgeSparseAttention, tangent_items<EdgeBlock<T>>), nullptr,
-       VATTN_BY_DTYPE(EdgeSparseAttention, edge_backward_items<T>), nullptr, nullptr},
+      attention_kernels<EdgeBlock, EdgeSparseAttention>(),
       attention_kernels<KeptKeys, NodeSparseAttention>(),
-      VATTN_BY_DTYPE(TokenImportance, forward_items<WeighedKeys<T>>),
+      VATTN_BY_DTYPE(TokenImportance, forward_items<ImportanceKeys<T>>),
       VATTN_BY_DTYPE(TokenImportance, importance_items<T>),
       attention_kernels<AxialLines, AxialAttention>(),
       [](int64_t channels, int64_t panels) { return NearestWorkspace(channels, panels, nullptr).size; },
