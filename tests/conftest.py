@@ -1,6 +1,6 @@
 """One set of kernel tests for both worlds: Triton on a GPU, or its interpreter where there is none.
 
-The interpreter, which ../conftest.py asks for, runs a kernel as numpy, on the CPU. It has two gaps, which are filled
+The interpreter runs a kernel as numpy, on the CPU. It has two gaps, which are filled
 here so that the tests mean what they say: it multiplies bfloat16 matrices by their bits, and rounds float32 to bfloat16
 towards zero. And it wastes most of its time: it patches ``triton.language`` again for each helper that a kernel calls,
 and copies the memory behind every argument onto itself at the end, all of it, also when a test maps gigabytes and
@@ -21,6 +21,9 @@ settings.load_profile("repeatable")
 
 # torch.compile finds a backward on disk by the forward's graph: that of a version with another schema would be called.
 torch._functorch.config.enable_autograd_cache = False
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its decorators look
 
 
 @pytest.fixture

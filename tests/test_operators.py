@@ -4,7 +4,10 @@ What the kernels compute is tested in tests/kernels, against the references; her
 """
 
 import functools
+import pathlib
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from tests.calls import DIFFERENTIABLE, OPERATORS, WITH_LSE, as_tuple, calls, le
 from tests.utils import assert_within_budget, magnitude
 from vattn import _library, reference
 
+ROOT = pathlib.Path(__file__).parents[1]
 needs_kernels = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
 
 
@@ -152,6 +156,25 @@ def test_floating_point_operations():
     with FlopCounterMode(display=False) as counter:
         torch.func.jvp(lambda *x: vattn.leap_attention(*x, 2), tuple(plain), tuple(plain))
     assert counter.get_total_flops() == 2 * 7 * pairs * 8
+
+
+COUNT = """
+import sys
+import torch, vattn
+assert "triton" not in sys.modules and "torch.utils.flop_counter" not in sys.modules
+q = torch.randn(1, 1, 2, 3, 4)
+{before}
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    vattn.leap_attention(q, q, q, 1)
+assert counter.get_total_flops() == 2 * 2 * 6 * 6 * 4, counter.get_total_flops()
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("before", ["", "vattn.leap_attention(q, q, q, 1)"], ids=["first call", "second call"])
+def test_the_counter_is_imported_after_vattn(before):
+    subprocess.run([sys.executable, "-c", COUNT.format(before=before)], check=True, cwd=ROOT)
 
 
 @needs_kernels

@@ -13,6 +13,7 @@ Autograd key.
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,13 +21,16 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from vattn._library import AUTOCAST_DEVICES, _with_cuda_cpp, compute_dtype, library, note_compiled_kernels
 from vattn._vmap import vmap_rule
 
 OPERATORS: dict[str, "Operator"] = {}
 """The operators that have a public function of the same name, in the order in which they are defined."""
+
+
+_uncounted: list[tuple[Any, Callable[..., int]]] = []  # ops whose formulas PyTorch's counter does not know yet
 
 
 class Operator:
@@ -83,7 +87,7 @@ class Operator:
         torch.library.register_fake(qualified, fake, lib=library)
         torch.library.register_vmap(qualified, functools.partial(vmap_rule, self, self.op), lib=library)
         if flops is not None:
-            register_flop_formula(self.op.overloadpacket, get_raw=True)(functools.partial(self._count, flops))
+            _uncounted.append((self.op.overloadpacket, functools.partial(self._count, flops)))
         if public:
             OPERATORS[self.name] = self
 
@@ -120,6 +124,8 @@ class Operator:
 
     def run(self, *args: Any) -> Any:
         """The kernel, without derivatives. Its results are no views, whatever it does to lay them out."""
+        if _uncounted and "torch.utils.flop_counter" in sys.modules:
+            _count_all()
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return self.op(*args)
 
@@ -210,6 +216,16 @@ class _Differentiable(torch.autograd.Function):
             return (results,), (out_dims,)
         flat_results = tuple(y for x in results for y in ([x] if isinstance(x, Tensor) else x))
         return flat_results, tuple(y for x in out_dims for y in (x if isinstance(x, list) else [x]))
+
+
+def _count_all() -> None:
+    """Tell PyTorch's counter of operations the formulas. It is not imported for that: it would bring Triton."""
+    counter = sys.modules["torch.utils.flop_counter"]
+    formulas = {op: counter.register_flop_formula(op, get_raw=True)(formula) for op, formula in _uncounted}
+    _uncounted.clear()
+    for mode in _get_current_dispatch_mode_stack():  # what counts already has a copy of the formulas
+        if hasattr(mode, "counter"):
+            mode.counter.flop_registry |= {op: counter.flop_registry[op] for op in formulas}
 
 
 def _apply(*args: Any) -> tuple[Tensor, ...]:
