@@ -44,6 +44,18 @@ def same(op: str, first_name: str, first: Tensor, name: str, x: Tensor, shape: b
         )
 
 
+def alike(op: str, axes: str, **tensors: Tensor) -> None:
+    """All are tensors with the axes that `axes` names, "(B, H, *grid, D)" among them, and like the first one."""
+    (first_name, first), *_ = tensors.items()
+    for name, x in tensors.items():
+        tensor(op, name, x)
+        if "*" not in axes:
+            rank(op, name, x, axes)
+        elif x.dim() <= axes.count(","):
+            raise ValueError(f"{op}: {name} must have shape {axes}, got {name}.shape={tuple(x.shape)}")
+        same(op, first_name, first, name, x)
+
+
 def head_dim(op: str, x: Tensor) -> None:
     """The last axis of `x` is a head dim that the kernels take."""
     if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:

@@ -68,11 +68,7 @@ def axial_attention(
         torch.Size([1, 4, 8, 8, 32])
     """
     op = "axial_attention"
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        _checks.tensor(op, name, x)
-        if x.dim() < 4:
-            raise ValueError(f"{op}: {name} must have shape (B, H, *grid, D), got {name}.shape={tuple(x.shape)}")
-        _checks.same(op, "query", query, name, x)
+    _checks.alike(op, "(B, H, *grid, D)", query=query, key=key, value=value)
     _checks.head_dim(op, query)
     grid = query.shape[2:-1]
     _checks.integer(op, "dim", dim, least=-len(grid))

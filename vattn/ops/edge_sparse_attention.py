@@ -85,10 +85,7 @@ def edge_sparse_attention(
         torch.Size([2, 4, 73, 16])
     """
     op = "edge_sparse_attention"
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        _checks.tensor(op, name, x)
-        _checks.rank(op, name, x, "(B, H, G+N, D)")
-        _checks.same(op, "query", query, name, x)
+    _checks.alike(op, "(B, H, G+N, D)", query=query, key=key, value=value)
     _checks.head_dim(op, query)
     _check_layout(op, layout, query)
     if positions is not None:

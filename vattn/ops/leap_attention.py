@@ -73,10 +73,7 @@ def leap_attention(
         torch.Size([2, 8, 49, 64])
     """
     op = "leap_attention"
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        _checks.tensor(op, name, x)
-        _checks.rank(op, name, x, "(B, H, T, N, D)")
-        _checks.same(op, "query", query, name, x)
+    _checks.alike(op, "(B, H, T, N, D)", query=query, key=key, value=value)
     _checks.head_dim(op, query)
     _checks.integer(op, "leap", leap, least=1)
     _checks.integer(op, "group_size", group_size, least=1)
