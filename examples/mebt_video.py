@@ -6,7 +6,7 @@ Both train one after the other, from checkpoints where there are any. The last q
 windows of 16 frames, the example prints how close the tokenizer comes to the pixels, and how often MeBT is right about
 masked codes, beside answers that take no learning: the most frequent code, the last one known at the same place, and,
 as if nothing were masked, the one before. It fails if MeBT does not beat the first two. GIFs show reconstruction,
-generation, continuation and inpainting next to the truth.
+generation, continuation and inpainting next to the truth. Both models are saved as folders, for `from_pretrained`.
 
     python -m examples.mebt_video
     python -m examples.mebt_video --resume      from the last checkpoint of a run with the same options

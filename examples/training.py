@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vattn.models.checkpoints import PretrainedModel
 from vattn.models.vqvae import Tokenizer
 
 SAVE_EVERY = 100  # steps
@@ -32,7 +33,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
 
     def run(self, batches: Iterator[Tensor], loss_of: Callable[[Tensor], Tensor], until: int | None = None) -> None:
-        """Train up to step `until`, or to the last one."""
+        """Train up to step `until`, or to the last one, after which the model is saved as a folder of its own."""
         self.model.train()
         end = self.steps if until is None else until
         with tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step") as bar:
@@ -51,6 +52,8 @@ class Training:
                 if self.step % SAVE_EVERY == 0 or self.step == end:
                     self.save()
         self.model.eval()
+        if self.step == self.steps and isinstance(self.model, PretrainedModel):
+            self.model.save_pretrained(self.path.with_suffix(""))
 
     def save(self) -> None:
         """Write a checkpoint; one that is interrupted leaves the last one as it was."""

@@ -6,6 +6,8 @@ from PIL import Image
 from torch import nn
 
 from examples import clips, mebt_video, training
+from vattn.models.mebt import MeBT
+from vattn.models.vqvae import VQGAN
 
 
 def test_runs_to_its_end(tmp_path, capsys, monkeypatch):
@@ -24,6 +26,9 @@ def test_runs_to_its_end(tmp_path, capsys, monkeypatch):
     assert "FAILED: MeBT has not learned enough" in complaint
     models = [torch.load(tmp_path / f"mebt_{name}.pt", weights_only=True) for name in ("tokenizer", "model")]
     assert [model["step"] for model in models] == [2, 2]
+    loaded = MeBT.from_pretrained(tmp_path / "mebt_model"), VQGAN.from_pretrained(tmp_path / "mebt_tokenizer")
+    for model, saved in zip(loaded, models[::-1], strict=True):
+        assert all(torch.equal(x, saved["model"][name]) for name, x in model.state_dict().items())
 
 
 def small_training(path):
