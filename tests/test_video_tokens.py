@@ -40,6 +40,7 @@ def test_the_short_version_trains_no_priors_and_does_not_fail(tmp_path, capsys, 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "tokens_loss.png",
         "tokens_reconstruction.gif",
+        "tokens_vqvae",
         "tokens_vqvae.pt",
     ]
 
