@@ -74,7 +74,7 @@ bench: $(BUILT)
 	$(RUN) -m benchmarks plot $(OPERATOR)
 
 docs: $(BUILT)
-	$(RUN) -m pdoc --docformat google --output-directory docs/_build vattn
+	$(RUN) -m pdoc --docformat google --output-directory docs/_build vattn vattn.models vattn.info
 
 clean:
 	rm -rf build dist outputs docs/_build *.egg-info vattn/_C*.so $(BUILT)
