@@ -31,7 +31,9 @@ import torch
 import triton
 from triton import knobs
 
+import vattn
 from benchmarks.assembly import resources
+from vattn._attention import Attention
 from vattn.kernels import configs
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "kernel_report.jsonl"
@@ -40,14 +42,8 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "kernel_report.jsonl"
 SHARED_MEMORY = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
 # The kernels on the online-softmax core. A program that owns 64 rows wants the matrix instructions of its architecture
 # that take so many at once; one of fewer, such as the global tokens, cannot have them.
-FLASH = (
-    "axial_attention",
-    "edge_sparse_attention",
-    "latent_attention",
-    "leap_attention",
-    "node_sparse_attention",
-    "token_importance",
-)
+FLASH = {"token_importance"}
+FLASH |= {name for name, op in vattn.ops.OPERATORS.items() if isinstance(op, Attention) and op.pairs is not None}
 WIDE_INSTRUCTION = {"sm90": "wgmma", "sm100": "tcgen05"}
 WIDE_ROWS = 64
 # The fewest blocks that a multiprocessor of sm90 holds of a kernel in half precision without dropout, by the widest

@@ -26,4 +26,11 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "The instruction sets that they could use on this processor, the fastest first.");
+  m.def(
+      "kinds_of_arguments",
+      [](const std::string& name) {
+        auto found = vattn::signatures().find(name);
+        return found == vattn::signatures().end() ? std::string() : found->second;
+      },
+      "What an operator takes, such as \"Tensor, int\"; nothing for one that is not here.");
 }

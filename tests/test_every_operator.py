@@ -8,7 +8,9 @@ import torch
 
 import vattn
 from benchmarks import registry
+from tests.kernels.test_kernel_report import KERNELS
 from vattn import _library, info
+from vattn._attention import Attention
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -36,6 +38,7 @@ def test_every_operator_has(op):
     assert hasattr(tests, "OPERATOR") or op == "select_tokens"  # which is CUDA C++, and has tests of its own
     assert f"\n## {op}\n" in (ROOT / "docs" / "operators.md").read_text()
     assert op in (ROOT / "README.md").read_text()
+    assert op in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_every_operator_is_measured():
@@ -43,6 +46,8 @@ def test_every_operator_is_measured():
 
 
 def test_every_triton_kernel_is_compiled():
+    attentions = {op for op, x in vattn.ops.OPERATORS.items() if isinstance(x, Attention) and x.pairs is not None}
+    assert set(KERNELS) == attentions | {"token_importance"}
     report = importlib.util.find_spec("benchmarks.kernel_cases")
     assert report is not None and report.origin is not None
     text = pathlib.Path(report.origin).read_text()

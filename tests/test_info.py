@@ -1,5 +1,6 @@
 """`vattn.info` tells what runs, and why."""
 
+import pytest
 import torch
 
 import vattn
@@ -69,3 +70,25 @@ def test_an_extension_that_does_not_load_is_explained(monkeypatch):
     assert extension is None
     expected = "the extension was built with torch 2.99.0, this is torch"
     assert error == f"{expected} {torch.__version__}: undefined symbol: torch_new_shim"
+
+
+def test_an_extension_that_is_older_than_an_operator(monkeypatch):
+    """It runs the reference, and says so."""
+    if _library._C is None:
+        pytest.skip("the extension is not built")
+    monkeypatch.setattr(_library, "_without_cpu_kernel", {"periodic_shift"})
+    x = torch.randn(1, 1, 3, 2, 4)
+    with pytest.warns(UserWarning, match="older than vattn.periodic_shift: build it again"):
+        out = vattn.periodic_shift(x, 2)
+    monkeypatch.undo()
+    assert torch.equal(out, vattn.periodic_shift(x, 2))
+
+
+def test_an_extension_with_another_schema():
+    """PyTorch does not compare what a kernel takes with the schema: it would read numbers as others."""
+    if _library._C is None:
+        pytest.skip("the extension is not built")
+    assert _library._C.kinds_of_arguments("periodic_shift") == "Tensor, int, bool"
+    _library.note_compiled_kernels("periodic_shift", ("Tensor", "SymInt", "bool"))
+    with pytest.raises(ImportError, match=r"^periodic_shift: vattn\._C was built for another version"):
+        _library.note_compiled_kernels("periodic_shift", ("Tensor", "float", "bool"))

@@ -285,6 +285,40 @@ def test_autocast(dtype):
             assert torch.equal(x, y)
 
 
+@needs_kernels
+@pytest.mark.parametrize("op", OPERATORS)
+def test_autocast_of_every_operator(op):
+    """The same as with tensors of its dtype; gradients and tangents are float32, as the tensors are."""
+    function, tensors = calls(torch.float32)[op]
+    cast = {"merge_attention": 2, "edge_sparse_attention": 3}.get(op, len(tensors))  # but not lses, nor a table
+    low = [x.detach().bfloat16() if i < cast else x.detach() for i, x in enumerate(tensors)]
+    with torch.autocast("cpu", torch.bfloat16):
+        results = as_tuple(function(*tensors))
+    if not vattn.ops.OPERATORS[op].autocast or op == "nearest_code":  # which reads float32
+        low = tensors
+    for x, y in zip(results, as_tuple(function(*low)), strict=True):
+        assert torch.equal(x, y)
+    if low is not tensors and op in DIFFERENTIABLE:
+        assert results[0].dtype == torch.bfloat16
+        gradients = torch.autograd.grad(results[0].float().sum(), tensors)
+        assert all(x.dtype == torch.float32 for x in gradients)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_wrong_tensor_is_explained(op):
+    """Whichever it is: what is no tensor, integers, and one of another device."""
+    function, tensors = calls(torch.float32)[op]
+    tensors = [x.detach() for x in tensors]
+    for i, x in enumerate(tensors):
+        if op == "edge_sparse_attention" and i == 3:
+            continue  # the table of a module, which has its own device and dtype
+        for wrong, error in (("query", TypeError), (x.int(), TypeError), (x.to("meta"), ValueError)):
+            if error is ValueError and len(tensors) == 1 and op != "select_tokens":
+                continue  # nothing else is anywhere
+            with pytest.raises(error, match=rf"^{op}: \w+(\[\d\])? must "):
+                function(*tensors[:i], wrong, *tensors[i + 1 :])
+
+
 @pytest.mark.slow
 @needs_kernels
 @settings(deadline=None, max_examples=60)

@@ -47,7 +47,7 @@ class Attention(Operator):
         self._inputs, self._optional = inputs, [x for x in inputs if kinds[x] == "Tensor?"]
         self._leading = [x for x in kinds if x in inputs and x not in self._optional]
         self._rest = [x for x in kinds if x not in self._leading]
-        self._pairs, self._empty = pairs, like or _like_rows
+        self.pairs, self._empty = pairs, like or _like_rows
         super().__init__(
             schema, fake=fake or _fake, backward=self._backward, jvp=self._jvp, keeps=[*kinds, "out", "lse"],
             constant=list(results)[2:], flops=self._flops(products=2), autocast=autocast, shared=[*shared, "seed"],
@@ -87,9 +87,9 @@ class Attention(Operator):
         return [*self.jvp_op(*along, *self._primals(args, results)), *[None] * len(self.constant)]
 
     def _flops(self, products: int) -> Callable[..., int] | None:
-        if self._pairs is None:
+        if self.pairs is None:
             return None
-        count, first = self._pairs, self._leading[0]
+        count, first = self.pairs, self._leading[0]
         return lambda **args: 2 * products * count(**args) * args[first].shape[-1]
 
     def _fake_backward(self, *args: Any) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import pathlib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,10 +55,20 @@ _without_cpu_kernel: set[str] = set()  # operators that the extension does not k
 _with_cuda_cpp: set[str] = set()  # operators that vattn._C_cuda has a kernel for
 
 
-def note_compiled_kernels(name: str) -> None:
-    """Remember an operator that has no CPU kernel, as one has not that is newer than the extension, or a CUDA one."""
+def note_compiled_kernels(name: str, kinds: Iterable[str]) -> None:
+    """Remember an operator without a CPU kernel, as is one that is newer than the extension, or with a CUDA one.
+
+    A CPU kernel must take arguments of these `kinds`, which are those of the schema: PyTorch does not compare them.
+    """
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CPU"):
         _without_cpu_kernel.add(name)
+    elif _C is not None:
+        takes, built = ", ".join(kinds).replace("SymInt", "int"), _C.kinds_of_arguments(name)
+        if takes != built:
+            raise ImportError(
+                f"{name}: vattn._C was built for another version of vattn: build it again "
+                f"(it takes {built}, and this version gives {takes})"
+            )
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"vattn::{name}", "CUDA"):
         _with_cuda_cpp.add(name)
 
@@ -66,14 +77,18 @@ def runs_reference(x: Tensor, op: str | None = None) -> bool:
     """Whether operator `op` on `x` runs the reference rather than a kernel; said once if that is a surprise."""
     if compute_dtype(x) == torch.float64:
         return True
-    if x.device.type == "cpu" and _C is None:
-        # The default filter shows a warning once for each place that raises it, and this is one place.
-        warnings.warn(
-            "vattn has no compiled CPU kernels here and runs its reference instead, which is right but slow "
-            f"({extension_error}); `python -m vattn.info` says more",
-            stacklevel=1,
-        )
-    return x.device.type not in KERNEL_DEVICES or (x.device.type == "cpu" and op in _without_cpu_kernel)
+    if x.device.type != "cpu":
+        return x.device.type not in KERNEL_DEVICES
+    if "cpu" in KERNEL_DEVICES and op not in _without_cpu_kernel:
+        return False
+    reason = extension_error or f"the extension vattn._C is older than vattn.{op}: build it again"
+    # The default filter shows a warning once for each place that raises it and each text, and this is one place.
+    warnings.warn(
+        f"vattn has no compiled CPU kernels here and runs its reference instead, which is right but slow ({reason}); "
+        "`python -m vattn.info` says more",
+        stacklevel=1,
+    )
+    return True
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -76,7 +76,7 @@ class Operator:
         self.backward, self.jvp, self.keeps, self.constant = backward, jvp, keeps, constant
         self.autocast, self.autocast_to, self.shared, self.any_axes = autocast, autocast_to, shared, any_axes
         self._has_lists = "Tensor[]" in self.arguments.values()
-        note_compiled_kernels(self.name)
+        note_compiled_kernels(self.name, self.arguments.values())
         if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
             library.impl(self.name, functools.partial(_launch, launch or f"{self.name}.forward"), "CUDA")
         library.impl(self.name, self._differentiate_op, "Autograd")

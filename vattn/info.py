@@ -89,7 +89,7 @@ def _runs(name: str, device: str) -> str:
     if _library._C is None:
         return f"reference: {_library.extension_error}"
     if name in _library._without_cpu_kernel:
-        return "reference: vattn._C was built before this operator; install again"
+        return "reference: vattn._C was built before this operator; build it again"
     return f"kernel: C++, {_library._C.cpu_capability()}"
 
 

@@ -21,10 +21,6 @@ using Axial = AttentionOperator<AxialCall, Tensor, double, const MaybeTensor&, d
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) {
-  m.impl("axial_attention", TORCH_BOX(Axial::forward));
-  m.impl("axial_attention_backward", TORCH_BOX(Axial::backward));
-  m.impl("axial_attention_jvp", TORCH_BOX(Axial::tangent));
-}
+STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { VATTN_ATTENTION(m, "axial_attention", Axial); }
 
 }  // namespace vattn

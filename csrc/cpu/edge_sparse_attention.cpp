@@ -133,9 +133,9 @@ std::tuple<Tensor, Tensor> tangent(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) {
-  m.impl("edge_sparse_attention", TORCH_BOX(EdgeSparse::forward));
-  m.impl("edge_sparse_attention_backward", TORCH_BOX(EdgeSparse::backward));
-  m.impl("edge_sparse_attention_jvp", TORCH_BOX(tangent));
+  VATTN_OPERATOR(m, "edge_sparse_attention", EdgeSparse::forward);
+  VATTN_OPERATOR(m, "edge_sparse_attention_backward", EdgeSparse::backward);
+  VATTN_OPERATOR(m, "edge_sparse_attention_jvp", tangent);
 }
 
 }  // namespace vattn

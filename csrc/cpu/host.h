@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -124,6 +125,32 @@ inline Tensor zeros(Sizes sizes) {
   Tensor x = empty(sizes, ScalarType::Float);
   return torch::stable::zero_(x);
 }
+
+// What a schema calls the type of an argument. The Python side compares what is registered here with its schemas, as
+// PyTorch's own C++ interface does and its stable ABI does not.
+template <class T>
+constexpr const char* kind_of() {
+  if constexpr (std::is_same_v<T, Tensor>) return "Tensor";
+  else if constexpr (std::is_same_v<T, Tensors>) return "Tensor[]";
+  else if constexpr (std::is_same_v<T, MaybeTensor>) return "Tensor?";
+  else if constexpr (std::is_same_v<T, std::vector<int64_t>>) return "int[]";
+  else if constexpr (std::is_same_v<T, int64_t>) return "int";
+  else if constexpr (std::is_same_v<T, double>) return "float";
+  else {
+    static_assert(std::is_same_v<T, bool>, "an operator takes no such argument");
+    return "bool";
+  }
+}
+template <class Result, class... Args>
+std::string kinds_of(Result (*)(Args...)) {
+  std::string kinds;
+  ((kinds += (kinds.empty() ? "" : ", ") + std::string(kind_of<std::remove_cvref_t<Args>>())), ...);
+  return kinds;
+}
+
+#define VATTN_OPERATOR(m, name, function)  \
+  m.impl(name, TORCH_BOX(function));       \
+  vattn::signatures()[name] = kinds_of(function)
 
 inline int64_t num_threads() { return torch::stable::get_num_threads(); }
 

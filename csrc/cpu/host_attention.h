@@ -225,4 +225,9 @@ struct AttentionOperator {
   }
 };
 
+#define VATTN_ATTENTION(m, name, Operator)                     \
+  VATTN_OPERATOR(m, name, Operator::forward);                  \
+  VATTN_OPERATOR(m, name "_backward", Operator::backward);     \
+  VATTN_OPERATOR(m, name "_jvp", Operator::tangent)
+
 }  // namespace vattn

@@ -23,29 +23,32 @@ namespace VATTN_ISA {
 
 const Kernels& isa_kernels() {
   static const Kernels kernels = {
-      VATTN_NAME,
-      TILE,
-      LONG_SUM,
-      [](int64_t head_dim, int64_t panels) { return ForwardWorkspace(head_dim, panels, nullptr).size; },
-      [](int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys) {
+      .name = VATTN_NAME,
+      .tile = TILE,
+      .long_sum = LONG_SUM,
+      .forward_workspace =
+          [](int64_t head_dim, int64_t panels) { return ForwardWorkspace(head_dim, panels, nullptr).size; },
+      .backward_workspace = [](int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys) {
         return BackwardWorkspace(head_dim, chunk, queries, keys, nullptr).size;
       },
-      [](int64_t head_dim, int64_t panels) { return TangentWorkspace(head_dim, panels, nullptr).size; },
-      attention_kernels<LeapGroup, LeapAttention>(),
-      attention_kernels<LatentHead, LatentAttention>(),
-      attention_kernels<EdgeBlock, EdgeSparseAttention>(),
-      attention_kernels<KeptKeys, NodeSparseAttention>(),
-      VATTN_BY_DTYPE(TokenImportance, forward_items<ImportanceKeys<T>>),
-      VATTN_BY_DTYPE(TokenImportance, importance_items<T>),
-      attention_kernels<AxialLines, AxialAttention>(),
-      [](int64_t channels, int64_t panels) { return NearestWorkspace(channels, panels, nullptr).size; },
-      VATTN_BY_DTYPE(NearestCode, center_codes<T>),
-      VATTN_BY_DTYPE(NearestCode, square_codes<T>),
-      VATTN_BY_DTYPE(NearestCode, nearest_code<T>),
-      VATTN_ROWS(periodic_shift, PeriodicShift),
-      VATTN_ROWS(merge_forward, MergeAttention),
-      VATTN_ROWS(merge_backward, MergeAttention),
-      VATTN_ROWS(merge_tangent, MergeAttention),
+      .tangent_workspace =
+          [](int64_t head_dim, int64_t panels) { return TangentWorkspace(head_dim, panels, nullptr).size; },
+      .leap_attention = attention_kernels<LeapGroup, LeapAttention>(),
+      .latent_attention = attention_kernels<LatentHead, LatentAttention>(),
+      .edge_sparse_attention = attention_kernels<EdgeBlock, EdgeSparseAttention>(),
+      .node_sparse_attention = attention_kernels<KeptKeys, NodeSparseAttention>(),
+      .token_importance_sums = VATTN_BY_DTYPE(TokenImportance, forward_items<ImportanceKeys<T>>),
+      .token_importance = VATTN_BY_DTYPE(TokenImportance, importance_items<T>),
+      .axial_attention = attention_kernels<AxialLines, AxialAttention>(),
+      .nearest_workspace =
+          [](int64_t channels, int64_t panels) { return NearestWorkspace(channels, panels, nullptr).size; },
+      .center_codes = VATTN_BY_DTYPE(NearestCode, center_codes<T>),
+      .square_codes = VATTN_BY_DTYPE(NearestCode, square_codes<T>),
+      .nearest_code = VATTN_BY_DTYPE(NearestCode, nearest_code<T>),
+      .periodic_shift = VATTN_ROWS(periodic_shift, PeriodicShift),
+      .merge_forward = VATTN_ROWS(merge_forward, MergeAttention),
+      .merge_backward = VATTN_ROWS(merge_backward, MergeAttention),
+      .merge_tangent = VATTN_ROWS(merge_tangent, MergeAttention),
   };
   return kernels;
 }

@@ -13,6 +13,11 @@ namespace avx2 { const Kernels& isa_kernels(); }
 namespace avx512 { const Kernels& isa_kernels(); }
 #endif
 
+std::map<std::string, std::string>& signatures() {
+  static std::map<std::string, std::string> all;
+  return all;
+}
+
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> available;
 #if defined(__x86_64__)

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <string>
 #include <vector>
 
 namespace vattn {
@@ -199,6 +201,9 @@ struct Kernels {
   void (*merge_backward)(const MergeAttention&, int64_t begin, int64_t end);
   void (*merge_tangent)(const MergeAttention&, int64_t begin, int64_t end);
 };
+
+// Of every operator that is registered, by its name, the kinds of its arguments, such as "Tensor, int, float".
+std::map<std::string, std::string>& signatures();
 
 // All kernels that this processor runs, the fastest first.
 std::vector<const Kernels*> available_kernels();

@@ -84,10 +84,6 @@ using Latent = AttentionOperator<LatentCall, Tensors, const MaybeTensor&, double
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) {
-  m.impl("latent_attention", TORCH_BOX(Latent::forward));
-  m.impl("latent_attention_backward", TORCH_BOX(Latent::backward));
-  m.impl("latent_attention_jvp", TORCH_BOX(Latent::tangent));
-}
+STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { VATTN_ATTENTION(m, "latent_attention", Latent); }
 
 }  // namespace vattn

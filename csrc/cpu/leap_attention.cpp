@@ -24,10 +24,6 @@ using Leap = AttentionOperator<LeapCall, Tensor, int64_t, int64_t, int64_t, doub
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) {
-  m.impl("leap_attention", TORCH_BOX(Leap::forward));
-  m.impl("leap_attention_backward", TORCH_BOX(Leap::backward));
-  m.impl("leap_attention_jvp", TORCH_BOX(Leap::tangent));
-}
+STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { VATTN_ATTENTION(m, "leap_attention", Leap); }
 
 }  // namespace vattn

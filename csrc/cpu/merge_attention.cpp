@@ -126,9 +126,9 @@ std::tuple<Tensor, Tensor> merge_attention(const Tensors& outs_, const Tensors& 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) {
-  m.impl("merge_attention", TORCH_BOX(merge_attention));
-  m.impl("merge_attention_backward", TORCH_BOX(backward));
-  m.impl("merge_attention_jvp", TORCH_BOX(tangent));
+  VATTN_OPERATOR(m, "merge_attention", merge_attention);
+  VATTN_OPERATOR(m, "merge_attention_backward", backward);
+  VATTN_OPERATOR(m, "merge_attention_jvp", tangent);
 }
 
 }  // namespace vattn

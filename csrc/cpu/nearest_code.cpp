@@ -44,6 +44,6 @@ Tensor nearest_code(const Tensor& x_, const Tensor& codebook_) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { m.impl("nearest_code", TORCH_BOX(nearest_code)); }
+STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { VATTN_OPERATOR(m, "nearest_code", nearest_code); }
 
 }  // namespace vattn

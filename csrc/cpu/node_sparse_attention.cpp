@@ -57,10 +57,6 @@ using NodeSparse = AttentionOperator<NodeSparseCall, Tensor, const Tensor&, doub
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) {
-  m.impl("node_sparse_attention", TORCH_BOX(NodeSparse::forward));
-  m.impl("node_sparse_attention_backward", TORCH_BOX(NodeSparse::backward));
-  m.impl("node_sparse_attention_jvp", TORCH_BOX(NodeSparse::tangent));
-}
+STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { VATTN_ATTENTION(m, "node_sparse_attention", NodeSparse); }
 
 }  // namespace vattn

@@ -21,6 +21,6 @@ Tensor shift(const Tensor& x_, int64_t fold_div, bool transpose) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { m.impl("periodic_shift", TORCH_BOX(shift)); }
+STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { VATTN_OPERATOR(m, "periodic_shift", shift); }
 
 }  // namespace vattn

@@ -88,8 +88,8 @@ Tensor backward(const Tensor& grad_kept, const Tensor& kept_index, int64_t num_t
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) {
-  m.impl("select_tokens", TORCH_BOX(forward));
-  m.impl("select_tokens_backward", TORCH_BOX(backward));
+  VATTN_OPERATOR(m, "select_tokens", forward);
+  VATTN_OPERATOR(m, "select_tokens_backward", backward);
 }
 
 }  // namespace vattn

@@ -39,6 +39,6 @@ Tensor token_importance(const Tensor& query_, const Tensor& key_, const MaybeTen
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { m.impl("token_importance", TORCH_BOX(token_importance)); }
+STABLE_TORCH_LIBRARY_IMPL(vattn, CPU, m) { VATTN_OPERATOR(m, "token_importance", token_importance); }
 
 }  // namespace vattn
