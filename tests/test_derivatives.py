@@ -435,6 +435,8 @@ def test_both_modes_agree_through_every_model(name):
     """<gradient, tangent> is what forward mode finds along the tangent, for all parameters at once."""
     entry = MODELS[name]
     model = entry.make()
+    if name == "SViTT":
+        model.temperature.data.fill_(0.3)  # what is drawn is near 0: rounding is then multiplied by hundreds
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     tangents = {name: torch.randn_like(p) * p.abs() for name, p in parameters.items()}
 

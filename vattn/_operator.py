@@ -232,7 +232,10 @@ def _apply(*args: Any) -> tuple[Tensor, ...]:
     """``_Differentiable.apply``, which inspects the signature of `forward` in every call: for a third of its time."""
     if torch._C._are_functorch_transforms_active():
         return _Differentiable.apply(*args)
-    return super(torch.autograd.Function, _Differentiable).apply(*unwrap_dead_wrappers(args))
+    return _apply_at_once(*unwrap_dead_wrappers(args))
+
+
+_apply_at_once = super(torch.autograd.Function, _Differentiable).apply
 
 
 def nested(kinds: Mapping[str, str], flat: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
