@@ -348,6 +348,108 @@ def test_dropout_has_the_mask_of_its_primal():
         torch.testing.assert_close(actual.double(), truth, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", OPERATORS)
+def test_nothing_to_map(op):
+    """vmap over no samples, and Jacobians of empty tensors, have the shapes that others would give."""
+    problem = Problem(op)
+    none = [x[:0] for x in problem.many]
+    for x, y in zip(
+        as_tuple(vmap(problem.function)(*none)), as_tuple(vmap(problem.function)(*problem.many)), strict=True
+    ):
+        assert x.shape == (0, *y.shape[1:]) and x.dtype == y.dtype
+
+
+def test_jacobians_of_no_tokens():
+    q = torch.randn(1, 2, 0, 3, 4)
+    for jacobian in (jacrev, jacfwd):
+        assert jacobian(lambda q: vattn.leap_attention(q, q, q, 1))(q).shape == (*q.shape, *q.shape)
+
+
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op not in DIFFERENTIABLE])
+def test_constants_in_forward_mode(op):
+    """As a VQ-VAE has them: they have no tangent, and stop no other."""
+    problem = Problem(op)
+
+    def through(*x: Tensor) -> Tensor:
+        return x[0] + as_tuple(problem.function(*x))[0].double().sum().to(x[0].dtype)
+
+    out, along, *_ = jvp(through, tuple(problem.tensors), tuple(problem.tangents))
+    assert torch.equal(along, problem.tangents[0])
+    assert torch.equal(out, through(*problem.tensors))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(x.clone() for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (None,) * len(grads)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_no_gradient_from_behind(op):
+    """What is given none passes none on."""
+    problem = Problem(op)
+    x = [y.requires_grad_() for y in problem.tensors]
+    out = NoGradient.apply(*differentiable(problem.function(*x)))
+    (sum(y.sum() for y in out) + x[0].sum()).backward()
+    assert torch.equal(x[0].grad, torch.ones_like(x[0]))
+    assert all(y.grad is None or not y.grad.any() for y in x[1:])
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_linearize_and_functionalize(op):
+    problem = Problem(op)
+
+    def of_first(x: Tensor) -> list[Tensor]:
+        return differentiable(problem.function(x, *problem.tensors[1:]))
+
+    _, push = torch.func.linearize(of_first, problem.tensors[0])
+    truth = jvp(of_first, (problem.tensors[0],), (problem.tangents[0],))[1]
+    for x, y in zip(push(problem.tangents[0]), truth, strict=True):
+        torch.testing.assert_close(x, y)
+    for x, y in zip(torch.func.functionalize(of_first)(problem.tensors[0]), of_first(problem.tensors[0]), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_linearize_a_bias():
+    bias = vattn.RelativePositionBias3D((2, 2, 3), 2)
+
+    def looked_up(table: Tensor) -> Tensor:
+        return functional_call(bias, {"table": table}, ())
+
+    tangent = torch.randn_like(bias.table)
+    assert torch.equal(torch.func.linearize(looked_up, bias.table.detach())[1](tangent), looked_up(tangent))
+
+
+@pytest.mark.parametrize("op", WITH_LSE)
+def test_batched_gradients(op):
+    """PyTorch's older vmap maps a backward; it has no rule for lists of tensors."""
+    problem = Problem(op)
+    x = [y.requires_grad_() for y in problem.tensors]
+    out = differentiable(problem.function(*x))[0]
+    grads = torch.randn(3, *out.shape)
+    if "Tensor[]" in vattn.ops.OPERATORS[op].arguments.values():
+        with pytest.raises(RuntimeError, match=f"^{op}: batched gradients"):
+            torch.autograd.grad(out, x, grads, is_grads_batched=True)
+        return
+    batched = torch.autograd.grad(out, x[:3], grads, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        for a, b in zip(batched, torch.autograd.grad(out, x[:3], grads[i], retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_tracing():
+    module, x = vattn.nn.LeapAttention(8, 2, 2, 1), torch.randn(4, 3, 8)
+    traced = torch.jit.trace(module, (x,))
+    assert torch.equal(traced(x), module(x))
+    expected = torch.autograd.grad(module(x).sum(), list(module.parameters()))
+    for a, b in zip(torch.autograd.grad(traced(x).sum(), list(module.parameters())), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_randomness_of_vmap():
     """As of PyTorch's own dropout: an error unless it is said what to draw."""
     x = torch.randn(3, 3, 1, 2, 4, 5, 8)

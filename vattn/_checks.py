@@ -146,7 +146,8 @@ def same_but_tokens(op: str, query: Tensor, name: str, x: Tensor) -> None:
 
 def in_range(op: str, name: str, x: Tensor, count: int) -> None:
     """All of `x` number one of `count` things. Waits for the device; what is traced, or meta, holds no values."""
-    if torch.compiler.is_compiling() or x.is_meta or x.numel() == 0:
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor
+    if traced or x.is_meta or x.numel() == 0:
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(x):  # such as the samples of vmap: look at all of them
         x = torch._C._functorch.get_unwrapped(x)

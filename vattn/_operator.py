@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -76,6 +77,10 @@ class Operator:
         self.backward, self.jvp, self.keeps, self.constant = backward, jvp, keeps, constant
         self.autocast, self.autocast_to, self.shared, self.any_axes = autocast, autocast_to, shared, any_axes
         self._has_lists = "Tensor[]" in self.arguments.values()
+        # A class of its own, whose name profilers and errors show.
+        self._function: type[torch.autograd.Function] = type(self.name.title().replace("_", ""), (_Differentiable,), {})
+        # Function.apply inspects the signature of `forward` in every call, for a third of the time of a small one.
+        self._apply_at_once = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
         note_compiled_kernels(self.name, self.arguments.values())
         if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
             library.impl(self.name, functools.partial(_launch, launch or f"{self.name}.forward"), "CUDA")
@@ -93,8 +98,10 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
-            if forward_ad._current_level >= 0:
+            if forward_ad._current_level >= 0:  # that of any thread
                 raise RuntimeError(f"{self.name}: there is no forward mode inside a function that is compiled")
+            return self.op(*args)
+        if torch.jit.is_tracing():
             return self.op(*args)
         if self.autocast:
             device_type = self.tensors(args)[0].device.type
@@ -126,6 +133,11 @@ class Operator:
         """The kernel, without derivatives. Its results are no views, whatever it does to lay them out."""
         if _uncounted and "torch.utils.flop_counter" in sys.modules:
             _count_all()
+        if self._has_lists and any(map(torch._C._functorch.is_legacy_batchedtensor, self.tensors(args))):
+            raise RuntimeError(
+                f"{self.public_name}: batched gradients (is_grads_batched, vectorize) cannot go through lists of tensors; "
+                "torch.vmap of torch.func.vjp can"
+            )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return self.op(*args)
 
@@ -135,14 +147,19 @@ class Operator:
         in_forward_mode = forward_ad._current_level >= 0
         if in_forward_mode and self.jvp and torch.is_inference_mode_enabled() and any(map(_loses_tangent, tensors)):
             raise RuntimeError(f"{self.name}: inference mode turns forward mode off, which would lose a tangent")
+        transform = peek_interpreter_stack() if torch._C._are_functorch_transforms_active() else None
+        if transform is not None and transform.key() == TransformType.Functionalize:
+            return self.op(*args)
         if not (
-            torch._C._are_functorch_transforms_active()
+            transform is not None
             or in_forward_mode
             or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         ):
             return self.run(*args)
         sizes = self.sizes(args) if self._has_lists else ()
-        results = nested(self.results, _apply(self, sizes, *self.flat(args)), sizes)
+        apply = self._apply_at_once if transform is None else self._function.apply
+        flat = unwrap_dead_wrappers(tuple(self.flat(args)))  # of transforms that have ended
+        results = nested(self.results, apply(self, sizes, *flat), sizes)
         return results[0] if len(results) == 1 else tuple(results)
 
     def _differentiate_op(self, *args: Any) -> Any:
@@ -193,6 +210,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         op: Operator = ctx.op
+        if all(grad is None for grad in grads):
+            return None, None, *(None for _ in ctx.others)
         if op.backward is None:
             raise RuntimeError(_second_derivatives(op))
         found = op.backward(*_kept(ctx), nested(op.results, grads, ctx.sizes))
@@ -226,16 +245,6 @@ def _count_all() -> None:
     for mode in _get_current_dispatch_mode_stack():  # what counts already has a copy of the formulas
         if hasattr(mode, "counter"):
             mode.counter.flop_registry |= {op: counter.flop_registry[op] for op in formulas}
-
-
-def _apply(*args: Any) -> tuple[Tensor, ...]:
-    """``_Differentiable.apply``, which inspects the signature of `forward` in every call: for a third of its time."""
-    if torch._C._are_functorch_transforms_active():
-        return _Differentiable.apply(*args)
-    return _apply_at_once(*unwrap_dead_wrappers(args))
-
-
-_apply_at_once = super(torch.autograd.Function, _Differentiable).apply
 
 
 def nested(kinds: Mapping[str, str], flat: Sequence[Any], sizes: Sequence[int]) -> list[Any]:

@@ -19,7 +19,7 @@ def vmap_rule(op: Any, call: Callable[..., Any], info: Any, in_dims: Sequence[An
     shared |= {name for name, (x, dim) in found.items() if name == "positions" and _rank(x, dim) == 1}  # not (B, N)
     sums = [name for name in op.results if name in op.shared and found[name.removeprefix("grad_")][0] is not None]
     dropout = found.get("seed", (None, None))[0] is not None
-    if sums or dropout or any(_is_mapped(found[name][1]) for name in shared):
+    if info.batch_size == 0 or sums or dropout or any(_is_mapped(found[name][1]) for name in shared):
         return _one_by_one(call, info.batch_size, in_dims, args)
 
     def fold(x: Any, dim: Any) -> Any:
@@ -43,16 +43,23 @@ def vmap_rule(op: Any, call: Callable[..., Any], info: Any, in_dims: Sequence[An
 
 
 def _one_by_one(call: Callable[..., Any], count: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
-    def pick(x: Any, dim: Any, i: int) -> Any:
+    def pick(x: Any, dim: Any, i: int | None) -> Any:
         if _holds_tensors(x):
             return [pick(*each, i) for each in zip(x, dim, strict=True)]
-        return x if dim is None or not isinstance(x, Tensor) else x.select(dim, i)
+        if dim is None or not isinstance(x, Tensor):
+            return x
+        return x.new_zeros(x.movedim(dim, 0).shape[1:]) if i is None else x.select(dim, i)
 
-    found = [call(*(pick(x, dim, i) for x, dim in zip(args, in_dims, strict=True))) for i in range(count)]
+    def stack(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors))[:count]
+
+    # Of nothing, the results of one sample of zeros say what they would be.
+    samples = range(count) if count > 0 else [None]
+    found = [call(*(pick(x, dim, i) for x, dim in zip(args, in_dims, strict=True))) for i in samples]
     if isinstance(found[0], Tensor):
-        return torch.stack(found), 0
+        return stack(found), 0
     stacked = tuple(
-        torch.stack(each) if isinstance(each[0], Tensor) else [torch.stack(x) for x in zip(*each, strict=True)]
+        stack(each) if isinstance(each[0], Tensor) else [stack(x) for x in zip(*each, strict=True)]
         for each in zip(*found, strict=True)
     )
     return stacked, tuple(_everywhere(x, 0) for x in stacked)

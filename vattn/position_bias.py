@@ -167,10 +167,10 @@ def relative_position_index(window: Sequence[int], num_global: int, positions: T
     _, H, W = window
     t, h, w = positions // (H * W), positions // W % H, positions % W
     code = (t * (2 * H - 1) + h) * (2 * W - 1) + w
-    index = positions.new_empty(*positions.shape[:-1], G + positions.shape[-1], G + positions.shape[-1])
-    index[..., G:, G:] = code[..., :, None] - code[..., None, :] + (S - 1) // 2
-    tokens = torch.arange(G, device=positions.device)
-    index[..., :G, G:] = S + tokens[:, None]
-    index[..., G:, :G] = S + G + tokens
-    index[..., :G, :G] = S + 2 * G + tokens[:, None] * G + tokens
-    return index
+    # Nothing is written in place: transforms of PyTorch that fold constants would lose it.
+    batch, tokens = positions.shape[:-1], torch.arange(G, device=positions.device)
+    among_tokens = code[..., :, None] - code[..., None, :] + (S - 1) // 2
+    among_globals = S + 2 * G + tokens[:, None] * G + tokens
+    of_globals = torch.cat([among_globals, (S + tokens)[:, None].expand(G, code.shape[-1])], -1).expand(*batch, -1, -1)
+    of_tokens = torch.cat([(S + G + tokens).expand(*code.shape, G), among_tokens], -1)
+    return torch.cat([of_globals, of_tokens], -2)

@@ -53,7 +53,7 @@ inline void set_attention(const char* op, Attention& a, const Tensor& query, int
   a.dtype = dtype_of(op, query);
   a.B = query.size(0), a.H = query.size(1), a.D = query.size(-1);
   check_value(a.D >= 1 && a.D <= 256, op, ": head_dim must be between 1 and 256, got head_dim=", a.D);
-  check_value(dropout_p == 0 || seed.has_value(), op, ": dropout needs a seed");
+  check_value(dropout_p == 0 || seed.has_value(), op, ": dropout needs a seed, got seed=None");
   a.scale = (float)scale;
   a.dropout_p = (float)dropout_p;
   if (seed.has_value()) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(seed->get(), &a.seed));
@@ -61,10 +61,11 @@ inline void set_attention(const char* op, Attention& a, const Tensor& query, int
 }
 
 // The start of delta: minus the gradient of lse, or 0.
-inline Tensor start_delta(const Tensor& lse, const MaybeTensor& grad_lse) {
+inline Tensor start_delta(const char* op, const Tensor& lse, const MaybeTensor& grad_lse) {
   Tensor delta = empty(lse.sizes(), ScalarType::Float);
   if (!grad_lse.has_value()) return torch::stable::zero_(delta);
-  check_value(grad_lse->sizes().equals(lse.sizes()), "grad_lse must have the shape of lse");
+  check_value(grad_lse->sizes().equals(lse.sizes()), op, ": grad_lse must have the shape of lse (", lse.sizes(),
+              "), got grad_lse.shape=", grad_lse->sizes());
   Tensor grad = contiguous(*grad_lse, ScalarType::Float);
   std::transform(floats(grad), floats(grad) + grad.numel(), floats(delta), [](float x) { return -x; });
   return delta;
@@ -182,7 +183,7 @@ class AttentionCall {
     auto zero = [](Tensor x) { torch::stable::zero_(x); };
     if (leaves_keys || query.numel() == 0) for_each(grad_key, zero), for_each(grad_value, zero);
     if (query.numel() == 0) return {grad_query, grad_key, grad_value};
-    Tensor delta = start_delta(lse, grad_lse);
+    Tensor delta = start_delta(op, lse, grad_lse);
     a.out = strided(out), a.grad_out = strided(grad_out), a.grad_query = strided(grad_query);
     a.lse = floats(lse), a.delta = floats(delta);
     run_backward(grad_key, grad_value);

@@ -57,6 +57,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: codebook must have the channels of x ({x.shape[-1]}), got codebook.shape={tuple(codebook.shape)}"
         )
+    x, codebook = x.detach(), codebook.detach()
     if runs_reference(x, op):
         return reference.nearest_code(x, codebook)
     return _nearest(x, codebook)
