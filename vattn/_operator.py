@@ -135,7 +135,7 @@ class Operator:
             _count_all()
         if self._has_lists and any(map(torch._C._functorch.is_legacy_batchedtensor, self.tensors(args))):
             raise RuntimeError(
-                f"{self.public_name}: batched gradients (is_grads_batched, vectorize) cannot go through lists of tensors; "
+                f"{self.public_name}: batched gradients (is_grads_batched, vectorize) cannot go through tensor lists; "
                 "torch.vmap of torch.func.vjp can"
             )
         with torch._C._AutoDispatchBelowADInplaceOrView():
