@@ -75,6 +75,9 @@ class LayerNorm(nn.Module):
         inverse = torch.where(variance > tiny, variance.clamp(min=tiny).rsqrt(), 0.0)
         return (centered * (self.EPS + inverse) * g + b).to(x.dtype)
 
+    def extra_repr(self) -> str:
+        return f"is_conditional={self.is_conditional}"
+
 
 class QuickGELU(nn.Module):
     """``x * sigmoid(1.702 x)``: Hendrycks and Gimpel, "Gaussian Error Linear Units (GELUs)" (2016)."""
@@ -127,6 +130,9 @@ class GridEmbedding(nn.Module):
         last = len(self.grid) - 1
         wide = [table.view(-1, *[1] * (last - i), table.shape[1]) for i, table in enumerate(tables)]
         return torch.cat([table.expand(*self.grid, -1) for table in wide], -1).flatten(0, -2)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}"
 
 
 @dataclasses.dataclass
@@ -250,6 +256,9 @@ class AttentionBlock(nn.Module):
         if memory is not None:
             x = x + self.drop(self.enc_attn(self.pre_enc_norm(x, classes), memory))
         return x + self.drop(self.fc_block(self.pre_fc_norm(x, classes)))
+
+    def extra_repr(self) -> str:
+        return f"has_memory={self.has_memory}"
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models.checkpoints import PretrainedModel, count_blocks
+from vattn.models.checkpoints import PretrainedModel, count_blocks, require_names
 from vattn.models.vqvae.tokenizer import Size, level_strides
 
 OFFICIAL_BLOCKS = (3, 4, 6, 3)
@@ -42,6 +42,9 @@ class NormReLU(nn.Module):
         x = self.norm(x)
         return F.relu(x) if self.relu else x
 
+    def extra_repr(self) -> str:
+        return f"relu={self.relu}"
+
 
 class ResidualBlock(nn.Module):
     """``relu(shortcut(x) + bnr2(conv2(bnr1(conv1(x)))))``; the shortcut is a 1x1x1 convolution where sizes change."""
@@ -60,6 +63,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.proj_bnr(self.proj_conv(x)) if self.use_projection else x
         return F.relu(shortcut + self.bnr2(self.conv2(self.bnr1(self.conv1(x)))))
+
+    def extra_repr(self) -> str:
+        return f"use_projection={self.use_projection}"
 
 
 class BlockGroup(nn.Module):
@@ -126,9 +132,13 @@ class ResNet3d(PretrainedModel):
             x = group(x)
         return x.movedim(1, -1)
 
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, downsample={self.downsample}"
 
-def resnet_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+
+def resnet_settings(op: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The settings of the :class:`ResNet3d` that has such weights, and shrinks videos as the official one."""
+    require_names(op, weights, "stem.0.weight", "group4.start_block.conv1.weight")
     groups = [{name.removeprefix(f"group{i}."): x for name, x in weights.items()} for i in range(1, 5)]
     return {
         "dim": len(groups[3]["start_block.conv1.weight"]),
