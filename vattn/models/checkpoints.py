@@ -31,8 +31,11 @@ from vattn.models.settings import override, plain, require_numbers, require_sett
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("class", "vattn", "settings")
 
-LARGEST = 2**20
-"""No number in settings of a file is larger, or else than the file has weights: it would be the size of something."""
+LARGEST = 2**16
+"""No whole number in the settings of a file is larger, unless the file has so many numbers: it is a size of them."""
+
+LARGEST_BUFFER = 2**26
+"""Elements of a buffer that is made, not loaded."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -260,7 +263,10 @@ class _FewCalls(TorchFunctionMode):
         self.left -= 1
         if self.left < 0:
             raise ValueError(f"the model has more than {self.num_weights} weights")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if str(kwargs.get("device")) == "cpu" and func(*args, **{**kwargs, "device": "meta"}).numel() > LARGEST_BUFFER:
+            raise ValueError(f"the model has a buffer of more than {LARGEST_BUFFER} elements")
+        return func(*args, **kwargs)
 
 
 def _build_empty(build: Callable[[], Model]) -> Model:

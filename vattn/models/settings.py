@@ -200,10 +200,9 @@ def number(op: str, name: str, value: object, least: float, most: float = math.i
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {name}={value!r}")
-    if not (least < value if above else least <= value) or not value <= most or not math.isfinite(value):
-        wanted = f"{'above' if above else 'at least'} {least:g}" + (
-            "" if most == math.inf else f" and at most {most:g}"
-        )
+    x: Any = value
+    if not (least < x if above else least <= x) or not x <= most or not math.isfinite(x):
+        wanted = f"{'above' if above else 'at least'} {least:g}{'' if most == math.inf else f' and at most {most:g}'}"
         raise ValueError(f"{op}: {name} must be {wanted}, got {name}={value}")
 
 

@@ -31,6 +31,9 @@ from vattn.ops.node_sparse_attention import node_sparse_attention
 
 KeyValue = tuple[Tensor, Tensor]
 
+MOST_BLOCKS = 2**14
+"""Of a grid of sparse attention."""
+
 
 class LayerNorm(nn.Module):
     """``(x - mean) * (eps + 1 / std) * g + b``, with `g` and `b` learned, or those of a class: ``1 + W c`` and ``V c``.
@@ -313,10 +316,16 @@ class AttentionStack(nn.Module):
         if attention not in ("full", "sparse"):
             raise ValueError(f"AttentionStack: attention must be 'full' or 'sparse', got {attention=}")
         _checks.integer("AttentionStack", "num_layers", num_layers, least=1)
+        _checks.integer("AttentionStack", "block_size", block_size, least=1)
         self.grid, self.attention = tuple(grid), attention
         self.block_size, self.num_local_blocks = block_size, num_local_blocks
         self.layout = None
         if attention == "sparse":
+            num_blocks = math.prod(self.grid) // block_size
+            if num_blocks > MOST_BLOCKS:  # a layout begins as a matrix of them
+                raise ValueError(
+                    f"AttentionStack: grid must have at most {MOST_BLOCKS} blocks, got {grid=}, {block_size=}"
+                )
             with torch.device("cpu"):  # also where a checkpoint is loaded into a model without memory
                 self.layout = BlockLayout.strided(self.grid, block_size, num_local_blocks=num_local_blocks)
             self._visible_blocks = _rows(self.layout)

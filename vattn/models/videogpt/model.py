@@ -171,7 +171,7 @@ class VideoGPT(PretrainedModel):
         }
         if resnet_weights := _part(weights, "resnet."):
             settings["resnet"] = resnet_settings(op, resnet_weights)
-            features, factors = _grid(op, weights, "cond_pos_embd"), settings["resnet"]["downsample"]
+            features, factors = _grid(op, weights, "cond_pos_embd", 3), settings["resnet"]["downsample"]
             settings["frame_shape"] = [size * factor for size, factor in zip(features, factors, strict=True)]
         if masks:  # which the official code has for full attention only
             settings["attention"] = "full"
@@ -251,8 +251,8 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
 
 
-def _grid(op: str, weights: Mapping[str, Tensor], name: str) -> list[int]:
-    """The grid of a :class:`GridEmbedding`."""
+def _grid(op: str, weights: Mapping[str, Tensor], name: str, axes: int = 1) -> list[int]:
+    """The grid of a :class:`GridEmbedding`, which has at least so many `axes`."""
     tables = _part(weights, f"{name}.emb.")
-    require_names(op, weights, *(f"{name}.emb.d_{i}" for i in range(max(len(tables), 1))))
+    require_names(op, weights, *(f"{name}.emb.d_{i}" for i in range(max(len(tables), axes))))
     return [len(tables[f"d_{i}"]) for i in range(len(tables))]
