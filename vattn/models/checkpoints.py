@@ -32,7 +32,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("class", "vattn", "settings")
 
 LARGEST = 2**16
-"""No whole number in the settings of a file is larger, unless the file has so many numbers: it is a size of them."""
+"""No whole number in settings is larger, unless the weights have so many elements: it would be a size of something."""
 
 LARGEST_BUFFER = 2**26
 """Elements of a buffer that is made, not loaded."""
@@ -108,6 +108,7 @@ class PretrainedModel(nn.Module):
         save_file = _safetensors(op).torch.save_file
         where = _path(op, folder)
         settings = self.config
+        require_numbers(op, settings, _largest(self.state_dict()))
         _require_same_parts(op, self, _build_empty(lambda: _make(type(self), settings)))
         written, state = {}, self.state_dict()
         for names in _tied(self):
@@ -158,7 +159,7 @@ class PretrainedModel(nn.Module):
                     weights = {name: file.get_tensor(name).clone() for name in file.keys()}
             except (safetensors.SafetensorError, OSError) as error:
                 raise ValueError(f"{op}: {WEIGHTS} must be a whole safetensors file, got {where / WEIGHTS}") from error
-            require_numbers(op, settings, max(LARGEST, sum(weight.numel() for weight in weights.values())))
+            require_numbers(op, settings, _largest(weights))
             try:
                 with _FewCalls(len(weights)):
                     empty = _build_empty(lambda: _make(cls, settings))
@@ -250,6 +251,11 @@ def heads_or_default(op: str, num_heads: int | None, embed_dim: int) -> int:
         return embed_dim // 64
     _checks.integer(op, "num_heads", num_heads, least=1)
     return num_heads
+
+
+def _largest(weights: Mapping[str, Tensor]) -> int:
+    """The largest whole number in the settings of a model that has such weights."""
+    return max(LARGEST, sum(weight.numel() for weight in weights.values()))
 
 
 class _FewCalls(TorchFunctionMode):

@@ -1,6 +1,6 @@
 """What the models of LAPS share: outputs per frame, and the pre-norm block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,11 +72,11 @@ def hidden_size(dim: int, ratio: float) -> int:
     return int(dim * ratio + 1e-6)
 
 
-def layer_leaps(op: str, levels: Levels, depth: int, num_frames: int) -> list[int | None]:
-    """The leap of each of `depth` layers, whose levels repeat."""
+def layer_leaps(op: str, levels: Levels, depth: int, num_frames: int) -> Iterator[int | None]:
+    """The leap of each of `depth` layers, whose levels repeat, one after the other."""
     if not levels:
         raise ValueError(f"{op}: levels must have at least one element, got levels={levels!r}")
-    return [leap_of_level(levels[i % len(levels)], num_frames) for i in range(depth)]
+    return (leap_of_level(levels[i % len(levels)], num_frames) for i in range(depth))
 
 
 def official_fold_div(op: str, config: Config) -> dict[str, int]:

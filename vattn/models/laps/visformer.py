@@ -10,7 +10,9 @@ Chen et al., "Visformer: The Vision-friendly Transformer" (ICCV 2021); Zhang et 
 Periodic Shift for Video Transformers" (ACM MM 2022).
 """
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
 from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
 from vattn.models.layers import init_linear, named
-from vattn.models.settings import Config, official_settings, require_told
+from vattn.models.settings import Config, number, official_settings, require_told
 from vattn.nn import LeapAttention2d
 
 LEVELS = ((1, 2, 3, 1), (2, 3, 1, 2))
@@ -87,6 +89,8 @@ class LapsVisformer(FrameModel, PretrainedModel):
         for name, flags in (("attn_stage", attn_stage), ("spatial_conv", spatial_conv)):
             if len(flags) != 3 or set(flags) - {"0", "1"}:
                 raise ValueError(f'LapsVisformer: {name} must be three of "0" and "1", got {name}={flags!r}')
+        for name, factor in (("mlp_ratio", mlp_ratio), ("scale_exponent", scale_exponent)):
+            number("LapsVisformer", name, factor, -math.inf)
         if attn_stage[0] == "1":
             raise ValueError(f"LapsVisformer: stage 1 must have no attention, got attn_stage={attn_stage!r}")
         if len(levels) != 2:
@@ -94,7 +98,7 @@ class LapsVisformer(FrameModel, PretrainedModel):
         self.num_frames = num_frames
         dims = (embed_dim // 2, embed_dim, 2 * embed_dim)
         sides = (image_size // 8, image_size // 16, image_size // 32)
-        leaps: list[list[int | None]] = [[None] * depth[0]]
+        leaps: list[Iterator[int | None]] = [itertools.repeat(None, depth[0])]
         leaps += [layer_leaps("LapsVisformer", stage, depth[i], num_frames) for i, stage in enumerate(levels, 1)]
 
         def attention(dim: int, leap: int | None) -> nn.Module:

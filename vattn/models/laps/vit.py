@@ -6,6 +6,7 @@
 Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
 from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
 from vattn.models.layers import init_linear, named
-from vattn.models.settings import Config, official_settings, require_told
+from vattn.models.settings import Config, number, official_settings, require_told
 from vattn.nn import LeapAttention
 
 
@@ -65,6 +66,9 @@ class LapsViT(FrameModel, PretrainedModel):
         scale: float | None = None,
     ) -> None:
         super().__init__()
+        number("LapsViT", "mlp_ratio", mlp_ratio, 0)
+        if scale is not None:
+            number("LapsViT", "scale", scale, -math.inf)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         num_patches = (height // patch_size) * (width // patch_size)
         self.num_frames = num_frames

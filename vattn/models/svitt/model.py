@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vattn import _checks
 from vattn.layout import BlockLayout
 from vattn.models.checkpoints import PretrainedModel, official_weights
 from vattn.models.draws import Randomness, draws_of
 from vattn.models.layers import init_linear
-from vattn.models.settings import Config
+from vattn.models.settings import Config, number, probabilities
 from vattn.models.svitt.losses import (
     Losses,
     Negatives,
@@ -77,6 +78,10 @@ class SViTT(PretrainedModel):
         mask_share: float = 0.5,
     ) -> None:
         super().__init__()
+        for name, setting, least in (("embed_dim", embed_dim, 1), ("mask_id", mask_id, 0)):
+            _checks.integer("SViTT", name, setting, least=least)
+        number("SViTT", "temperature", temperature, 0, above=True)
+        probabilities("SViTT", mask_share=mask_share)
         self.mask_id, self.never_masked, self.mask_share = mask_id, tuple(never_masked), mask_share
         self.video = VideoEncoder(**(video or {}))
         width = self.video.cls_token.shape[2]

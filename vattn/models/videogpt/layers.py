@@ -118,6 +118,8 @@ class GridEmbedding(nn.Module):
 
     def __init__(self, grid: Sequence[int], dim: int) -> None:
         super().__init__()
+        for size in grid:
+            _checks.integer("GridEmbedding", "grid", size, least=1)
         if dim % len(grid):
             raise ValueError(f"GridEmbedding: dim must be a multiple of the axes of the grid ({len(grid)}), got {dim=}")
         self.grid = tuple(grid)

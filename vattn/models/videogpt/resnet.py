@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel, count_blocks, require_names
 from vattn.models.vqvae.tokenizer import Size, level_strides
 
@@ -118,6 +119,10 @@ class ResNet3d(PretrainedModel):
         strides = level_strides(downsample)
         if len(strides) > 3:
             raise ValueError(f"ResNet3d: downsample must be at most 8, got {downsample=}")
+        if len(num_blocks) != 4:
+            raise ValueError(f"ResNet3d: num_blocks must be four numbers, got {num_blocks=}")
+        for name, size in (("dim", dim), ("width", width), *(("num_blocks", number) for number in num_blocks)):
+            _checks.integer("ResNet3d", name, size, least=1)
         strides = [(1, 1, 1), *strides, *[(1, 1, 1)] * (3 - len(strides))]
         self.dim, self.downsample = dim, (downsample[0], downsample[1], downsample[2])
         self.stem = nn.Sequential(nn.Conv3d(3, width, 3, padding=1, bias=False), NormReLU(width))
