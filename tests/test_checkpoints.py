@@ -1,5 +1,6 @@
 """Every model is saved and loaded in one form: in another process, bitwise, without pickle; and no other file loads."""
 
+import argparse
 import copy
 import inspect
 import json
@@ -8,12 +9,12 @@ import pathlib
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.model_zoo import MODELS, assert_same
 from tests.svitt_models import SPARSE
@@ -272,7 +273,7 @@ def test_folders_that_are_not_there(folder: Any, monkeypatch: pytest.MonkeyPatch
     [
         ({"num_heads": 5}, "LeapAttention: dim must be a multiple of num_heads=5, got dim=16"),
         ({"patch_size": 0}, ".*by zero"),
-        ({"mlp_ratio": float("inf")}, "cannot convert float infinity to integer"),
+        ({"mlp_ratio": 1e300}, "cannot .*|.*[oO]verflow.*|.*out of range.*"),
         ({"levels": []}, "LapsViT: levels must have at least one element, got .*"),
     ],
 )
@@ -281,6 +282,197 @@ def test_values_that_do_not_fit_are_explained(setting: dict[str, Any], message: 
     _config(lambda config: config["settings"].update(setting))(folder)
     with pytest.raises(ValueError, match=f"^LapsViT.from_pretrained: settings must make .*, which says: {message}$"):
         LapsViT.from_pretrained(folder)
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """All that is in settings, with the keys and the numbers that lead there."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key), item
+        yield from _paths(item, (*path, key))
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+class TestEverySetting:
+    """What a file says of each setting, of parts, too, and in lists."""
+
+    def test_must_be_there(self, name: str, folders: Any) -> None:
+        """A constructor has defaults; a file has what the model was, or is none."""
+        folder = folders(name)
+        config = json.loads((folder / "config.json").read_text())
+        for path, _ in _paths(config["settings"]):
+            if isinstance(path[-1], str):
+                changed = copy.deepcopy(config)
+                del _at(changed["settings"], path[:-1])[path[-1]]
+                (folder / "config.json").write_text(json.dumps(changed))
+                message = f"^{name}.from_pretrained: settings must have {'.'.join(path)}, got "
+                with pytest.raises(ValueError, match=message):
+                    MODELS[name].kind.from_pretrained(folder)
+
+    @pytest.mark.parametrize("part", ["video", "text"])
+    def test_parts_must_be_there(self, part: str, folders: Any) -> None:
+        folder = folders("SViTT")
+        _config(lambda config: config["settings"].update({part: None}))(folder)
+        with pytest.raises(TypeError, match=rf"^SViTT.from_pretrained: {part} must be an object, got {part}=None$"):
+            SViTT.from_pretrained(folder)
+
+    @pytest.mark.parametrize("huge", [2**16, 10**7, 10**18, 10**30])
+    def test_nothing_is_built_from_huge_numbers(self, huge: int, name: str, folders: Any) -> None:
+        """Neither an endless model nor one that fills the memory."""
+        folder = folders(name)
+        config = json.loads((folder / "config.json").read_text())
+        for path, value in _paths(config["settings"]):
+            if isinstance(value, int) and not isinstance(value, bool):
+                changed = copy.deepcopy(config)
+                _at(changed["settings"], path[:-1])[path[-1]] = huge
+                (folder / "config.json").write_text(json.dumps(changed))
+                try:
+                    MODELS[name].kind.from_pretrained(folder)
+                except ValueError as error:
+                    assert str(error).startswith(f"{name}.from_pretrained: ")
+                else:
+                    assert huge == 2**16 and path[-1] not in ("depth", "num_layers", "num_blocks")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_is_no_number_that_json_has_not(self, value: float, name: str, folders: Any) -> None:
+        folder = folders(name)
+        setting, _ = next(iter(json.loads((folder / "config.json").read_text())["settings"].items()))
+        _config(lambda config: config["settings"].update({setting: value}))(folder)
+        with pytest.raises(ValueError, match=f"^{name}.from_pretrained: config.json must be JSON, got .* no number"):
+            MODELS[name].kind.from_pretrained(folder)
+
+    def test_is_finite(self, folders: Any) -> None:
+        folder = folders("LapsViT")
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace('"mlp_ratio": 2.0', '"mlp_ratio": 1e999'))
+        with pytest.raises(ValueError, match=r"^LapsViT.from_pretrained: mlp_ratio must be finite, got mlp_ratio=inf$"):
+            LapsViT.from_pretrained(folder)
+        with pytest.raises(ValueError, match=r"^LapsViT.from_pretrained: mlp_ratio must be finite, got mlp_ratio=nan$"):
+            LapsViT.from_pretrained(folders("LapsViT"), mlp_ratio=float("nan"))
+
+
+def _changed(value: Any) -> Any:
+    """Another value of the kind, None if there is none."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, str):
+        return f"{value}er"
+    return type(value)([*value, 7]) if isinstance(value, (tuple, list, frozenset)) else None
+
+
+def test_all_that_a_layer_knows_is_noticed(name: str) -> None:
+    """A number, a flag or a name that is changed after construction is not lost in silence by `save_pretrained`."""
+    model, silent = MODELS[name].make(), set()
+    for layer in model.modules():
+        for attribute, value in list(vars(layer).items()):
+            other = _changed(value)
+            is_setting = not attribute.startswith("_") and attribute != "training" and other is not None
+            if type(layer).__module__.startswith("vattn.") and is_setting:
+                before = layer.extra_repr()
+                setattr(layer, attribute, other)
+                if layer.extra_repr() == before:
+                    silent.add(f"{type(layer).__name__}.{attribute}")
+                setattr(layer, attribute, value)
+    assert not silent
+
+
+class TestOfficialInputs:
+    """What `from_official` is given, and is not what it wants."""
+
+    @pytest.fixture(params=[name for name, entry in MODELS.items() if entry.official is not None])
+    def name(self, request: pytest.FixtureRequest) -> str:
+        return request.param
+
+    def load(self, name: str, **given: Any) -> Any:
+        entry = MODELS[name]
+        assert entry.official is not None
+        official = entry.official(entry.make())._asdict() | given
+        return entry.kind.from_official(official["state_dict"], official["config"], **official["overrides"])
+
+    @pytest.mark.parametrize("state_dict", [None, 3, nn.Linear(1, 1), [torch.zeros(1)], {"a": 1}, {1: torch.zeros(1)}])
+    def test_no_weights(self, state_dict: Any, name: str) -> None:
+        with pytest.raises(TypeError, match=f"^{name}.from_official: state_dict must "):
+            self.load(name, state_dict=state_dict)
+
+    @pytest.mark.parametrize("config", [3, [1], "config.yaml", {1, 2}])
+    def test_no_configuration(self, config: Any, name: str) -> None:
+        with pytest.raises(TypeError, match=f"^{name}.from_official: config must be a mapping, got config="):
+            self.load(name, config=config)
+
+    def test_a_parsed_command_line(self, name: str) -> None:
+        def parsed(config: Any) -> Any:
+            if not isinstance(config, Mapping):
+                return config
+            return argparse.Namespace(**{key: parsed(value) for key, value in config.items()})
+
+        entry = MODELS[name]
+        assert entry.official is not None
+        found = self.load(name, config=parsed(entry.official(entry.make()).config))
+        assert found.config == self.load(name).config
+
+    def test_missing_weights(self, name: str) -> None:
+        entry = MODELS[name]
+        assert entry.official is not None
+        weights = dict(entry.official(entry.make()).state_dict)
+        for missing in weights:
+            rest = {key: weight for key, weight in weights.items() if key != missing}
+            try:
+                self.load(name, state_dict=rest)
+            except (RuntimeError, ValueError) as error:
+                assert str(error).startswith(
+                    (f"{name}.from_official: ", f"{name}: ", "Error(s) in loading state_dict")
+                ), error
+
+    def test_settings_of_other_types(self, name: str) -> None:
+        """Those of a configuration and those that override it are asked for what those of a file are."""
+        entry = MODELS[name]
+        assert entry.official is not None
+        config: Any = entry.official(entry.make()).config
+        for path, value in _paths(config):
+            if not isinstance(path[-1], int) and not isinstance(value, (Mapping, argparse.Namespace)):
+                changed = copy.deepcopy(config)
+                _at(changed, path[:-1])[path[-1]] = [[["no"]]]
+                if path[-1] == "n_cond_frames":  # is not read
+                    continue
+                with pytest.raises(TypeError, match=rf"^{name}.from_official: {path[-1]} must be .*, got {path[-1]}="):
+                    self.load(name, config=changed)
+        for setting in entry.make().config:
+            with pytest.raises(TypeError, match=rf"^{name}.from_official: {setting}.* must be .*, got {setting}"):
+                self.load(name, overrides={setting: [[["no"]]]})
+        with pytest.raises(ValueError, match=rf"^{name}.from_official: settings must be among .*, got strange=1$"):
+            self.load(name, overrides={"strange": 1})
+
+
+def test_models_that_are_loaded_in_inference_can_be_trained(name: str, folders: Any) -> None:
+    entry = MODELS[name]
+    with torch.inference_mode():
+        loaded = [entry.kind.from_pretrained(folders(name))]
+        if entry.official is not None:
+            official = entry.official(entry.make())
+            loaded.append(entry.kind.from_official(official.state_dict, official.config, **official.overrides))
+    for model in loaded:
+        assert not any(x.is_inference() for x in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"folder", ["folder"]])
+def test_what_is_no_folder(folder: Any) -> None:
+    for method in (LapsViT.from_pretrained, MODELS["LapsViT"].make().save_pretrained):
+        with pytest.raises(TypeError, match=rf"^LapsViT.{method.__name__}: folder must be a string or a path, got fol"):
+            method(folder)
+
+
+@pytest.mark.parametrize("inside", ["", "inside"])
+def test_a_file_is_no_folder(inside: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match=r"^LapsViT.save_pretrained: folder must not be a file, or in one, got "):
+        MODELS["LapsViT"].make().save_pretrained(tmp_path / "file" / inside)
 
 
 class TestOverrides:
@@ -296,8 +488,15 @@ class TestOverrides:
         assert VideoEncoder.from_pretrained(folders("VideoEncoder"), sparsity=SPARSE).sparsity == SPARSE
 
     def test_unknown_ones_are_refused(self, folders: Any) -> None:
-        with pytest.raises(ValueError, match=r"^LapsViT.from_pretrained: .* unexpected keyword argument 'strange'$"):
+        with pytest.raises(ValueError, match=r"^LapsViT.from_pretrained: settings must be among .*, got strange=1$"):
             LapsViT.from_pretrained(folders("LapsViT"), strange=1)
+
+    def test_are_of_the_types_of_settings(self, name: str, folders: Any) -> None:
+        """The very message of a file with such a setting."""
+        kind, folder = MODELS[name].kind, folders(name)
+        for setting in json.loads((folder / "config.json").read_text())["settings"]:
+            with pytest.raises(TypeError, match=rf"^{name}.from_pretrained: {setting}.* must be .*, got {setting}"):
+                kind.from_pretrained(folder, **{setting: [[["no"]]]})
 
 
 class TestRepositories:

@@ -205,10 +205,27 @@ def test_the_configuration_is_read_and_overridden(kind: str) -> None:
     assert type(model).from_official(model.state_dict(), num_heads=2).config["fold_div"] == 4
 
 
+@pytest.mark.parametrize("missing", ["NUM_FRAMES", "S2_SKIP_LEVEL", "S3_SKIP_LEVEL", "FOLD_DIV"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_configuration_says_all_that_weights_do_not_show(kind: str, missing: str) -> None:
+    """No default is mixed in: what is missing is asked for, or overridden."""
+    model = MODELS[kind](8)
+    config = {"NUM_FRAMES": 8, "FOLD_DIV": 2, "S2_SKIP_LEVEL": [3, 1], "S3_SKIP_LEVEL": [2], "num_heads": 2}
+    del config[missing]
+    if (kind, missing) == ("vit", "S3_SKIP_LEVEL"):
+        assert type(model).from_official(model.state_dict(), config).config["levels"] == [3, 1]
+        return
+    with pytest.raises(ValueError, match=rf"^{type(model).__name__}.from_official: config must have {missing}, got "):
+        type(model).from_official(model.state_dict(), config)
+    levels = (2,) if kind == "vit" else ((2,), (1,))
+    overrides = {"NUM_FRAMES": {"num_frames": 8}, "FOLD_DIV": {"fold_div": 2}}.get(missing, {"levels": levels})
+    type(model).from_official(model.state_dict(), config, **overrides)
+
+
 def test_visformer_qk_scale_is_an_exponent_for_q_and_k_each() -> None:
     model: Any = LapsVisformer(2, ((1,), (1,)), **VISFORMER)
     loaded: Any = LapsVisformer.from_official(
-        model.state_dict(), {"qk_scale": -0.5}, num_frames=2, levels=((1,), (1,)), num_heads=2
+        model.state_dict(), {"qk_scale": -0.5}, num_frames=2, levels=((1,), (1,)), fold_div=4, num_heads=2
     )
     assert [stage[0].attn.scale for stage in (loaded.stage2, loaded.stage3)] == [1 / 8, 1 / 16]
     assert [stage[0].attn.scale for stage in (model.stage2, model.stage3)] == [8**-0.5, 1 / 4]

@@ -366,10 +366,14 @@ class TestTokenSampling:
         ties = torch.tensor([1.0, 2.0, 2.0, 2.0])
         assert mebt.sample_tokens(ties, top_k=1, generator=seed())[1].count_nonzero() == 3
 
-    @pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+    @pytest.mark.parametrize(
+        "setting",
+        [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+        + [{name: value} for name in ("temperature", "top_k", "top_p") for value in (float("nan"), "1", True)],
+    )
     def test_errors(self, setting: dict[str, Any]) -> None:
         name = next(iter(setting))
-        with pytest.raises(ValueError, match=f"^sample_tokens: {name} must be .*, got {name}="):
+        with pytest.raises((TypeError, ValueError), match=f"^sample_tokens: {name} must be .*, got {name}="):
             mebt.sample_tokens(torch.zeros(3), **setting)
 
 
@@ -527,6 +531,17 @@ class TestVideos:
         assert torch.equal(mebt.generate(small_model(), 2, num_steps=4, generator=seed()), made)
         with pytest.raises(TypeError, match=r"^generate: shape must be that of the codes for a model without a grid"):
             mebt.generate(surest_last, 2)
+
+    @pytest.mark.parametrize("shape", [-1, 0, 1.5, True, None, "a", (2,), (), (2, 0, 2, 2), (2, 3, 2.0, 2), (True, 3)])
+    def test_what_is_no_shape(self, shape: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match=r"^generate: shape must be .*, got shape="):
+            mebt.generate(small_model(), shape)
+
+    def test_what_is_no_generator_and_no_sampler(self) -> None:
+        with pytest.raises(TypeError, match=r"^Draws: generator must be a torch.Generator, Draws or None, got .*=3$"):
+            mebt.generate(small_model(), generator=3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^inpaint: sampler must be a function .*, got sampler='maskgit'$"):
+            mebt.generate(small_model(), sampler="maskgit")
 
     def test_continuation_and_interpolation(self) -> None:
         model, codes = small_model(), random_codes()

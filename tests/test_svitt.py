@@ -293,6 +293,22 @@ class TestVideoEncoder:
             VideoEncoder.from_official(weights, config)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"keep": x} for x in (math.nan, 0, -1.0, 1.5, "1", True)] + [{"pad_keys": "none"}, {"keep_by": "luck"}]
+)
+def test_sparsity_refuses(setting: dict[str, Any]) -> None:
+    name = next(iter(setting))
+    with pytest.raises((TypeError, ValueError), match=f"^Sparsity: {name} must be .*, got {name}="):
+        Sparsity(**setting)
+
+
+@pytest.mark.parametrize("setting", [{"drop_path": math.nan}, {"drop_path": 2}, {"layer_scale": math.inf}])
+def test_encoder_refuses(setting: dict[str, Any]) -> None:
+    name = next(iter(setting))
+    with pytest.raises(ValueError, match=f"^VideoEncoder: {name} must be .*, got {name}="):
+        video_encoder(**setting)
+
+
 class TestExpand:
     """More frames, and sparser."""
 

@@ -119,6 +119,17 @@ class TestTextEncoder:
         assert not torch.equal(encoder(ids), encoder(ids))
 
     @pytest.mark.parametrize(
+        "setting",
+        [{"keep": x} for x in (float("nan"), 0, -1, 1.5, "1")]
+        + [{"num_heads": x} for x in (float("nan"), 0, -1, 1.5)]
+        + [{"dropout": x} for x in (float("nan"), -0.1, 1.5, None)],
+    )
+    def test_settings_are_checked(self, setting: dict[str, Any]) -> None:
+        name = next(iter(setting))
+        with pytest.raises((TypeError, ValueError), match=f"^TextEncoder: {name} must be .*, got {name}="):
+            text_encoder(**setting)
+
+    @pytest.mark.parametrize(
         "call, message",
         [
             (lambda: text_encoder(prune_after=(0,)), "prune_after must be layers from fusion_layer=1 to 2"),

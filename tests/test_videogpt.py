@@ -174,7 +174,7 @@ class TestSampling:
 
     @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 0, 4, 4), (2, 2, 4, 3), (2, 32)])
     def test_a_shape_that_is_no_part_of_the_grid(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"^generate: shape must be B or \(B, 2, 4, 4\), got shape="):
+        with pytest.raises(ValueError, match=r"^generate: shape must be (B or \(B, 2, 4, 4\)|at least 1), got shape="):
             generate(small_model(), shape)
 
     def test_autocast(self) -> None:
@@ -226,6 +226,21 @@ class TestModel:
         assert torch.equal(loaded(codes, **given), model(codes, **given))
         video = torch.randn(1, 3, 4, 8, 8)
         assert torch.equal(VQVAE.from_official(checkpoint).encode(video), tokenizer.encode(video))
+
+    def test_what_official_weights_do_not_show_is_asked_for(self) -> None:
+        """Heads; and whether attention is full, unless there are the masks that the official code has for it."""
+        op, model = "VideoGPT.from_official", small_model()
+        weights = {name: x for name, x in model.state_dict().items() if name != "embeddings"}
+        weights["vqvae.codebook.embeddings"] = model.embeddings
+        with pytest.raises(ValueError, match=rf"^{op}: config must have heads, got nothing$"):
+            VideoGPT.from_official(weights)
+        with pytest.raises(ValueError, match=rf"^{op}: config must have heads, got attn_type$"):
+            VideoGPT.from_official(weights, {"attn_type": "full"})
+        with pytest.raises(ValueError, match=rf"^{op}: config must have attn_type, got heads$"):
+            VideoGPT.from_official(weights, {"heads": 2})
+        assert VideoGPT.from_official(weights, num_heads=2, attention="full").config["attention"] == "full"
+        masks = {"attn_stack.attn_nets.0.attn.attn.mask": torch.ones(32, 32).tril()}
+        assert VideoGPT.from_official(weights | masks, {"heads": 2}).config["attention"] == "full"
 
     def test_the_codebook_of_a_tokenizer_is_copied(self) -> None:
         tokenizer = VQVAE(7, 5, hidden=4, num_blocks=1)

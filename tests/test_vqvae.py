@@ -225,7 +225,7 @@ class TestTokenizers:
         assert loaded.encoder.conv_first.padding_mode == "circular" and loaded.codebook.restart == 0.5
         assert VQGAN.from_official(weights, config | {"no_random_restart": True}, groups=2).codebook.restart is None
         assert VQGAN.from_official(weights, config, groups=2, restart=2.0).codebook.restart == 2.0
-        with pytest.raises(TypeError, match=r"^official_settings: config must be a mapping, got config=\(2, 4, 4\)$"):
+        with pytest.raises(TypeError, match=r"^VQGAN.from_official: config must be a mapping, got config=\(2, 4, 4\)$"):
             VQGAN.from_official(weights, (2, 4, 4))  # type: ignore[arg-type]
 
     def test_weights_without_the_state_of_training(self) -> None:

@@ -22,12 +22,20 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from vattn import _checks
 from vattn._version import __version__
-from vattn.models.settings import override, plain, require_settings, tuples
+from vattn.models.settings import override, plain, require_numbers, require_settings, tuples
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("class", "vattn", "settings")
+
+LARGEST = 2**16
+"""No whole number in settings is larger, unless the weights have so many elements: it would be a size of something."""
+
+LARGEST_BUFFER = 2**26
+"""Elements of a buffer that is made, not loaded."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,11 +100,15 @@ class PretrainedModel(nn.Module):
 
         Raises:
             ValueError: the model is not what its settings make, such as one with a layer replaced, or has no storage.
+            FileExistsError: `folder` is a file, or in one.
+            TypeError: `folder` is neither a string nor a path.
             ImportError: safetensors is not installed.
         """
         op = f"{type(self).__name__}.save_pretrained"
         save_file = _safetensors(op).torch.save_file
+        where = _path(op, folder)
         settings = self.config
+        require_numbers(op, settings, _largest(self.state_dict()))
         _require_same_parts(op, self, _build_empty(lambda: _make(type(self), settings)))
         written, state = {}, self.state_dict()
         for names in _tied(self):
@@ -108,15 +120,17 @@ class PretrainedModel(nn.Module):
         if len(set(storages)) < len(storages):  # safetensors writes no views of one storage
             written = {name: weight.clone() for name, weight in written.items()}
         config = {"class": type(self).__name__, "vattn": __version__, "settings": settings}
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FileExistsError(f"{op}: folder must not be a file, or in one, got folder={str(where)!r}") from error
+        with tempfile.TemporaryDirectory(dir=where, prefix=".saving-") as part:
             new = pathlib.Path(part)
             save_file(written, new / WEIGHTS, metadata={"format": "pt"})
             (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            (folder / CONFIG).unlink(missing_ok=True)  # old settings never meet new weights
-            os.replace(new / WEIGHTS, folder / WEIGHTS)
-            os.replace(new / CONFIG, folder / CONFIG)
+            (where / CONFIG).unlink(missing_ok=True)  # old settings never meet new weights
+            os.replace(new / WEIGHTS, where / WEIGHTS)
+            os.replace(new / CONFIG, where / CONFIG)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **overrides: Any) -> Self:
@@ -136,21 +150,25 @@ class PretrainedModel(nn.Module):
         op = f"{cls.__name__}.from_pretrained"
         safetensors = _safetensors(op)
         where = _find(op, folder)
-        settings = override(_read_config(op, cls, where / CONFIG), overrides)
-        try:
-            empty = _build_empty(lambda: _make(cls, settings))
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{op}: settings must make a {cls.__name__}, got settings={settings}, which says: {error}"
-            ) from error
-        try:
-            with safetensors.safe_open(where / WEIGHTS, framework="pt") as file:
-                # Copies: in memory of their own, whatever becomes of the file.
-                weights = {name: file.get_tensor(name).clone() for name in file.keys()}
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{op}: {WEIGHTS} must be a whole safetensors file, got {where / WEIGHTS}") from error
-        _require_same_weights(op, empty, weights)
-        return _fill(empty, weights)
+        settings = override(_read_config(op, cls, where / CONFIG), _plain_overrides(op, overrides))
+        require_settings(op, cls, settings, PretrainedModel)
+        with torch.inference_mode(False):  # weights can be trained, wherever they are loaded
+            try:
+                with safetensors.safe_open(where / WEIGHTS, framework="pt") as file:
+                    # Copies: in memory of their own, whatever becomes of the file.
+                    weights = {name: file.get_tensor(name).clone() for name in file.keys()}
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ValueError(f"{op}: {WEIGHTS} must be a whole safetensors file, got {where / WEIGHTS}") from error
+            require_numbers(op, settings, _largest(weights))
+            try:
+                with _FewCalls(len(weights)):
+                    empty = _build_empty(lambda: _make(cls, settings))
+            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{op}: settings must make a {cls.__name__}, got settings={settings}, which says: {error}"
+                ) from error
+            _require_same_weights(op, empty, weights)
+            return _fill(empty, weights)
 
     @classmethod
     def _from_weights(
@@ -158,6 +176,11 @@ class PretrainedModel(nn.Module):
     ) -> Self:
         """The model of weights under their names here, in evaluation mode; `overrides` win over `settings`."""
         return load(weights, lambda: cls(**override(settings, overrides or {})))
+
+    @classmethod
+    def _require_overrides(cls, op: str, overrides: Mapping[str, Any]) -> None:
+        """Overrides are some of the settings, and of their types."""
+        require_settings(op, cls, _plain_overrides(op, overrides), PretrainedModel, complete=False)
 
     def _reconfigure(self, **settings: Any) -> None:
         """Record that settings, of those that there are, are others than those the model was made with."""
@@ -171,7 +194,8 @@ def load(weights: Mapping[str, Tensor], build: Callable[[], Model]) -> Model:
     Raises:
         RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
     """
-    return _fill(_build_empty(build), {name: weight.detach().clone() for name, weight in weights.items()})
+    with torch.inference_mode(False):  # weights can be trained, wherever they are loaded
+        return _fill(_build_empty(build), {name: weight.detach().clone() for name, weight in weights.items()})
 
 
 def official_weights(op: str, state_dict: Mapping[str, Any], *needed: str) -> dict[str, Tensor]:
@@ -179,19 +203,39 @@ def official_weights(op: str, state_dict: Mapping[str, Any], *needed: str) -> di
 
     A training script saves ``{"epoch": ..., "state_dict": {"module.base_model.head.weight": ...}}``. `needed`
     are names that the weights must have; the first one tells what the prefix is.
+
+    Raises:
+        TypeError: `state_dict` is no mapping of names to tensors.
+        ValueError: it lacks a name.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{op}: state_dict must be a mapping, got state_dict={type(state_dict).__name__}")
     for outer in ("state_dict", "model"):
         if isinstance(state_dict.get(outer), Mapping):
             state_dict = state_dict[outer]
+    for name, weight in state_dict.items():
+        if not isinstance(name, str) or not isinstance(weight, Tensor):
+            raise TypeError(
+                f"{op}: state_dict must have tensors under names, got {type(weight).__name__} under {name!r}"
+            )
     ends = [name.removesuffix(needed[0]) for name in state_dict if name.endswith(needed[0])]
     prefix = next((end for end in ends if end == "" or end.endswith(".")), "")
     weights = {name.removeprefix(prefix): weight for name, weight in state_dict.items()}
+    require_names(op, weights, *needed)
+    return weights
+
+
+def require_names(op: str, weights: Mapping[str, Tensor], *needed: str) -> None:
+    """`weights` have these names.
+
+    Raises:
+        ValueError: they have not.
+    """
     for name in needed:
         if name not in weights:
             raise ValueError(
                 f"{op}: state_dict must have {name}, got {len(weights)} names: {', '.join(sorted(weights)[:8])}"
             )
-    return weights
 
 
 def count_blocks(weights: Mapping[str, Tensor], stage: str) -> int:
@@ -203,7 +247,32 @@ def heads_or_default(op: str, num_heads: int | None, embed_dim: int) -> int:
     """`num_heads`, which weights do not show, or heads of 64 channels."""
     if num_heads is None and embed_dim % 64:
         raise ValueError(f"{op}: num_heads must be given unless embed_dim is a multiple of 64, got {embed_dim=}")
-    return num_heads or embed_dim // 64
+    if num_heads is None:
+        return embed_dim // 64
+    _checks.integer(op, "num_heads", num_heads, least=1)
+    return num_heads
+
+
+def _largest(weights: Mapping[str, Tensor]) -> int:
+    """The largest whole number in the settings of a model that has such weights."""
+    return max(LARGEST, sum(weight.numel() for weight in weights.values()))
+
+
+class _FewCalls(TorchFunctionMode):
+    """Inside, PyTorch is called as often as a model of so many weights may need: no setting makes an endless one."""
+
+    def __init__(self, num_weights: int) -> None:
+        self.num_weights = num_weights
+        self.left = 10_000 + 100 * num_weights
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"the model has more than {self.num_weights} weights")
+        kwargs = kwargs or {}
+        if str(kwargs.get("device")) == "cpu" and func(*args, **{**kwargs, "device": "meta"}).numel() > LARGEST_BUFFER:
+            raise ValueError(f"the model has a buffer of more than {LARGEST_BUFFER} elements")
+        return func(*args, **kwargs)
 
 
 def _build_empty(build: Callable[[], Model]) -> Model:
@@ -247,9 +316,21 @@ def _fill(model: Model, weights: Mapping[str, Tensor]) -> Model:
     return model.eval()
 
 
+def _plain_overrides(op: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides as JSON has them."""
+    return {name: plain(f"{op}: {name}", value) for name, value in overrides.items()}
+
+
+def _path(op: str, folder: object) -> pathlib.Path:
+    """`folder`, which must be a string or a path."""
+    if isinstance(folder, str) or (isinstance(folder, os.PathLike) and isinstance(os.fspath(folder), str)):
+        return pathlib.Path(folder)
+    raise TypeError(f"{op}: folder must be a string or a path, got folder={folder!r}")
+
+
 def _find(op: str, folder: str | os.PathLike[str]) -> pathlib.Path:
     """The folder with the files of a model, which is fetched if it is a repository."""
-    where = pathlib.Path(folder)
+    where = _path(op, folder)
     name = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", folder) if isinstance(folder, str) else None
     if not where.is_dir() and name is not None:
         try:
@@ -275,9 +356,13 @@ def _find(op: str, folder: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _read_config(op: str, cls: type[PretrainedModel], path: pathlib.Path) -> dict[str, Any]:
-    """The settings in a file, which must be those of `cls`."""
+    """The settings in a file, which must be one of `cls`."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{op}: {CONFIG} must be JSON, got {path}: {error}") from error
     if not isinstance(config, dict) or set(config) != set(KEYS):
@@ -287,7 +372,6 @@ def _read_config(op: str, cls: type[PretrainedModel], path: pathlib.Path) -> dic
         raise ValueError(f"{op}: class must be {cls.__name__}, got class={config['class']!r}")
     if not isinstance(config["settings"], dict):
         raise TypeError(f"{op}: settings must be an object, got settings={config['settings']!r}")
-    require_settings(op, cls, config["settings"], PretrainedModel)
     return config["settings"]
 
 

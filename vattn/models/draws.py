@@ -1,5 +1,7 @@
 """Random numbers of samplers and training steps, from one generator each."""
 
+import types
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ class Draws:
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
+        if not isinstance(generator, (torch.Generator, types.NoneType)):
+            raise TypeError(f"Draws: generator must be a torch.Generator, Draws or None, got generator={generator!r}")
         self.generator = generator
         self._device = torch.device("cpu") if generator is None else generator.device
 

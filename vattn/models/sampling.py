@@ -4,12 +4,14 @@ p(token) = top_p(softmax(top_k(logits / temperature))),   token = argmax p / q, 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from vattn import _checks
 from vattn.models.draws import Randomness, draws_of
+from vattn.models.settings import number
 
 Item = TypeVar("Item")
 
@@ -35,7 +37,7 @@ def sample_tokens(
         tokens ``(...)`` int64, and the probabilities ``(..., V)`` they were drawn with.
 
     Raises:
-        ValueError: a setting that does not fit.
+        TypeError, ValueError: a setting that does not fit.
 
     Source:
         Holtzman et al., "The Curious Case of Neural Text Degeneration" (ICLR 2020), section 3, for `top_p`.
@@ -47,12 +49,11 @@ def sample_tokens(
         tensor([0.0000, 0.8808, 0.1192])
     """
     op, vocabulary = "sample_tokens", logits.shape[-1]
-    if temperature < 0:
-        raise ValueError(f"{op}: temperature must be at least 0, got temperature={temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"{op}: top_k must be at least 1, got top_k={top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"{op}: top_p must be above 0 and at most 1, got top_p={top_p}")
+    number(op, "temperature", temperature, 0)
+    if top_k is not None:
+        _checks.integer(op, "top_k", top_k, least=1)
+    if top_p is not None:
+        number(op, "top_p", top_p, 0, 1, above=True)
     logits = logits.float()
     if temperature == 0:
         probabilities = torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float()
@@ -73,13 +74,23 @@ def sample_tokens(
 
 
 def codes_shape(op: str, model: Any, shape: int | Sequence[int]) -> tuple[int, ...]:
-    """The shape of the codes that are to be generated: `shape`, or so many videos of the grid of `model`."""
-    if not isinstance(shape, int):
-        return tuple(shape)
+    """The shape of the codes that are to be generated: `shape`, or so many videos of the grid of `model`.
+
+    Raises:
+        TypeError, ValueError: it is no shape.
+    """
+    is_sequence = isinstance(shape, Sequence) and not isinstance(shape, (str, bytes))
+    for size in cast(Sequence[int], shape) if is_sequence else (shape,):
+        _checks.integer(op, "shape", size, least=1)
+    if is_sequence:
+        sizes = tuple(cast(Sequence[int], shape))
+        if len(sizes) < 2:
+            raise ValueError(f"{op}: shape must be those of B videos of codes, (B, ...), got shape={sizes}")
+        return sizes
     grid = getattr(model, "grid", None)
     if grid is None:
         raise TypeError(f"{op}: shape must be that of the codes for a model without a grid, got shape={shape}")
-    return (shape, *grid)
+    return (cast(int, shape), *grid)
 
 
 def progress_bar(items: Iterable[Item], title: str, shown: bool) -> Iterable[Item]:

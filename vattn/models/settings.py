@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import math
 import numbers
 import types
 import typing
@@ -61,36 +62,72 @@ def _key(name: str, key: object) -> str:
     return key
 
 
-def leaves(config: Mapping[str, Any] | argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """The settings of a configuration, a mapping or what a command line is parsed to, without the sections they are in.
+Config = Mapping[str, Any] | argparse.Namespace | None
+"""An official configuration: a mapping, or what a command line is parsed to, with sections of either."""
+
+
+def section(op: str, config: object) -> dict[str, Any]:
+    """The entries of a configuration, which are settings and sections; none if there is no configuration.
+
+    Raises:
+        TypeError: `config` is no configuration.
+    """
+    if not isinstance(config, (Mapping, argparse.Namespace, types.NoneType)):
+        raise TypeError(f"{op}: config must be a mapping, got config={config!r}")
+    return dict(vars(config) if isinstance(config, argparse.Namespace) else config or {})
+
+
+def leaves(op: str, config: Config) -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration, without the sections they are in.
 
     Example:
-        >>> dict(leaves({"model": {"n_head": 2}, "shape": [4, 16, 16]}))
+        >>> dict(leaves("Model.from_official", {"model": {"n_head": 2}, "shape": [4, 16, 16]}))
         {'n_head': 2, 'shape': [4, 16, 16]}
     """
-    for name, value in (vars(config) if isinstance(config, argparse.Namespace) else config).items():
+    for name, value in section(op, config).items():
         if isinstance(value, (Mapping, argparse.Namespace)):
-            yield from leaves(value)
+            yield from leaves(op, value)
         else:
             yield name, value
 
 
-def official_settings(config: Mapping[str, Any] | None, **names: str) -> dict[str, Any]:
+def official_settings(op: str, config: Config, kinds: type | Mapping[str, Any], **names: str) -> dict[str, Any]:
     """The settings that a configuration has, in whatever sections, under official names: ``ours="official"``.
 
     What is null is as if it were not there.
 
+    Args:
+        op: for messages.
+        config: a configuration.
+        kinds: the types of our settings: a class whose constructor has them, or types by name.
+        names: official names.
+
     Raises:
-        TypeError: `config` is not a mapping.
+        TypeError: `config` is no configuration, or a setting is of another type.
 
     Example:
-        >>> official_settings({"DATA": {"NUM_FRAMES": 8}}, num_frames="NUM_FRAMES", fold_div="FOLD_DIV")
+        >>> config = {"DATA": {"NUM_FRAMES": 8}}
+        >>> official_settings("Model.from_official", config, {"num_frames": int}, num_frames="NUM_FRAMES", drop="DROP")
         {'num_frames': 8}
     """
-    if not isinstance(config, (Mapping, argparse.Namespace, types.NoneType)):
-        raise TypeError(f"official_settings: config must be a mapping, got config={config!r}")
-    found = dict(leaves(config or {}))
-    return {ours: found[official] for ours, official in names.items() if found.get(official) is not None}
+    hints = _hints(kinds.__init__) if isinstance(kinds, type) else kinds  # type: ignore[misc]
+    found = dict(leaves(op, config))
+    settings = {ours: found[official] for ours, official in names.items() if found.get(official) is not None}
+    for ours, value in settings.items():
+        _require_type(op, names[ours], plain(f"{op}: {names[ours]}", value), hints.get(ours, Any))
+    return settings
+
+
+def require_told(op: str, config: Config, settings: Mapping[str, Any], **names: str) -> None:
+    """`settings` have these, which weights do not show, and for which a configuration has official names.
+
+    Raises:
+        ValueError: they have not.
+    """
+    for ours, official in names.items():
+        if ours not in settings:
+            had = ", ".join(str(name) for name, _ in leaves(op, config)) or "nothing"
+            raise ValueError(f"{op}: config must have {official}, got {had}")
 
 
 def tuples(value: Any) -> Any:
@@ -100,14 +137,17 @@ def tuples(value: Any) -> Any:
     return {name: tuples(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def require_settings(op: str, cls: type, settings: Mapping[str, Any], parts: type, path: str = "") -> None:
-    """`settings`, as JSON has them, are among those of the constructor of `cls`, and of the types it wants.
+def require_settings(
+    op: str, cls: type, settings: Mapping[str, Any], parts: type, path: str = "", *, complete: bool = True
+) -> None:
+    """`settings`, as JSON has them, are those of the constructor of `cls`, and of the types it wants.
 
     Args:
         op: for messages.
         parts: a class. Settings with the name of a part, which `cls` annotates as one of such a class, are settings of
             that part.
         path: of `settings` in those of a whole model, such as "video.".
+        complete: whether none may be missing, also not one that has a default.
 
     Raises:
         TypeError, ValueError: they are not.
@@ -121,15 +161,66 @@ def require_settings(op: str, cls: type, settings: Mapping[str, Any], parts: typ
         if name not in names:
             raise ValueError(f"{op}: settings must be among {', '.join(names)}, got {path}{name}={value!r}")
         hint, part = hints.get(name, Any), annotated.get(name)
-        if not _fits(value, hint):
-            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", "")
-            raise TypeError(f"{op}: {path}{name} must be {wanted}, got {path}{name}={value!r}")
-        for kind in (part, *typing.get_args(part)):
-            if isinstance(kind, type) and issubclass(kind, parts) and isinstance(value, dict):
-                require_settings(op, kind, value, parts, f"{path}{name}.")
-    for parameter in parameters:
-        if parameter.default is inspect.Parameter.empty and parameter.name not in settings:
-            raise ValueError(f"{op}: settings must have {path}{parameter.name}, got {', '.join(settings) or 'none'}")
+        is_part = isinstance(part, type) and issubclass(part, parts)
+        if complete and is_part and value is None:  # would be one of default settings
+            raise TypeError(f"{op}: {path}{name} must be an object, got {path}{name}=None")
+        _require_type(op, f"{path}{name}", value, hint)
+        for kind in (part, *typing.get_args(part), hint, *typing.get_args(hint)):
+            has_settings = isinstance(kind, type) and (issubclass(kind, parts) or dataclasses.is_dataclass(kind))
+            if has_settings and isinstance(value, dict):
+                require_settings(op, kind, value, parts, f"{path}{name}.", complete=complete)
+    for name in names if complete else ():
+        if name not in settings:
+            raise ValueError(f"{op}: settings must have {path}{name}, got {', '.join(settings) or 'none'}")
+
+
+def require_numbers(op: str, value: Any, most: int, path: str = "settings") -> None:
+    """The numbers in settings, as JSON has them, are finite, and whole ones are not above `most`.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            require_numbers(op, item, most, name if path == "settings" else f"{path}.{name}")
+    elif isinstance(value, list):
+        for item in value:
+            require_numbers(op, item, most, path)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{op}: {path} must be finite, got {path}={value}")
+    elif isinstance(value, int) and abs(value) > most:
+        raise ValueError(f"{op}: {path} must be at most {most}, got {path}={value}")
+
+
+def number(op: str, name: str, value: object, least: float, most: float = math.inf, *, above: bool = False) -> None:
+    """`value` is a finite number from `least`, or above it, up to `most`.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a number, got {name}={value!r}")
+    x: Any = value
+    if not (least < x if above else least <= x) or not x <= most or not math.isfinite(x):
+        wanted = f"{'above' if above else 'at least'} {least:g}{'' if most == math.inf else f' and at most {most:g}'}"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {name}={value}")
+
+
+def probabilities(op: str, **values: object) -> None:
+    """All are numbers from 0 to 1.
+
+    Raises:
+        TypeError, ValueError: one is not.
+    """
+    for name, value in values.items():
+        number(op, name, value, 0, 1)
+
+
+def _require_type(op: str, name: str, value: Any, hint: Any) -> None:
+    """`value`, as JSON has it, is of the type `hint`."""
+    if not _fits(value, hint):
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("collections.abc.", "")
+        raise TypeError(f"{op}: {name} must be {wanted}, got {name}={value!r}")
 
 
 @functools.cache

@@ -86,6 +86,9 @@ class LatentAttention(nn.Module):
             outs.append(self.proj_drop(self.proj(merge_heads(out))))
         return outs
 
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
 
 LATENT_MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "latent_enc": (("latents",), ("contexts",)),

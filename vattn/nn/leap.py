@@ -217,7 +217,10 @@ class LeapAttention(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, num_frames={self.num_frames}, leap={self.leap}, fold_div={self.fold_div}"
+        return (
+            f"num_heads={self.num_heads}, num_frames={self.num_frames}, leap={self.leap}, fold_div={self.fold_div}, "
+            f"scale={self.scale}"
+        )
 
 
 class LeapAttention2d(LeapAttention):

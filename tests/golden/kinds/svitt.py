@@ -282,7 +282,7 @@ def _check_blocks(golden: Any, prefix: str, case: dict[str, Any], blocks: Tensor
         numbers = golden[f"{prefix}rand"].scatter(1, local, 0.0)
         assert torch.equal(numbers.topk(case["rand"]).indices.sort().values, blocks[:, case["local"] :])
     sparsity = official_sparsity(
-        {"attn_block_size": case["bs"], "sparse_local_attn": case["local"], "sparse_random_attn": case["rand"]}
+        "svitt", {"attn_block_size": case["bs"], "sparse_local_attn": case["local"], "sparse_random_attn": case["rand"]}
     )
     drawn = sparsity.layout(case["L"])
     assert drawn is not None and drawn.columns.numel() == blocks.numel()

@@ -1,12 +1,11 @@
 """What the models of LAPS share: outputs per frame, and the pre-norm block."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models.settings import leaves
+from vattn.models.settings import Config, leaves, official_settings
 from vattn.nn import leap_of_level
 
 Levels = Sequence[int | None]
@@ -34,6 +33,9 @@ class FrameModel(nn.Module):
             label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
         """
         return F.cross_entropy(self(video), labels, label_smoothing=label_smoothing)
+
+    def extra_repr(self) -> str:
+        return f"num_frames={self.num_frames}"
 
     def frames(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to ``(B * T, 3, H, W)``."""
@@ -70,14 +72,14 @@ def hidden_size(dim: int, ratio: float) -> int:
     return int(dim * ratio + 1e-6)
 
 
-def layer_leaps(op: str, levels: Levels, depth: int, num_frames: int) -> list[int | None]:
-    """The leap of each of `depth` layers, whose levels repeat."""
+def layer_leaps(op: str, levels: Levels, depth: int, num_frames: int) -> Iterator[int | None]:
+    """The leap of each of `depth` layers, whose levels repeat, one after the other."""
     if not levels:
         raise ValueError(f"{op}: levels must have at least one element, got levels={levels!r}")
-    return [leap_of_level(levels[i % len(levels)], num_frames) for i in range(depth)]
+    return (leap_of_level(levels[i % len(levels)], num_frames) for i in range(depth))
 
 
-def official_fold_div(config: Mapping[str, Any] | None) -> dict[str, int]:
+def official_fold_div(op: str, config: Config) -> dict[str, int]:
     """The divisor of an official configuration, in whose code null is no shift; nothing if it says nothing."""
-    found = dict(leaves(config or {}))
-    return {"fold_div": found["FOLD_DIV"] or 0} if "FOLD_DIV" in found else {}
+    is_null = dict(leaves(op, config)).get("FOLD_DIV", 0) is None
+    return {"fold_div": 0} if is_null else official_settings(op, config, {"fold_div": int}, fold_div="FOLD_DIV")

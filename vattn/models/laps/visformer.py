@@ -10,7 +10,9 @@ Chen et al., "Visformer: The Vision-friendly Transformer" (ICCV 2021); Zhang et 
 Periodic Shift for Video Transformers" (ACM MM 2022).
 """
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
 from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
 from vattn.models.layers import init_linear, named
-from vattn.models.settings import official_settings
+from vattn.models.settings import Config, number, official_settings, require_told
 from vattn.nn import LeapAttention2d
 
 LEVELS = ((1, 2, 3, 1), (2, 3, 1, 2))
@@ -87,6 +89,8 @@ class LapsVisformer(FrameModel, PretrainedModel):
         for name, flags in (("attn_stage", attn_stage), ("spatial_conv", spatial_conv)):
             if len(flags) != 3 or set(flags) - {"0", "1"}:
                 raise ValueError(f'LapsVisformer: {name} must be three of "0" and "1", got {name}={flags!r}')
+        for name, factor in (("mlp_ratio", mlp_ratio), ("scale_exponent", scale_exponent)):
+            number("LapsVisformer", name, factor, -math.inf)
         if attn_stage[0] == "1":
             raise ValueError(f"LapsVisformer: stage 1 must have no attention, got attn_stage={attn_stage!r}")
         if len(levels) != 2:
@@ -94,14 +98,14 @@ class LapsVisformer(FrameModel, PretrainedModel):
         self.num_frames = num_frames
         dims = (embed_dim // 2, embed_dim, 2 * embed_dim)
         sides = (image_size // 8, image_size // 16, image_size // 32)
-        leaps: list[list[int | None]] = [[None] * depth[0]]
+        leaps: list[Iterator[int | None]] = [itertools.repeat(None, depth[0])]
         leaps += [layer_leaps("LapsVisformer", stage, depth[i], num_frames) for i, stage in enumerate(levels, 1)]
 
         def attention(dim: int, leap: int | None) -> nn.Module:
             head_dim = dim // num_heads
             return LeapAttention2d(
                 dim, num_heads, num_frames, leap, fold_div=fold_div, head_dim=head_dim, qkv_bias=qkv_bias,
-                proj_bias=False, scale=head_dim**scale_exponent,
+                proj_bias=False, scale=float(head_dim) ** scale_exponent,
             )  # fmt: skip
 
         def mlp(dim: int, spatial: bool) -> nn.Module:
@@ -143,9 +147,7 @@ class LapsVisformer(FrameModel, PretrainedModel):
         self.apply(_init_weights)
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "LapsVisformer":
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> "LapsVisformer":
         """The model of an official checkpoint, in evaluation mode; its sizes are read from the weights.
 
         Args:
@@ -153,9 +155,10 @@ class LapsVisformer(FrameModel, PretrainedModel):
                 prefixes and the outer dict that the official training script adds. It is copied; dtype and
                 device stay.
             config: the official configuration, whole or in part, of which ``NUM_FRAMES``, ``S2_SKIP_LEVEL``,
-                ``S3_SKIP_LEVEL`` and ``FOLD_DIV`` are read, and ``num_heads`` and ``qk_scale``, if it has them. Heads
-                have 64 channels otherwise. ``qk_scale`` is an exponent here: q and k are *each* multiplied by
-                ``head_dim ** qk_scale``, and None is -0.25.
+                ``S3_SKIP_LEVEL`` and ``FOLD_DIV`` are read, which it must have unless they are overridden, and
+                ``num_heads`` and ``qk_scale``, if it has them. Heads have 64 channels otherwise. ``qk_scale`` is an
+                exponent here: q and k are *each* multiplied by ``head_dim ** qk_scale``, and None is -0.25. Without a
+                configuration, the first four are those of the official Visformer-S, the defaults of the constructor.
             overrides: settings of the constructor, which win over those of `config` and of the weights.
 
         Raises:
@@ -163,6 +166,7 @@ class LapsVisformer(FrameModel, PretrainedModel):
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op = "LapsVisformer.from_official"
+        cls._require_overrides(op, overrides)
         weights = official_weights(op, state_dict, "patch_embed2.proj.weight", "pos_embed1", "head.weight")
         blocks = ("stage1.0", "stage2.0", "stage3.0")
         embed_dim = weights["patch_embed2.proj.weight"].shape[0]
@@ -188,14 +192,18 @@ class LapsVisformer(FrameModel, PretrainedModel):
             "groups": groups,
             "attn_stage": "".join(str(int(f"{block}.attn.qkv.weight" in weights)) for block in blocks),
             "spatial_conv": "".join(str(int(flag)) for flag in spatial),
-        } | official_settings(config, num_frames="NUM_FRAMES", num_heads="num_heads")
-        stages = official_settings(config, stage2="S2_SKIP_LEVEL", stage3="S3_SKIP_LEVEL")
-        if stages:
-            settings["levels"] = (stages.get("stage2", LEVELS[0]), stages.get("stage3", LEVELS[1]))
-        exponent = official_settings(config, exponent="qk_scale").get("exponent")
-        if exponent is not None:
-            settings["scale_exponent"] = 2 * exponent
-        settings |= official_fold_div(config) | overrides
+        } | official_settings(op, config, cls, num_frames="NUM_FRAMES", num_heads="num_heads")
+        names = {"stage2": "S2_SKIP_LEVEL", "stage3": "S3_SKIP_LEVEL"}
+        stages = official_settings(op, config, dict.fromkeys(names, Levels), **names)
+        exponents = official_settings(op, config, {"exponent": float}, exponent="qk_scale")
+        if exponents:
+            settings["scale_exponent"] = 2 * exponents["exponent"]
+        settings |= official_fold_div(op, config) | overrides
+        if config is not None:
+            require_told(op, config, settings, num_frames="NUM_FRAMES", fold_div="FOLD_DIV")
+            if "levels" not in overrides:
+                require_told(op, config, stages, **names)
+                settings["levels"] = (stages["stage2"], stages["stage3"])
         settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
         return cls._from_weights(weights, settings)
 

@@ -6,6 +6,7 @@
 Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
 from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
 from vattn.models.layers import init_linear, named
-from vattn.models.settings import official_settings
+from vattn.models.settings import Config, number, official_settings, require_told
 from vattn.nn import LeapAttention
 
 
@@ -65,6 +66,9 @@ class LapsViT(FrameModel, PretrainedModel):
         scale: float | None = None,
     ) -> None:
         super().__init__()
+        number("LapsViT", "mlp_ratio", mlp_ratio, 0)
+        if scale is not None:
+            number("LapsViT", "scale", scale, -math.inf)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         num_patches = (height // patch_size) * (width // patch_size)
         self.num_frames = num_frames
@@ -91,17 +95,16 @@ class LapsViT(FrameModel, PretrainedModel):
         self.apply(init_linear)
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "LapsViT":
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> "LapsViT":
         """The model of an official checkpoint, in evaluation mode; its sizes are read from the weights.
 
         Args:
             state_dict: of ``VisionTransformer`` in ``timm/models/vit_laps.py``, with or without the prefixes and
                 the outer dict that the official training script adds. It is copied; dtype and device stay.
             config: the official configuration, whole or in part, of which ``NUM_FRAMES``, ``S2_SKIP_LEVEL`` and
-                ``FOLD_DIV`` are read, and ``num_heads``, ``img_size`` and ``qk_scale``, if it has them. Heads have 64
-                channels and frames are square otherwise.
+                ``FOLD_DIV`` are read, which it must have unless they are overridden, and ``num_heads``, ``img_size``
+                and ``qk_scale``, if it has them. Heads have 64 channels and frames are square otherwise. Without a
+                configuration, the first three are those of the official ViT-B/16, the defaults of the constructor.
             overrides: settings of the constructor, which win over those of `config` and of the weights.
 
         Raises:
@@ -109,7 +112,9 @@ class LapsViT(FrameModel, PretrainedModel):
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op = "LapsViT.from_official"
-        weights = official_weights(op, state_dict, "patch_embed.proj.weight", "pos_embed", "head.weight")
+        cls._require_overrides(op, overrides)
+        needed = "patch_embed.proj.weight", "pos_embed", "head.weight", "blocks.0.mlp.fc1.weight"
+        weights = official_weights(op, state_dict, *needed)
         embed_dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
         settings = {
             "image_size": patch_size * round((weights["pos_embed"].shape[1] - 1) ** 0.5),
@@ -120,11 +125,13 @@ class LapsViT(FrameModel, PretrainedModel):
             "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
             "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         } | official_settings(
-            config, num_frames="NUM_FRAMES", levels="S2_SKIP_LEVEL", num_heads="num_heads", image_size="img_size",
-            scale="qk_scale",
+            op, config, cls, num_frames="NUM_FRAMES", levels="S2_SKIP_LEVEL", num_heads="num_heads",
+            image_size="img_size", scale="qk_scale",
         )  # fmt: skip
         settings["scale"] = settings.get("scale") or None  # as in the official code, 0 is none
-        settings |= official_fold_div(config) | overrides
+        settings |= official_fold_div(op, config) | overrides
+        if config is not None:
+            require_told(op, config, settings, num_frames="NUM_FRAMES", levels="S2_SKIP_LEVEL", fold_div="FOLD_DIV")
         settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
         return cls._from_weights(weights, settings)
 

@@ -25,7 +25,7 @@ from vattn.models.checkpoints import PretrainedModel, count_blocks, official_wei
 from vattn.models.draws import Randomness
 from vattn.models.layers import init_linear
 from vattn.models.mebt.training import draw_partition, masked_loss
-from vattn.models.settings import official_settings
+from vattn.models.settings import Config, official_settings, probabilities, require_told
 from vattn.nn import LatentBlock
 
 OFFICIAL_MODES = (
@@ -148,6 +148,7 @@ class MeBT(PretrainedModel):
         sizes = (("vocab_size", vocab_size), ("num_latents", num_latents), *zip(names, grid, strict=True))
         for name, size in sizes:
             _checks.integer("MeBT", name, size, least=1)
+        probabilities("MeBT", embed_drop=embed_drop, attn_drop=attn_drop, proj_drop=proj_drop)
         self.grid = (grid[0], grid[1], grid[2])
         self.transformer = LatentTransformer(
             vocab_size, dim, num_heads, modes, embed_drop=embed_drop, attn_drop=attn_drop, proj_drop=proj_drop
@@ -160,9 +161,7 @@ class MeBT(PretrainedModel):
             nn.init.normal_(embedding, std=0.02)
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> Self:
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> Self:
         """The model of an official checkpoint, in evaluation mode.
 
         Args:
@@ -175,21 +174,18 @@ class MeBT(PretrainedModel):
                 `num_heads`, `modes` and `grid` must be among them.
 
         Raises:
-            TypeError: `config` is not a mapping, or there is no such setting.
-            ValueError: the weights or the configuration do not make this model.
+            TypeError: `config` is not a mapping, or a setting has another type.
+            ValueError: there is no such setting, or the weights or the configuration do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op = "MeBT.from_official"
+        cls._require_overrides(op, overrides)
         weights = official_weights(op, state_dict, "tok_emb.weight", "pos_emb", "sos_emb", "transformer.head.weight")
         weights = {name: x for name, x in weights.items() if not name.startswith("first_stage_model.")}
         vocab_size, dim = weights["tok_emb.weight"].shape
         sizes = {"vocab_size": vocab_size, "dim": dim, "num_latents": weights["sos_emb"].shape[1]}
-        found = official_settings(config, **OFFICIAL_NAMES)
-        settings = sizes | found | overrides
-        for name in ("num_heads", "modes", "grid"):
-            if name not in settings:
-                had = ", ".join(OFFICIAL_NAMES[known] for known in found) or "nothing"
-                raise ValueError(f"{op}: config must have {OFFICIAL_NAMES[name]}, got {had}")
+        settings = sizes | official_settings(op, config, cls, **OFFICIAL_NAMES) | overrides
+        require_told(op, config, settings, **{name: OFFICIAL_NAMES[name] for name in ("num_heads", "modes", "grid")})
         depth = count_blocks({name.removeprefix("transformer."): x for name, x in weights.items()}, "blocks")
         settings["modes"] = [*settings["modes"], *["maskgit"] * (depth - len(settings["modes"]))]
         return cls._from_weights(weights, settings)

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vattn import _checks
 from vattn.models.draws import Randomness, draws_of
 from vattn.models.mebt.masks import Partition, draft_partitions, next_partition, num_masked, revise_partitions
 from vattn.models.sampling import codes_shape, progress_bar, sample_tokens
+from vattn.models.settings import number
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A model: codes ``(B, N)``, contexts ``(B, NC)``, targets ``(B, NT)`` to the logits of the targets ``(B, NT, V)``."""
@@ -95,8 +97,8 @@ def maskgit(
     for name, setting, known in (("strategy", strategy, STRATEGIES), ("decay", decay, DECAYS)):
         if setting not in known:
             raise ValueError(f"maskgit: {name} must be one of {', '.join(known)}, got {name}={setting!r}")
-    if num_steps < 1:
-        raise ValueError(f"maskgit: num_steps must be at least 1, got num_steps={num_steps}")
+    _checks.integer("maskgit", "num_steps", num_steps, least=1)
+    number("maskgit", "context_temperature", context_temperature, 0)
     draws = draws_of(generator)
     codes, context, target = _start("maskgit", model, codes, context, target)
     total = target.shape[1] if start_anew else codes.shape[1]
@@ -211,8 +213,7 @@ def draft_and_revise(
     Source:
         Lee et al., "Draft-and-Revise: Effective Image Generation with Contextual RQ-Transformer" (NeurIPS 2022).
     """
-    if num_revisions < 0:
-        raise ValueError(f"draft_and_revise: num_revisions must be at least 0, got num_revisions={num_revisions}")
+    _checks.integer("draft_and_revise", "num_revisions", num_revisions, least=0)
     settings = sampling | {"generator": draws_of(generator), "progress": progress}
     sample = draft(model, codes, context, target, num_steps=draft_steps, **settings)
     if revise_contexts:
@@ -239,7 +240,7 @@ def inpaint(
         New codes, in the shape of `codes`.
 
     Raises:
-        TypeError: `mask` is not a bool tensor.
+        TypeError: `mask` is not a bool tensor, or `sampler` no function.
         ValueError: `mask` does not fit `codes`, or the samples have different numbers of masked tokens.
 
     Source:
@@ -255,6 +256,8 @@ def inpaint(
         <BLANKLINE>
                  [[7, 0, 0]]]])
     """
+    if sampler is not None and not callable(sampler):
+        raise TypeError(f"inpaint: sampler must be a function such as maskgit, got {sampler=}")
     if mask.dtype != torch.bool:
         raise TypeError(f"inpaint: mask must be a bool tensor, got mask.dtype={mask.dtype}")
     sizes = zip(reversed(mask.shape), reversed(codes.shape), strict=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vattn.models.checkpoints import PretrainedModel, official_weights
 from vattn.models.draws import Randomness
+from vattn.models.settings import Config
 from vattn.models.svitt.text import TextEncoder, TokenHead, text_settings
 from vattn.models.svitt.video import VideoEncoder, video_settings
 from vattn.models.svitt.weights import head_weights, part, sections, text_weights, video_weights
@@ -80,9 +81,7 @@ class VideoAnswers(PretrainedModel):
         self.word_head = TokenHead(self.answer.word.embedding_dim, self.answer.word.num_embeddings)
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "VideoAnswers":
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> "VideoAnswers":
         """The model of an official checkpoint, in evaluation mode. As in the official code, no text layer prunes.
 
         Args:
@@ -95,10 +94,12 @@ class VideoAnswers(PretrainedModel):
                 `question` and `answer` one by one.
 
         Raises:
-            ValueError: the weights or the configuration do not make this model.
+            TypeError: `config` is not a mapping, or a setting has another type.
+            ValueError: there is no such setting, or the weights or the configuration do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op = "VideoAnswers.from_official"
+        cls._require_overrides(op, overrides)
         official = official_weights(op, state_dict, "vision_layernorm.weight")
         of_video, of_text = sections(op, config)
         video = video_weights(op, part(official, "vision_encoder."))
@@ -109,9 +110,9 @@ class VideoAnswers(PretrainedModel):
         weights = {f"{name}.{end}": x for name, these in parts.items() for end, x in these.items()}
         weights |= {f"video_norm.{end}": x for end, x in part(official, "vision_layernorm.").items()}
         settings = {
-            "video": video_settings(video, of_video, overrides.get("video")),
-            "question": text_settings(question, of_text, overrides.get("question")) | {"keep": 1.0},
-            "answer": text_settings(answer, of_text, overrides.get("answer")) | {"keep": 1.0, "causal": True},
+            "video": video_settings(op, video, of_video, overrides.get("video")),
+            "question": text_settings(op, question, of_text, overrides.get("question")) | {"keep": 1.0},
+            "answer": text_settings(op, answer, of_text, overrides.get("answer")) | {"keep": 1.0, "causal": True},
         }
         return cls._from_weights(weights, settings, overrides)
 

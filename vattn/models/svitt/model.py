@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vattn import _checks
 from vattn.layout import BlockLayout
 from vattn.models.checkpoints import PretrainedModel, official_weights
 from vattn.models.draws import Randomness, draws_of
 from vattn.models.layers import init_linear
+from vattn.models.settings import Config, number, probabilities
 from vattn.models.svitt.losses import (
     Losses,
     Negatives,
@@ -76,6 +78,10 @@ class SViTT(PretrainedModel):
         mask_share: float = 0.5,
     ) -> None:
         super().__init__()
+        for name, setting, least in (("embed_dim", embed_dim, 1), ("mask_id", mask_id, 0)):
+            _checks.integer("SViTT", name, setting, least=least)
+        number("SViTT", "temperature", temperature, 0, above=True)
+        probabilities("SViTT", mask_share=mask_share)
         self.mask_id, self.never_masked, self.mask_share = mask_id, tuple(never_masked), mask_share
         self.video = VideoEncoder(**(video or {}))
         width = self.video.cls_token.shape[2]
@@ -95,9 +101,7 @@ class SViTT(PretrainedModel):
             init_linear(layer)
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "SViTT":
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> "SViTT":
         """The model of an official checkpoint, pretrained or fine-tuned for retrieval, in evaluation mode.
 
         Args:
@@ -111,11 +115,15 @@ class SViTT(PretrainedModel):
                 `text` one by one.
 
         Raises:
-            ValueError: the weights or the configuration do not make this model.
+            TypeError: `config` is not a mapping, or a setting has another type.
+            ValueError: there is no such setting, or the weights or the configuration do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op = "SViTT.from_official"
-        official = official_weights(op, state_dict, "vision_layernorm.weight", "vision_proj.weight", "itm_head.weight")
+        cls._require_overrides(op, overrides)
+        official = official_weights(
+            op, state_dict, "vision_layernorm.weight", "vision_proj.weight", "itm_head.weight", "temp"
+        )
         of_video, of_text = sections(op, config)
         video = video_weights(op, part(official, "vision_encoder."))
         text = text_weights(op, part(official, "text_encoder."))
@@ -133,8 +141,8 @@ class SViTT(PretrainedModel):
         ):  # fmt: skip
             weights |= {f"{name}.{end}": x for end, x in part(official, f"{theirs}.").items()}
         settings = {
-            "video": video_settings(video, of_video, overrides.get("video")),
-            "text": text_settings(text, of_text, overrides.get("text")),
+            "video": video_settings(op, video, of_video, overrides.get("video")),
+            "text": text_settings(op, text, of_text, overrides.get("text")),
             "embed_dim": len(official["vision_proj.weight"]),
             "predict_words": bool(head),
         }

@@ -4,13 +4,14 @@ SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from vattn import _checks
 from vattn.layout import BlockLayout
+from vattn.models.settings import Config, number, official_settings
+from vattn.nn.sparse import PAD_KEYS
 
 KEEP_BY = ("cls_attn", "random")
 
@@ -54,10 +55,12 @@ class Sparsity:
             _checks.integer(op, name, setting, least=least)
         if self.num_local and self.num_local % 2 == 0:
             raise ValueError(f"{op}: num_local must be odd or 0, got num_local={self.num_local}")
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"{op}: keep must be above 0 and at most 1, got keep={self.keep}")
-        if self.keep_by not in KEEP_BY:
-            raise ValueError(f"{op}: keep_by must be one of {', '.join(KEEP_BY)}, got keep_by={self.keep_by!r}")
+        number(op, "keep", self.keep, 0, 1, above=True)
+        for i in self.prune_after:
+            _checks.integer(op, "prune_after", i, least=0)
+        for name, choice, known in (("keep_by", self.keep_by, KEEP_BY), ("pad_keys", self.pad_keys, PAD_KEYS)):
+            if choice not in known:
+                raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {name}={choice!r}")
 
     def layout(self, num_tokens: int, generator: torch.Generator | None = None) -> BlockLayout | None:
         """Who reads whom among `num_tokens` tokens behind one that is global; None is everyone."""
@@ -71,14 +74,12 @@ class Sparsity:
         )  # fmt: skip
 
 
-def official_sparsity(config: Mapping[str, Any]) -> Sparsity:
+def official_sparsity(op: str, config: Config) -> Sparsity:
     """The sparsity of an official configuration, whose short blocks are filled up with zeros."""
-    return Sparsity(
-        block_size=config.get("attn_block_size", 1),
-        num_local=config.get("sparse_local_attn") or 0,
-        num_random=config.get("sparse_random_attn"),
-        keep=config.get("token_keep_rate", 1.0),
-        prune_after=tuple(config.get("token_drop_loc", (3, 6, 9))),
-        keep_by=config.get("token_keep_strategy", "cls_attn"),
-        pad_keys="zero",
-    )
+    defaults: dict[str, Any] = {"block_size": 1, "num_local": 0, "num_random": None, "keep": 1.0}
+    found = official_settings(
+        op, config, Sparsity, block_size="attn_block_size", num_local="sparse_local_attn",
+        num_random="sparse_random_attn", keep="token_keep_rate", prune_after="token_drop_loc",
+        keep_by="token_keep_strategy",
+    )  # fmt: skip
+    return Sparsity(**(defaults | found), pad_keys="zero")

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models.checkpoints import PretrainedModel
+from vattn.models.checkpoints import PretrainedModel, heads_or_default
 from vattn.models.layers import init_linear, named
-from vattn.models.settings import official_settings, override
-from vattn.models.svitt.weights import heads_of, text_weights, without_nulls
+from vattn.models.settings import Config, number, official_settings, override, probabilities
+from vattn.models.svitt.weights import text_weights
 from vattn.nn import merge_heads, split_heads
 from vattn.nn.sdpa import scaled_dot_product_attention
 from vattn.ops.latent_attention import latent_attention
@@ -100,9 +100,14 @@ class TextEncoder(PretrainedModel):
         op = type(self).__name__
         for name, setting, least in (
             ("vocab_size", vocab_size, 1), ("depth", depth, 1), ("fusion_layer", fusion_layer, 0),
-            ("mlp_dim", mlp_dim, 1), ("max_length", max_length, 1), ("video_dim", video_dim, 1),
+            ("mlp_dim", mlp_dim, 1), ("max_length", max_length, 1), ("video_dim", video_dim, 1), ("dim", dim, 1),
+            ("num_heads", num_heads, 1),
         ):  # fmt: skip
             _checks.integer(op, name, setting, least=least)
+        for i in prune_after:
+            _checks.integer(op, "prune_after", i, least=0)
+        number(op, "keep", keep, 0, 1, above=True)
+        probabilities(op, dropout=dropout)
         if keep_by not in KEEP_BY:
             raise ValueError(f"{op}: keep_by must be one of {', '.join(KEEP_BY)}, got keep_by={keep_by!r}")
         if keep < 1 and not all(fusion_layer <= i < depth for i in prune_after):
@@ -128,9 +133,7 @@ class TextEncoder(PretrainedModel):
             nn.init.normal_(embedding.weight, std=0.02)
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "TextEncoder":
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> "TextEncoder":
         """The encoder of an official checkpoint, or of BERT itself with cross-attention, in evaluation mode.
 
         Args:
@@ -141,11 +144,14 @@ class TextEncoder(PretrainedModel):
             overrides: settings of the constructor, which win over those of `config` and of the weights.
 
         Raises:
-            ValueError: the weights or the configuration do not make this model.
+            TypeError: `config` is not a mapping, or a setting has another type.
+            ValueError: there is no such setting, or the weights or the configuration do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
-        weights = text_weights("TextEncoder.from_official", state_dict)
-        return cls._from_weights(weights, text_settings(weights, config, overrides))
+        op = "TextEncoder.from_official"
+        cls._require_overrides(op, overrides)
+        weights = text_weights(op, state_dict)
+        return cls._from_weights(weights, text_settings(op, weights, config, overrides))
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         text, visible = self.embed(ids), self._visible(mask, ids)
@@ -204,7 +210,7 @@ class TextEncoder(PretrainedModel):
     def extra_repr(self) -> str:
         return (
             f"fusion_layer={self.fusion_layer}, keep={self.keep}, prune_after={sorted(self.prune_after)}, "
-            f"keep_by={self.keep_by!r}, causal={self.causal}"
+            f"keep_by={self.keep_by!r}, causal={self.causal}, video_dim={self.video_dim}"
         )
 
 
@@ -291,6 +297,9 @@ class TextAttention(nn.Module):
     def residual(self, x: Tensor, out: Tensor) -> Tensor:
         return self.norm(x + self.drop(self.proj(merge_heads(out))))
 
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
 
 @torch.no_grad()
 def _importance(query: Tensor, key: Tensor, mask: Tensor | None, kept: Tensor | None) -> Tensor:
@@ -330,10 +339,9 @@ class TokenHead(nn.Module):
 
 
 def text_settings(
-    weights: Mapping[str, Tensor], config: Mapping[str, Any] | None, overrides: Mapping[str, Any] | None
+    op: str, weights: Mapping[str, Tensor], config: Config, overrides: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The settings of the :class:`TextEncoder` that weights, under their names here, and a configuration make."""
-    config = without_nulls(config)
     vocab_size, dim = weights["word.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
     fusion_layer = min((i for i in range(depth) if f"layers.{i}.cross.key.weight" in weights), default=depth)
@@ -344,12 +352,13 @@ def text_settings(
         "mlp_dim": weights["layers.0.mlp.fc1.weight"].shape[0],
         "max_length": weights["position.weight"].shape[0],
         "fusion_layer": fusion_layer,
-        "prune_after": tuple(i for i in config.get("token_drop_loc", (9,)) if fusion_layer <= i < depth),
     }
     if fusion_layer < depth:
         settings["video_dim"] = weights[f"layers.{fusion_layer}.cross.key.weight"].shape[1]
     settings |= official_settings(
-        config, keep="token_keep_rate", keep_by="token_keep_strategy", dropout="hidden_dropout_prob"
-    )
+        op, config, TextEncoder, num_heads="num_attention_heads", keep="token_keep_rate",
+        prune_after="token_drop_loc", keep_by="token_keep_strategy", dropout="hidden_dropout_prob",
+    )  # fmt: skip
+    settings["prune_after"] = tuple(i for i in settings.get("prune_after", (9,)) if fusion_layer <= i < depth)
     settings = override(settings, overrides or {})
-    return settings | {"num_heads": heads_of("TextEncoder.from_official", config, settings, dim)}
+    return settings | {"num_heads": heads_or_default(op, settings.get("num_heads"), dim)}

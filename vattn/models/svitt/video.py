@@ -15,6 +15,7 @@ A model learns on few frames first, and goes on with more, and sparser: :func:`e
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -23,13 +24,13 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.layout import BlockLayout
-from vattn.models.checkpoints import Model, PretrainedModel, count_blocks
+from vattn.models.checkpoints import Model, PretrainedModel, count_blocks, heads_or_default
 from vattn.models.draws import Draws, Randomness, draws_of
 from vattn.models.layers import init_linear, named
-from vattn.models.settings import override
+from vattn.models.settings import Config, number, official_settings, override, probabilities
 from vattn.models.svitt.orders import token_order
 from vattn.models.svitt.sparsity import Sparsity, official_sparsity
-from vattn.models.svitt.weights import heads_of, video_weights, without_nulls
+from vattn.models.svitt.weights import video_weights
 from vattn.nn import SparseSelfAttention
 from vattn.ops.select_tokens import select_tokens
 
@@ -111,7 +112,7 @@ class SparseBlock(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return f"keep={self.keep}, keep_by={self.keep_by!r}, drop_path={self.drop_path:.3g}"
+        return f"keep={self.keep}, keep_by={self.keep_by!r}, drop_path={self.drop_path}"
 
 
 class VideoEncoder(PretrainedModel):
@@ -174,6 +175,9 @@ class VideoEncoder(PretrainedModel):
         super().__init__()
         for name, setting in (("num_frames", num_frames), ("patch_size", patch_size), ("depth", depth)):
             _checks.integer("VideoEncoder", name, setting, least=1)
+        probabilities("VideoEncoder", drop_path=drop_path)
+        if layer_scale is not None:
+            number("VideoEncoder", "layer_scale", layer_scale, -math.inf)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         window = (num_frames, height // patch_size, width // patch_size)
         self.order = order
@@ -194,9 +198,7 @@ class VideoEncoder(PretrainedModel):
         self._see(window, Sparsity(**sparsity) if isinstance(sparsity, Mapping) else sparsity or Sparsity())
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> "VideoEncoder":
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> "VideoEncoder":
         """The encoder of an official checkpoint, or of an image BEiT, in evaluation mode.
 
         Args:
@@ -207,11 +209,14 @@ class VideoEncoder(PretrainedModel):
                 without position bias `num_frames` is needed.
 
         Raises:
-            ValueError: the weights or the configuration do not make this model.
+            TypeError: `config` is not a mapping, or a setting has another type.
+            ValueError: there is no such setting, or the weights or the configuration do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
-        weights = video_weights("VideoEncoder.from_official", state_dict)
-        return cls._from_weights(weights, video_settings(weights, config, overrides))
+        op = "VideoEncoder.from_official"
+        cls._require_overrides(op, overrides)
+        weights = video_weights(op, state_dict)
+        return cls._from_weights(weights, video_settings(op, weights, config, overrides))
 
     def forward(
         self,
@@ -317,33 +322,37 @@ def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> M
 
 
 def video_settings(
-    weights: Mapping[str, Tensor], config: Mapping[str, Any] | None, overrides: Mapping[str, Any] | None
+    op: str, weights: Mapping[str, Tensor], config: Config, overrides: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The settings of the :class:`VideoEncoder` that weights, under their names here, and a configuration make."""
-    op, config = "VideoEncoder.from_official", without_nulls(config)
-    if config.get("num_cls_tokens", 1) != 1:
-        raise ValueError(f"{op}: config must have one class token, got num_cls_tokens={config['num_cls_tokens']}")
+    num_cls_tokens = official_settings(op, config, {"number": int}, number="num_cls_tokens").get("number", 1)
+    if num_cls_tokens != 1:
+        raise ValueError(f"{op}: config must have one class token, got {num_cls_tokens=}")
     dim, _, _, patch_size = weights["patch_embed.weight"].shape
-    size = config.get("image_size", 224)
+    found = official_settings(
+        op, config, VideoEncoder, image_size="image_size", order="token_3d_order", drop_path="drop_path_rate",
+        num_heads="num_attention_heads",
+    )  # fmt: skip
+    size, order = found.get("image_size", 224), found.get("order", "none")
     height, width = (size, size) if isinstance(size, int) else size
     table = weights.get("blocks.0.attn.position_bias.table")
-    order = config.get("token_3d_order", "none")
-    settings: dict[str, Any] = {
+    settings: dict[str, Any] = found | {
         "image_size": (height, width),
         "patch_size": patch_size,
         "dim": dim,
         "depth": count_blocks(weights, "blocks"),
         "mlp_dim": weights["blocks.0.mlp.fc1.weight"].shape[0],
-        "sparsity": dataclasses.asdict(official_sparsity(config)),
+        "sparsity": dataclasses.asdict(official_sparsity(op, config)),
         "order": "raster" if order == "none" else order,
         "position_bias": table is not None,
         "layer_scale": 0.1 if "blocks.0.scale1" in weights else None,
         "mean_pooling": "norm.weight" not in weights,
-        "drop_path": config.get("drop_path_rate", 0.0),
     }
     if table is None:
         settings = override(settings, overrides or {})
-        return settings | {"num_heads": heads_of(op, config, settings, dim)}
+        if "num_frames" not in settings:
+            raise ValueError(f"{op}: num_frames must be given for weights without position bias, got no num_frames")
+        return settings | {"num_heads": heads_or_default(op, settings.get("num_heads"), dim)}
     offsets_in_space = (2 * (height // patch_size) - 1) * (2 * (width // patch_size) - 1)
     offsets_in_time, rest = divmod(table.shape[0] - 3, offsets_in_space)
     if rest or offsets_in_time % 2 == 0:

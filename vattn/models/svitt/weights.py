@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vattn.models.checkpoints import heads_or_default, official_weights
+from vattn.models.checkpoints import official_weights
+from vattn.models.settings import Config, section
 
 VIDEO_NAMES = (
     ("relative_position_bias.relative_position_bias_table", "position_bias.table"),
@@ -66,13 +67,15 @@ def learned(weights: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
 
 def video_weights(op: str, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a ``BeitModel``."""
-    needed = "embeddings.patch_embeddings.projection.weight", "embeddings.cls_token"
+    first = "encoder.layer.0.intermediate.dense.weight"
+    needed = "embeddings.patch_embeddings.projection.weight", "embeddings.cls_token", first
     return learned(official_weights(op, state_dict, *needed), VIDEO_NAMES)
 
 
 def text_weights(op: str, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a ``BertModel``."""
-    needed = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
+    first = "encoder.layer.0.intermediate.dense.weight"
+    needed = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", first
     return learned(official_weights(op, state_dict, *needed), TEXT_NAMES)
 
 
@@ -94,19 +97,9 @@ def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
 
 
-def heads_of(op: str, config: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> int:
-    """How many heads `settings`, or else an official configuration, say that there are; or heads of 64 channels."""
-    return heads_or_default(op, settings.get("num_heads", config.get("num_attention_heads")), dim)
-
-
-def without_nulls(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings of an official configuration; what is null is as if it were not there."""
-    return {name: value for name, value in (config or {}).items() if value is not None}
-
-
-def sections(op: str, config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def sections(op: str, config: Config) -> tuple[Config, Config]:
     """The configurations of the video encoder and of the text encoder."""
-    config = config or {}
-    if set(config) - {"video", "text"}:
-        raise ValueError(f"{op}: config must have the sections video and text, got {', '.join(map(str, config))}")
-    return config.get("video") or {}, config.get("text") or {}
+    found = section(op, config)
+    if set(found) - {"video", "text"}:
+        raise ValueError(f"{op}: config must have the sections video and text, got {', '.join(map(str, found))}")
+    return found.get("video"), found.get("text")

@@ -31,6 +31,9 @@ from vattn.ops.node_sparse_attention import node_sparse_attention
 
 KeyValue = tuple[Tensor, Tensor]
 
+MOST_BLOCKS = 2**14
+"""Of a grid of sparse attention."""
+
 
 class LayerNorm(nn.Module):
     """``(x - mean) * (eps + 1 / std) * g + b``, with `g` and `b` learned, or those of a class: ``1 + W c`` and ``V c``.
@@ -75,6 +78,9 @@ class LayerNorm(nn.Module):
         inverse = torch.where(variance > tiny, variance.clamp(min=tiny).rsqrt(), 0.0)
         return (centered * (self.EPS + inverse) * g + b).to(x.dtype)
 
+    def extra_repr(self) -> str:
+        return f"is_conditional={self.is_conditional}"
+
 
 class QuickGELU(nn.Module):
     """``x * sigmoid(1.702 x)``: Hendrycks and Gimpel, "Gaussian Error Linear Units (GELUs)" (2016)."""
@@ -112,6 +118,8 @@ class GridEmbedding(nn.Module):
 
     def __init__(self, grid: Sequence[int], dim: int) -> None:
         super().__init__()
+        for size in grid:
+            _checks.integer("GridEmbedding", "grid", size, least=1)
         if dim % len(grid):
             raise ValueError(f"GridEmbedding: dim must be a multiple of the axes of the grid ({len(grid)}), got {dim=}")
         self.grid = tuple(grid)
@@ -127,6 +135,9 @@ class GridEmbedding(nn.Module):
         last = len(self.grid) - 1
         wide = [table.view(-1, *[1] * (last - i), table.shape[1]) for i, table in enumerate(tables)]
         return torch.cat([table.expand(*self.grid, -1) for table in wide], -1).flatten(0, -2)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}"
 
 
 @dataclasses.dataclass
@@ -251,6 +262,9 @@ class AttentionBlock(nn.Module):
             x = x + self.drop(self.enc_attn(self.pre_enc_norm(x, classes), memory))
         return x + self.drop(self.fc_block(self.pre_fc_norm(x, classes)))
 
+    def extra_repr(self) -> str:
+        return f"has_memory={self.has_memory}"
+
 
 @dataclasses.dataclass
 class Decoding:
@@ -304,10 +318,16 @@ class AttentionStack(nn.Module):
         if attention not in ("full", "sparse"):
             raise ValueError(f"AttentionStack: attention must be 'full' or 'sparse', got {attention=}")
         _checks.integer("AttentionStack", "num_layers", num_layers, least=1)
+        _checks.integer("AttentionStack", "block_size", block_size, least=1)
         self.grid, self.attention = tuple(grid), attention
         self.block_size, self.num_local_blocks = block_size, num_local_blocks
         self.layout = None
         if attention == "sparse":
+            num_blocks = math.prod(self.grid) // block_size
+            if num_blocks > MOST_BLOCKS:  # a layout begins as a matrix of them
+                raise ValueError(
+                    f"AttentionStack: grid must have at most {MOST_BLOCKS} blocks, got {grid=}, {block_size=}"
+                )
             with torch.device("cpu"):  # also where a checkpoint is loaded into a model without memory
                 self.layout = BlockLayout.strided(self.grid, block_size, num_local_blocks=num_local_blocks)
             self._visible_blocks = _rows(self.layout)

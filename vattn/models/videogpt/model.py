@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
-from vattn.models.settings import official_settings
+from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights, require_names
+from vattn.models.settings import Config, official_settings, probabilities, require_told
 from vattn.models.videogpt.layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
 from vattn.models.videogpt.resnet import ResNet3d, resnet_settings
 from vattn.models.vqvae.tokenizer import Tokenizer
@@ -92,6 +92,7 @@ class VideoGPT(PretrainedModel):
         super().__init__()
         for name, size in (("num_codes", num_codes), ("code_dim", code_dim)):
             _checks.integer("VideoGPT", name, size, least=1)
+        probabilities("VideoGPT", dropout=dropout, attn_drop=attn_drop)
         if num_classes is not None:
             _checks.integer("VideoGPT", "num_classes", num_classes, least=1)
         if resnet is not None and frame_shape is None:
@@ -135,25 +136,26 @@ class VideoGPT(PretrainedModel):
         return model
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> Self:
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> Self:
         """The model of an official checkpoint, in evaluation mode; its sizes and conditions are read from the weights.
 
         Args:
             state_dict: of ``VideoGPT`` in ``videogpt/gpt.py``, with or without the outer dict of a checkpoint. Of its
                 tokenizer, only the codebook is used. It is copied; dtype and device stay.
-            config: its arguments, of which ``heads``, ``attn_type``, ``dropout`` and ``attn_dropout`` are read; without
-                them, 4 heads, full attention and no dropout. Both checkpoints that its authors gave out have sparse
-                attention.
-            overrides: settings of this class, which win over `config` and what the weights tell.
+            config: its arguments, of which ``heads``, ``attn_type`` and, if it has them, ``dropout`` and
+                ``attn_dropout`` are read. Without ``attn_type``, weights that have masks are of full attention; sparse
+                attention has none, but neither has a checkpoint whose masks were left out. Both checkpoints that its
+                authors gave out have sparse attention.
+            overrides: settings of this class, which win over `config` and what the weights tell; `num_heads`, and
+                `attention` unless there are masks, must be among them if they are not in `config`.
 
         Raises:
-            TypeError: `config` is not a mapping, or there is no such setting.
-            ValueError: the weights do not make this model.
+            TypeError: `config` is not a mapping, or a setting has another type.
+            ValueError: there is no such setting, or the weights and the settings do not make this model.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op, book, first = "VideoGPT.from_official", "vqvae.codebook.embeddings", "attn_stack.right_shift.sos"
+        cls._require_overrides(op, overrides)
         weights = official_weights(op, state_dict, first, book, "fc_in.weight", "fc_out.weight")
         embeddings = weights[book]
         masks = {name for name in weights if name.endswith(".attn.attn.mask")}
@@ -162,18 +164,20 @@ class VideoGPT(PretrainedModel):
         settings: dict[str, Any] = {
             "num_codes": embeddings.shape[0],
             "code_dim": embeddings.shape[1],
-            "grid": _grid(weights, "attn_stack.pos_embd"),
+            "grid": _grid(op, weights, "attn_stack.pos_embd"),
             "dim": len(weights[first]),
             "num_layers": count_blocks(_part(weights, "attn_stack."), "attn_nets"),
             "num_classes": weights["norm.w.weight"].shape[1] if "norm.w.weight" in weights else None,
         }
         if resnet_weights := _part(weights, "resnet."):
-            settings["resnet"] = resnet_settings(resnet_weights)
-            features, factors = _grid(weights, "cond_pos_embd"), settings["resnet"]["downsample"]
+            settings["resnet"] = resnet_settings(op, resnet_weights)
+            features, factors = _grid(op, weights, "cond_pos_embd", 3), settings["resnet"]["downsample"]
             settings["frame_shape"] = [size * factor for size, factor in zip(features, factors, strict=True)]
-        settings |= official_settings(
-            config, num_heads="heads", attention="attn_type", dropout="dropout", attn_drop="attn_dropout"
-        )
+        if masks:  # which the official code has for full attention only
+            settings["attention"] = "full"
+        names = {"num_heads": "heads", "attention": "attn_type"}
+        settings |= official_settings(op, config, cls, dropout="dropout", attn_drop="attn_dropout", **names)
+        require_told(op, config, settings | overrides, **names)
         return cls._from_weights(weights, settings, overrides)
 
     def forward(self, codes: Tensor, *, classes: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
@@ -208,6 +212,9 @@ class VideoGPT(PretrainedModel):
         """
         x = self.attn_stack.step(self._embed(codes[:, None]), state)
         return self.fc_out(self.norm(x, state.classes))[:, 0]
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, num_classes={self.num_classes}, frame_shape={self.frame_shape}"
 
     def _embed(self, codes: Tensor) -> Tensor:
         return self.fc_in(F.embedding(codes, self.embeddings))
@@ -244,7 +251,8 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
 
 
-def _grid(weights: Mapping[str, Tensor], name: str) -> list[int]:
-    """The grid of a :class:`GridEmbedding`."""
+def _grid(op: str, weights: Mapping[str, Tensor], name: str, axes: int = 1) -> list[int]:
+    """The grid of a :class:`GridEmbedding`, which has at least so many `axes`."""
     tables = _part(weights, f"{name}.emb.")
+    require_names(op, weights, *(f"{name}.emb.d_{i}" for i in range(max(len(tables), axes))))
     return [len(tables[f"d_{i}"]) for i in range(len(tables))]

@@ -12,7 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.models.checkpoints import PretrainedModel, count_blocks
+from vattn import _checks
+from vattn.models.checkpoints import PretrainedModel, count_blocks, require_names
 from vattn.models.vqvae.tokenizer import Size, level_strides
 
 OFFICIAL_BLOCKS = (3, 4, 6, 3)
@@ -42,6 +43,9 @@ class NormReLU(nn.Module):
         x = self.norm(x)
         return F.relu(x) if self.relu else x
 
+    def extra_repr(self) -> str:
+        return f"relu={self.relu}"
+
 
 class ResidualBlock(nn.Module):
     """``relu(shortcut(x) + bnr2(conv2(bnr1(conv1(x)))))``; the shortcut is a 1x1x1 convolution where sizes change."""
@@ -60,6 +64,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.proj_bnr(self.proj_conv(x)) if self.use_projection else x
         return F.relu(shortcut + self.bnr2(self.conv2(self.bnr1(self.conv1(x)))))
+
+    def extra_repr(self) -> str:
+        return f"use_projection={self.use_projection}"
 
 
 class BlockGroup(nn.Module):
@@ -112,6 +119,10 @@ class ResNet3d(PretrainedModel):
         strides = level_strides(downsample)
         if len(strides) > 3:
             raise ValueError(f"ResNet3d: downsample must be at most 8, got {downsample=}")
+        if len(num_blocks) != 4:
+            raise ValueError(f"ResNet3d: num_blocks must be four numbers, got {num_blocks=}")
+        for name, size in (("dim", dim), ("width", width), *(("num_blocks", number) for number in num_blocks)):
+            _checks.integer("ResNet3d", name, size, least=1)
         strides = [(1, 1, 1), *strides, *[(1, 1, 1)] * (3 - len(strides))]
         self.dim, self.downsample = dim, (downsample[0], downsample[1], downsample[2])
         self.stem = nn.Sequential(nn.Conv3d(3, width, 3, padding=1, bias=False), NormReLU(width))
@@ -126,9 +137,13 @@ class ResNet3d(PretrainedModel):
             x = group(x)
         return x.movedim(1, -1)
 
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, downsample={self.downsample}"
 
-def resnet_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+
+def resnet_settings(op: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The settings of the :class:`ResNet3d` that has such weights, and shrinks videos as the official one."""
+    require_names(op, weights, "stem.0.weight", "group4.start_block.conv1.weight")
     groups = [{name.removeprefix(f"group{i}."): x for name, x in weights.items()} for i in range(1, 5)]
     return {
         "dim": len(groups[3]["start_block.conv1.weight"]),

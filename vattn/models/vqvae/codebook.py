@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.draws import Draws, Randomness, draws_of
+from vattn.models.settings import number
 from vattn.ops.nearest_code import nearest_code
 
 
@@ -67,6 +68,8 @@ class Codebook(nn.Module):
         super().__init__()
         for name, size in (("num_codes", num_codes), ("dim", dim)):
             _checks.integer("Codebook", name, size, least=1)
+        if restart is not None:
+            number("Codebook", "restart", restart, 0)
         self.restart = restart
         self.register_buffer("embeddings", torch.randn(num_codes, dim))
         self.register_buffer("N", torch.zeros(num_codes))

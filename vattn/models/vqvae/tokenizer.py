@@ -47,7 +47,7 @@ class SamePadConv3d(nn.Module):
         return self.conv(F.pad(x, self.padding, mode=self.padding_mode))
 
     def extra_repr(self) -> str:
-        return f"padding_mode={self.padding_mode!r}"
+        return f"padding={self.padding}, padding_mode={self.padding_mode!r}"
 
 
 class SamePadConvTranspose3d(nn.Module):
@@ -79,7 +79,7 @@ class SamePadConvTranspose3d(nn.Module):
         return self.convt(F.pad(x, self.padding, mode=self.padding_mode))
 
     def extra_repr(self) -> str:
-        return f"padding_mode={self.padding_mode!r}"
+        return f"padding={self.padding}, padding_mode={self.padding_mode!r}"
 
 
 class Tokenizer(PretrainedModel):
@@ -113,6 +113,9 @@ class Tokenizer(PretrainedModel):
     def forward(self, video: Tensor, generator: Randomness = None) -> tuple[Tensor, Quantized]:
         quantized = self.quantize(video, generator)
         return self.decoder(self.post_vq_conv(quantized.embeddings)), quantized
+
+    def extra_repr(self) -> str:
+        return f"downsample={self.downsample}"
 
     def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
         """How far a reconstruction is from its video."""

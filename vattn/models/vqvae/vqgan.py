@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.layers import named
-from vattn.models.settings import official_settings
+from vattn.models.settings import Config, official_settings
 from vattn.models.vqvae.codebook import Codebook
 from vattn.models.vqvae.tokenizer import (
     SamePadConv3d,
@@ -31,6 +31,9 @@ from vattn.models.vqvae.tokenizer import (
     level_strides,
     tokenizer_weights,
 )
+
+PADDING_MODES = ("constant", "reflect", "replicate", "circular")
+"""Those of :func:`torch.nn.functional.pad`."""
 
 
 class ResidualBlock(nn.Module):
@@ -149,6 +152,10 @@ class VQGAN(Tokenizer):
             raise ValueError(f"VQGAN: downsample must have a number above 1, got {downsample=}")
         if 2 * hidden % groups:
             raise ValueError(f"VQGAN: 2 * hidden must be a multiple of groups={groups}, got hidden={hidden}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(
+                f"VQGAN: padding_mode must be one of {', '.join(PADDING_MODES)}, got padding_mode={padding_mode!r}"
+            )
         inner = hidden * 2**levels
         self.downsample = (downsample[0], downsample[1], downsample[2])
         self.encoder = Encoder(hidden, downsample, image_channels, groups, padding_mode)
@@ -158,9 +165,7 @@ class VQGAN(Tokenizer):
         self.codebook = Codebook(num_codes, code_dim, restart=restart)
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> Self:
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> Self:
         """The tokenizer of an official checkpoint, in evaluation mode; its other sizes are read from the weights.
 
         Args:
@@ -171,16 +176,16 @@ class VQGAN(Tokenizer):
             overrides: settings of this class, which win over `config` and what the weights tell.
 
         Raises:
-            TypeError: `config` is not a mapping, or there is no such setting.
-            ValueError: the weights do not make this tokenizer.
+            TypeError: `config` is not a mapping, or a setting has another type.
+            ValueError: there is no such setting, or the weights do not make this tokenizer.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op, first = "VQGAN.from_official", "encoder.conv_first.conv.weight"
+        cls._require_overrides(op, overrides)
         settings: dict[str, Any] = {"downsample": (4, 8, 8)} | official_settings(
-            config, downsample="downsample", padding_mode="padding_type", restart="restart_thres",
-            no_restart="no_random_restart",
-        )  # fmt: skip
-        if settings.pop("no_restart", False):
+            op, config, cls, downsample="downsample", padding_mode="padding_type", restart="restart_thres"
+        )
+        if any(official_settings(op, config, {"off": bool}, off="no_random_restart").values()):
             settings["restart"] = None
         downsample = overrides.get("downsample", settings["downsample"])
         weights, sizes = tokenizer_weights(op, state_dict, first, "conv_blocks", downsample)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.checkpoints import count_blocks
-from vattn.models.settings import official_settings
+from vattn.models.settings import Config, official_settings
 from vattn.models.vqvae.codebook import Codebook
 from vattn.models.vqvae.tokenizer import (
     SamePadConv3d,
@@ -187,9 +187,7 @@ class VQVAE(Tokenizer):
         self.codebook = Codebook(num_codes, code_dim, restart=restart)
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> Self:
+    def from_official(cls, state_dict: Mapping[str, Any], config: Config = None, **overrides: Any) -> Self:
         """The tokenizer of an official checkpoint, in evaluation mode; its other sizes are read from the weights.
 
         Args:
@@ -199,12 +197,15 @@ class VQVAE(Tokenizer):
             overrides: settings of this class, which win over `config` and what the weights tell.
 
         Raises:
-            TypeError: `config` is not a mapping, or there is no such setting.
-            ValueError: the weights do not make this tokenizer.
+            TypeError: `config` is not a mapping, or a setting has another type.
+            ValueError: there is no such setting, or the weights do not make this tokenizer.
             RuntimeError: PyTorch's own, on missing and unexpected names and on shapes.
         """
         op, first = "VQVAE.from_official", "encoder.convs.0.conv.weight"
-        settings: dict[str, Any] = {"downsample": (4, 4, 4)} | official_settings(config, downsample="downsample")
+        cls._require_overrides(op, overrides)
+        settings: dict[str, Any] = {"downsample": (4, 4, 4)} | official_settings(
+            op, config, cls, downsample="downsample"
+        )
         downsample = overrides.get("downsample", settings["downsample"])
         weights, sizes = tokenizer_weights(op, state_dict, first, "convs", downsample)
         for name in [name for name in weights if name.endswith("running_mean")]:
