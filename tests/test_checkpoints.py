@@ -321,7 +321,7 @@ class TestEverySetting:
         with pytest.raises(TypeError, match=rf"^SViTT.from_pretrained: {part} must be an object, got {part}=None$"):
             SViTT.from_pretrained(folder)
 
-    @pytest.mark.parametrize("huge", [2**16, 10**7, 10**18, 10**30])
+    @pytest.mark.parametrize("huge", [10**7, 10**30])
     def test_nothing_is_built_from_huge_numbers(self, huge: int, name: str, folders: Any) -> None:
         """Neither an endless model nor one that fills the memory."""
         folder = folders(name)
@@ -331,12 +331,9 @@ class TestEverySetting:
                 changed = copy.deepcopy(config)
                 _at(changed["settings"], path[:-1])[path[-1]] = huge
                 (folder / "config.json").write_text(json.dumps(changed))
-                try:
+                setting = [part for part in path if isinstance(part, str)][-1]
+                with pytest.raises(ValueError, match=rf"^{name}.from_pretrained: .*{setting} must be at most "):
                     MODELS[name].kind.from_pretrained(folder)
-                except ValueError as error:
-                    assert str(error).startswith(f"{name}.from_pretrained: ")
-                else:
-                    assert huge == 2**16 and path[-1] not in ("depth", "num_layers", "num_blocks")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_is_no_number_that_json_has_not(self, value: float, name: str, folders: Any) -> None:

@@ -22,7 +22,6 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vattn import _checks
 from vattn._version import __version__
@@ -33,9 +32,6 @@ KEYS = ("class", "vattn", "settings")
 
 LARGEST = 2**16
 """No whole number in settings is larger, unless the weights have so many elements: it would be a size of something."""
-
-LARGEST_BUFFER = 2**26
-"""Elements of a buffer that is made, not loaded."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -161,8 +157,7 @@ class PretrainedModel(nn.Module):
                 raise ValueError(f"{op}: {WEIGHTS} must be a whole safetensors file, got {where / WEIGHTS}") from error
             require_numbers(op, settings, _largest(weights))
             try:
-                with _FewCalls(len(weights)):
-                    empty = _build_empty(lambda: _make(cls, settings))
+                empty = _build_empty(lambda: _make(cls, settings))
             except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{op}: settings must make a {cls.__name__}, got settings={settings}, which says: {error}"
@@ -256,23 +251,6 @@ def heads_or_default(op: str, num_heads: int | None, embed_dim: int) -> int:
 def _largest(weights: Mapping[str, Tensor]) -> int:
     """The largest whole number in the settings of a model that has such weights."""
     return max(LARGEST, sum(weight.numel() for weight in weights.values()))
-
-
-class _FewCalls(TorchFunctionMode):
-    """Inside, PyTorch is called as often as a model of so many weights may need: no setting makes an endless one."""
-
-    def __init__(self, num_weights: int) -> None:
-        self.num_weights = num_weights
-        self.left = 10_000 + 100 * num_weights
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError(f"the model has more than {self.num_weights} weights")
-        kwargs = kwargs or {}
-        if str(kwargs.get("device")) == "cpu" and func(*args, **{**kwargs, "device": "meta"}).numel() > LARGEST_BUFFER:
-            raise ValueError(f"the model has a buffer of more than {LARGEST_BUFFER} elements")
-        return func(*args, **kwargs)
 
 
 def _build_empty(build: Callable[[], Model]) -> Model:
