@@ -14,7 +14,7 @@ CODES = 256  # of which distances are held at once
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """The definition of :func:`vattn.nearest_code`."""
     wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    vectors, codebook = x.detach().flatten(0, -2).to(wide), codebook.detach().to(wide)
+    vectors, codebook = x.detach()[None].flatten(0, -2).to(wide), codebook.detach().to(wide)
     nearest = vectors.new_full((len(vectors),), torch.inf)
     index = torch.zeros(len(vectors), dtype=torch.int64, device=x.device)
     for first in range(0, len(codebook), CODES):
