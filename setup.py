@@ -1,7 +1,7 @@
 """Builds `vattn` and, where a C++ compiler is at hand, its CPU kernels ``vattn._C``.
 
-They use PyTorch's stable ABI: built with one PyTorch, they load in every one from TORCH_TARGET on. Where torch has CUDA
-and nvcc is found, ``vattn._C_cuda`` has the CUDA C++ kernels.
+They use PyTorch's stable ABI of TORCH_TARGET: built with one PyTorch, they load in later ones. Where torch has CUDA and
+nvcc is found, ``vattn._C_cuda`` has the CUDA C++ kernels.
 
 An install never fails for want of a compiler: it says why there are no compiled kernels, and writes the
 reason to ``vattn/_build.json``, where ``python -m vattn.info`` finds it. ``VATTN_BUILD_CPP=1`` makes a failure an
