@@ -5,6 +5,7 @@
 #   make tokens     a VQ-VAE learns from real clips, VideoGPT and MeBT from its codes: outputs/tokens_*.gif
 #   make retrieval  a SViTT learns to find clips by their captions: outputs/svitt_*.png
 #   make test       all tests and doctests, and which ten took longest
+#   make fuzz       $(EXAMPLES) random inputs for every operator (or OPERATORS="leap_attention or axial_attention"), others each time
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
 #   make kernels    what the compiler makes of every Triton kernel, without a GPU; with another Triton than the installed
 #                   one, in an environment of its own: `make kernels TRITON=3.6.0 ARCHITECTURES="sm90 gfx942"`
@@ -22,6 +23,8 @@ OPERATOR ?= leap_attention
 TRITON ?=
 ARCHITECTURES ?= sm90
 HEAD_DIMS ?=
+EXAMPLES ?= 10000
+OPERATORS ?=
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)
@@ -39,7 +42,7 @@ endif
 BUILT := vattn/_build.json
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video tokens retrieval test test-gpu kernels lint bench docs clean
+.PHONY: demo video tokens retrieval test fuzz test-gpu kernels lint bench docs clean
 
 demo: $(BUILT)
 	$(RUN) -m examples.demo
@@ -57,6 +60,10 @@ retrieval: $(BUILT)
 
 test: $(BUILT)
 	$(RUN) -m pytest --durations=10
+
+fuzz: $(BUILT)
+	EXAMPLES=$(EXAMPLES) $(RUN) -m pytest tests/test_any_input.py --hypothesis-profile=fuzz --durations=0 -v \
+		$(if $(OPERATORS),-k "$(OPERATORS)")
 
 test-gpu: $(BUILT)
 	$(RUN) -m pytest -m gpu
