@@ -152,7 +152,7 @@ class BlockLayout:
         rows = torch.arange(M, device=device)[:, None]
         reach = num_local // 2
         local = rows + torch.arange(-reach, reach + num_local % 2, device=device)
-        draws = torch.empty(M, M, device=device).uniform_(generator=generator)
+        draws = torch.empty(M, M, dtype=torch.float32, device=device).uniform_(generator=generator)
         if wrap:
             local = local % M if M > 0 else local
             random = _largest(draws.scatter_(1, local, 0.0), num_random)
