@@ -118,8 +118,8 @@ def codes_shape(op: str, model: Any, shape: int | Sequence[int]) -> tuple[int, .
         TypeError, ValueError: it is no shape.
     """
     is_sequence = isinstance(shape, Sequence) and not isinstance(shape, (str, bytes))
-    for size in cast(Sequence[int], shape) if is_sequence else (shape,):
-        _checks.integer(op, "shape", size, least=0)
+    for i, size in enumerate(cast(Sequence[int], shape) if is_sequence else (shape,)):
+        _checks.integer(op, "shape", size, least=1 if i else 0)  # there may be no video, but none of no frames
     if is_sequence:
         sizes = tuple(cast(Sequence[int], shape))
         if len(sizes) < 2:

@@ -142,13 +142,18 @@ def require_part(op: str, grid: Sequence[int] | None, codes: Tensor) -> None:
     Example:
         >>> require_part("generate", (4, 2, 2), torch.zeros(1, 3, 2, 2))
     """
-    if grid is None or (codes.dim() == 2 and codes.shape[1] <= math.prod(grid)):
+    if grid is None:
         return
     frames, *frame = grid
-    if codes.dim() != 1 + len(grid) or list(codes.shape[2:]) != frame or codes.shape[1] > frames:
+    if codes.dim() == 2:
+        if codes.shape[1] > math.prod(grid):
+            raise ValueError(
+                f"{op}: codes must be at most {math.prod(grid)} in a video of {tuple(grid)}, got {codes.shape[1]}"
+            )
+    elif codes.dim() != 1 + len(grid) or list(codes.shape[2:]) != frame or codes.shape[1] > frames:
         raise ValueError(
-            f"{op}: codes must have shape (B, T, {', '.join(map(str, frame))}), T at most {frames}, for a model of grid "
-            f"{tuple(grid)}, or (B, N), N at most {math.prod(grid)}, got shape {tuple(codes.shape)}"
+            f"{op}: codes must have shape (B, T, {', '.join(map(str, frame))}), T at most {frames}, for a model of "
+            f"grid {tuple(grid)}, or (B, N), got codes.shape={tuple(codes.shape)}"
         )
 
 

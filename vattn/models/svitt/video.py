@@ -107,8 +107,8 @@ class SparseBlock(nn.Module):
         if scale is not None:
             y = scale * y
         if self.training and self.drop_path > 0:
-            stays = torch.rand(len(y), 1, 1, dtype=torch.float32, device=y.device) >= self.drop_path
-            y = y * stays / ((1 - self.drop_path) or 1.0)  # at 1, none stays
+            stays = torch.rand(len(y), 1, 1, device=y.device, dtype=torch.float32) >= self.drop_path
+            y = y * stays / max(1 - self.drop_path, 1e-9)  # where none stays, 0
         return y
 
     def extra_repr(self) -> str:

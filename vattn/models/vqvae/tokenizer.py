@@ -90,7 +90,7 @@ class Tokenizer(PretrainedModel):
     """A video to codes and back; a subclass makes the layers, under the names that official checkpoints have.
 
     A video is ``(B, C, T, H, W)``, channels in front of time, and its pixels are from -0.5 to 0.5, as official
-    checkpoints have learned them: ``frames.permute(0, 4, 1, 2, 3) / 255 - 0.5`` makes them of bytes ``(B, T, H, W, C)``.
+    checkpoints have learned them. Bytes ``(B, T, H, W, C)`` become one by ``x.permute(0, 4, 1, 2, 3) / 255 - 0.5``.
     """
 
     encoder: nn.Module
