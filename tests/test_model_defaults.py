@@ -89,7 +89,7 @@ def mebt_runs(model: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
 
 
 def videogpt_runs(model: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
-    conditions = {
+    conditions: dict[str, Any] = {
         "classes": torch.tensor([2, 0], device="cpu"),
         "frames": torch.rand(2, 3, 1, 8, 8, generator=generator, dtype=torch.float32, device="cpu"),
     }

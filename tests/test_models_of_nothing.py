@@ -45,18 +45,20 @@ def find(model: mebt.MeBT) -> tuple[Tensor, ...]:
     )
 
 
-CONDITIONS = {"classes": codes(), "frames": videos(3, 1, 8, 8)}
+CONDITIONS: dict[str, Any] = {"classes": codes(), "frames": videos(3, 1, 8, 8)}
 TOKENIZER = Empty(tokenize, lambda model: model.training_loss(videos(3, 4, 16, 16)))
-LAPS_SIZES = {"LapsViT": (8, 12), "LapsVisformer": (32, 32)}
+
+
+def laps(height: int, width: int) -> Empty:
+    video = videos(4, 3, height, width)
+    return Empty(
+        lambda model: (model(video), model.forward_frames(video)), lambda model: model.training_loss(video, codes())
+    )
+
 
 NOTHING: dict[str, Empty] = {
-    **{
-        name: Empty(
-            lambda model, size=size: (model(videos(4, 3, *size)), model.forward_frames(videos(4, 3, *size))),
-            lambda model, size=size: model.training_loss(videos(4, 3, *size), codes()),
-        )
-        for name, size in LAPS_SIZES.items()
-    },
+    "LapsViT": laps(8, 12),
+    "LapsVisformer": laps(32, 32),
     "VideoEncoder": Empty(lambda model: tuple(model(svitt.random_video()[:0])[:2])),
     "TextEncoder": Empty(lambda model: (model(svitt.random_words()[:0]),)),
     "SViTT": Empty(

@@ -285,7 +285,7 @@ class TestTokenizers:
                 small_tokenizer(**settings)
         for shape in ((1, 3, 4, 10, 16), (3, 4, 16, 16), (16,)):
             with pytest.raises(
-                ValueError, match=rf"^{name}: video must have shape \(B, 3, T, H, W\), .*got video.shape="
+                ValueError, match=rf"^{name}: video must have shape \(B, C, T, H, W\), .* got video.shape="
             ):
                 small_tokenizer()(torch.zeros(shape))
         with pytest.raises(ValueError, match=r"downsample must have 2 levels, got downsample=\(2, 2, 2\)$"):
@@ -300,7 +300,7 @@ class TestTokenizers:
             ):
                 tokenizer.encode(torch.zeros(1, 3, 4, 16, 16, dtype=dtype))
         order = r"got video.shape=\(1, 4, 3, 16, 16\); that is \(B, T, C, H, W\), of which video.transpose\(1, 2\)"
-        with pytest.raises(ValueError, match=rf"^{name}: video must have shape \(B, 3, T, H, W\), {order}"):
+        with pytest.raises(ValueError, match=rf"^{name}: video must have shape \(B, C, T, H, W\), with C = 3.*{order}"):
             tokenizer.training_loss(torch.zeros(1, 4, 3, 16, 16))
 
     @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)

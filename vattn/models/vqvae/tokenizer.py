@@ -118,12 +118,7 @@ class Tokenizer(PretrainedModel):
             TypeError, ValueError: a video of another dtype or shape.
         """
         op = type(self).__name__
-        require_pixels(op, "video", video, self.image_channels, PIXELS)
-        if any(size % factor or size == 0 for size, factor in zip(video.shape[-3:], self.downsample, strict=True)):
-            raise ValueError(
-                f"{op}: video must have shape (B, {self.image_channels}, T, H, W), with T, H and W multiples of "
-                f"{self.downsample}, got video.shape={tuple(video.shape)}"
-            )
+        require_pixels(op, "video", video, self.image_channels, PIXELS, self.downsample)
         if not self._has_seen and not torch.compiler.is_compiling():
             warn_of_bytes(op, "video", video, PIXELS)
             self._has_seen = True
