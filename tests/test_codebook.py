@@ -1,6 +1,7 @@
 """Codebooks: the precision of their statistics, vectors that are not finite or not there, activation checkpointing."""
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vattn.models.vqvae import VQGAN, VQVAE, Codebook
@@ -278,8 +280,38 @@ def test_processes_share_a_codebook(part: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=False)
 
 
-def train_with_an_empty_batch(rank: int, folder: str) -> None:
-    """One of two processes of DDP, of which the second has nothing in the second step."""
+def low_precision(model: torch.nn.Module, wrapper: str) -> torch.nn.Module:
+    """A model that computes in bfloat16, sharded over the processes; FSDP casts buffers, too."""
+    if wrapper == "FSDP":
+        return FullyShardedDataParallel(
+            model, device_id=torch.device("cpu"), use_orig_params=True,
+            mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16),
+        )  # fmt: skip
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    return model
+
+
+def train_in_mixed_precision(rank: int) -> None:
+    """Statistics stay float32, and are those of all processes."""
+    for small_tokenizer, wrapper in itertools.product((small_vqvae, small_vqgan), ("FSDP", "fully_shard")):
+        tokenizer = small_tokenizer()
+        model = low_precision(tokenizer, wrapper)
+        for step in range(3):
+            video = torch.rand(2, 3, 4, 16, 16, generator=seed(2 * step + rank)) - 0.5
+            reconstruction, quantized = model(video, seed(step))
+            (reconstruction.float().sum() + quantized.commitment_loss).backward()
+        assert dtypes(tokenizer.codebook) == {torch.float32}
+        vectors = 0.99**3 * 12 + 0.01 * (0.99**2 + 0.99 + 1) * 128
+        assert tokenizer.codebook.N.sum().item() == pytest.approx(vectors, rel=1e-5)
+        for name in STATISTICS:
+            mine = tokenizer.codebook.get_buffer(name)
+            first = mine.clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(mine, first)
+
+
+def train_in_two_processes(rank: int, folder: str) -> None:
+    """One of two processes, first of DDP, of which the second has nothing in the second step."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -297,11 +329,12 @@ def train_with_an_empty_batch(rank: int, folder: str) -> None:
             optimizer.step()
         assert all(bool(x.isfinite().all()) for x in model.module.state_dict().values())
         torch.save(dict(model.module.named_parameters()), f"{folder}/{type(model.module).__name__}{rank}.pt")
+    train_in_mixed_precision(rank)
     dist.destroy_process_group()
 
 
-def test_a_process_without_a_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_with_an_empty_batch, (str(tmp_path),), nprocs=2)
+def test_processes_without_a_batch_and_in_mixed_precision(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_in_two_processes, (str(tmp_path),), nprocs=2)
     for name in ("VQVAE", "VQGAN"):
         one, other = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
         assert all(torch.equal(one[weight], other[weight]) for weight in one)

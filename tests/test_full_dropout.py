@@ -34,7 +34,7 @@ def encoder_loss(model: Any) -> Tensor:
 )
 def test_probability_of_one(name: str, setting: str, loss: Callable[[Any], Tensor]) -> None:
     entry = MODELS[name]
-    model = entry.kind(**(entry.settings | {setting: 1.0})).train()
+    model = entry.kind(**{**entry.settings, setting: 1.0}).train()
     value = loss(model)
     value.backward()
     assert value.isfinite()

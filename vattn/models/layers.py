@@ -1,6 +1,7 @@
 """What the models share: sequences with names, initialization, batch norms, and losses of nothing."""
 
 from collections import OrderedDict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,29 +29,34 @@ def reduction(x: Tensor) -> str:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """PyTorch's, but its statistics do not move where a batch is empty, nor where checkpointing runs it again."""
+    """PyTorch's with its defaults, but see :func:`_batch_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if _moves(self, x) else _batch_norm(self, x)
+        return _batch_norm(self, x)
 
 
 class BatchNorm3d(nn.BatchNorm3d):
-    """PyTorch's, but its statistics do not move where a batch is empty, nor where checkpointing runs it again."""
+    """PyTorch's with its defaults, but see :func:`_batch_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if _moves(self, x) else _batch_norm(self, x)
-
-
-def _moves(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the forward of a batch norm is PyTorch's own."""
-    return not norm.training or (x.numel() > 0 and (torch.compiler.is_compiling() or not in_backward()))
+        return _batch_norm(self, x)
 
 
 def _batch_norm(norm: nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
-    """By the statistics of `x`, which move copies only, as many tensors being saved; of nothing they would be NaN."""
-    if x.numel() > 0:
+    """Batch norm, whose statistics do not move where a batch is empty, nor where checkpointing runs it again.
+
+    Statistics of nothing would be NaN, and those of a second run would move twice. Weights may have another dtype than
+    statistics, as wrappers for mixed precision leave them.
+    """
+    mean, var, steps = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.num_batches_tracked
+    weight, bias = norm.weight.to(mean.dtype), norm.bias.to(mean.dtype)
+    if norm.training and x.numel() == 0:
+        wide = (-1, *[1] * (x.dim() - 2))
+        return (x * weight.view(wide) + bias.view(wide)).to(x.dtype)
+    if norm.training:
         with unseen():
-            copies = [None if buffer is None else buffer.clone() for buffer in (norm.running_mean, norm.running_var)]
-        return F.batch_norm(x, *copies, norm.weight, norm.bias, True, 0.0, norm.eps)
-    wide = (-1, *[1] * (x.dim() - 2))
-    return x * norm.weight.view(wide) + norm.bias.view(wide)
+            if not torch.compiler.is_compiling() and in_backward():
+                mean, var = mean.clone(), var.clone()
+            elif steps is not None:
+                steps.add_(1)
+    return F.batch_norm(x, mean, var, weight, bias, norm.training, cast(float, norm.momentum), norm.eps)
