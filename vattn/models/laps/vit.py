@@ -135,6 +135,9 @@ class LapsViT(FrameModel, PretrainedModel):
         settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
         return cls._from_weights(weights, settings)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, grid={self.grid}"
+
     def features(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to the class token of every frame, ``(B, T, embed_dim)``."""
         x = self.patch_embed(self.frames(video))

@@ -134,7 +134,7 @@ class Tokenizer(PretrainedModel):
         return self.decoder(self.post_vq_conv(quantized.embeddings)), quantized
 
     def extra_repr(self) -> str:
-        return f"downsample={self.downsample}"
+        return f"downsample={self.downsample}, image_channels={self.image_channels}"
 
     def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
         """How far a reconstruction is from its video."""
