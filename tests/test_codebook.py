@@ -431,3 +431,21 @@ class TestActivationCheckpointing:
         loss = codebook(z).commitment_loss
         loss.register_hook(lambda gradient: codebook(torch.randn(1, 2, 9)) and None)
         loss.backward()
+
+    def test_compiled(self) -> None:
+        """Dynamo leaves forwards in training as they are."""
+        for backend in ("eager", "aot_eager"):
+            expected, found = (Codebook(4, 2), Codebook(4, 2))
+            found.load_state_dict(expected.state_dict())
+            compiled = torch.compile(found, backend=backend)
+            for step in range(2):
+                zs = [torch.randn(1, 2, 9, generator=seed(step)).requires_grad_() for _ in range(2)]
+                for codebook, z in zip((expected, compiled), zs, strict=True):
+                    torch.manual_seed(step)
+                    loss = checkpoint(
+                        lambda z, codebook=codebook: codebook(z, None).commitment_loss, z, use_reentrant=False
+                    )
+                    loss.backward()
+                one, other = (z.grad for z in zs)
+                assert one is not None and other is not None and torch.equal(one, other)
+            assert torch.equal(found.N, expected.N)

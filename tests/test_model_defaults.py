@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,8 +108,28 @@ def svitt_runs(model: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
     return tuple(model.train()(video, words, generator=generator))
 
 
+def laps_runs(model: Any, generator: torch.Generator, sizes: tuple[int, int]) -> tuple[Tensor, ...]:
+    video = torch.rand(2, 4, 3, *sizes, generator=generator, dtype=torch.float32, device="cpu")
+    return model(video), model.train().training_loss(video, torch.tensor([2, 0], device="cpu"))
+
+
+def encoder_runs(model: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+    video = torch.rand(svitt.random_video().shape, generator=generator, dtype=torch.float32, device="cpu")
+    seen = model(video, generator=generator)
+    return seen.tokens, seen.pooled, *seen.kept
+
+
+def answers_runs(model: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+    video = torch.rand(svitt.random_video(3).shape, generator=generator, dtype=torch.float32, device="cpu")
+    words = torch.randint(3, 28, svitt.random_words(3).shape, generator=generator, device="cpu")
+    answers = torch.tensor([[1, 5, 2, 0], [1, 5, 7, 2], [1, 9, 2, 0]], device="cpu")
+    return model.rank(video, words, None, answers, None, generator=generator)
+
+
 RUNS: dict[str, Callable[[Any, torch.Generator], tuple[Tensor, ...]]] = {
     "VQVAE": tokenizer_loss, "VQGAN": tokenizer_loss, "MeBT": mebt_runs, "VideoGPT": videogpt_runs, "SViTT": svitt_runs,
+    "LapsViT": partial(laps_runs, sizes=(8, 12)), "LapsVisformer": partial(laps_runs, sizes=(32, 32)),
+    "VideoEncoder": encoder_runs, "VideoAnswers": answers_runs,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vattn.models.draws import Randomness, draws_of
+from vattn.models.settings import number
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine": lambda t: torch.cos(math.pi * t / 2),
@@ -176,6 +177,9 @@ def next_partition(
             the earlier one wins.
         generator: see :class:`vattn.models.draws.Draws`.
 
+    Raises:
+        TypeError, ValueError: `context_temperature` is not a number from 0.
+
     Returns:
         Contexts, old ones first, then new ones from the highest score down; and targets, also from there down.
 
@@ -187,6 +191,7 @@ def next_partition(
         >>> next_partition(context, target, score, masked=1)
         (tensor([[1, 2, 3]]), tensor([[0]]))
     """
+    number("next_partition", "context_temperature", context_temperature, 0)
     new = target.shape[1] - masked
     if new <= 0:
         return context, target

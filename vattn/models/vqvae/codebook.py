@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from vattn import _checks
 from vattn.models.draws import Draws, Randomness, draws_of
@@ -116,7 +117,7 @@ class Codebook(nn.Module):
     def extra_repr(self) -> str:
         return f"restart={self.restart}"
 
-    @torch.compiler.disable  # it asks for values, and for the pass that autograd is in
+    @_disable_dynamo  # it asks for values, and for the pass that autograd is in; torch.compiler.disable imports Dynamo
     def _train(self, z: Tensor, generator: Randomness) -> Quantized:
         """Quantize and move; or what that gave, if activation checkpointing runs it again."""
         if in_backward():
