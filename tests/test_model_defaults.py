@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests import svitt_models as svitt
 from tests.model_zoo import MODELS
@@ -66,6 +67,24 @@ def test_draws_follow_no_default_device() -> None:
     expected = all_draws(Draws(seed()))
     with default_device("meta"):
         assert all(map(torch.equal, all_draws(Draws(seed())), expected))
+
+
+def test_a_generator_draws_nothing_in_a_second_run() -> None:
+    """What activation checkpointing runs again would draw other numbers; with PyTorch's own it draws the same."""
+
+    def scaled(x: Tensor, generator: torch.Generator | None) -> Tensor:
+        return (x * Draws(generator).uniforms(3, device=x.device)).square().sum()
+
+    x = torch.ones(3, requires_grad=True)
+    torch.manual_seed(0)
+    numbers = torch.rand(3)
+    torch.manual_seed(0)
+    checkpoint(scaled, x, None, use_reentrant=False).backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, 2 * numbers.square())
+    loss = checkpoint(scaled, x, seed(), use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"^Draws: generator must be None inside of a backward pass, where"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -108,7 +108,7 @@ class Codebook(nn.Module):
             raise ValueError(
                 f"Codebook: z must have shape (B, {self.embeddings.shape[1]}, ...), got z.shape={tuple(z.shape)}"
             )
-        return self._train(z, generator) if self.training else _quantized(z, self._find(z, self._vectors(z)))
+        return self._train(z, generator) if self.training else self._look(z)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes ``(B, ...)`` to their vectors ``(B, dim, ...)``, in the dtype of the buffers: float32 at least."""
@@ -143,7 +143,7 @@ class Codebook(nn.Module):
         has_any, begins = place[1] > 0, place[1] > 0 and not bool(self.has_begun)
         if begins:
             self._begin(usable, place, draws)
-        found = self._find(z, vectors)
+        found = self._find(z, vectors, finite)
         if has_any:
             self._follow(usable, found.codes.flatten()[finite], found.taken, place, draws)
         return found, place[1], int(begins) + int(has_any)
@@ -152,11 +152,15 @@ class Codebook(nn.Module):
         """``(B, dim, ...)`` to ``(vectors, dim)``, in the dtype of the statistics."""
         return z.detach().movedim(1, -1).flatten(0, -2).to(_statistics_dtype(self.embeddings.dtype))
 
-    def _find(self, z: Tensor, vectors: Tensor) -> "_Found":
+    def _look(self, z: Tensor) -> Quantized:
+        """Quantize, and leave the codes where they are."""
+        vectors = self._vectors(z)
+        return _quantized(z, self._find(z, vectors, _are_finite(vectors)))
+
+    def _find(self, z: Tensor, vectors: Tensor, finite: Tensor) -> "_Found":
         """The codes of vectors, from where the codes are now."""
         embeddings = self.embeddings.to(vectors.dtype)
         flat = nearest_code(vectors, embeddings)
-        finite = _are_finite(vectors)
         counts = flat.new_zeros(len(embeddings) + 1)  # of each code, and of what is left out
         counts.index_add_(0, torch.where(finite, flat, len(embeddings)), torch.ones_like(flat))
         if self.training:
