@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel, official_weights
 from vattn.models.draws import Randomness
 from vattn.models.settings import Config
@@ -186,6 +187,7 @@ class VideoAnswers(PretrainedModel):
         Returns:
             ``(B, K)`` int64, the numbers of K = min(candidates, A) answers, and their probabilities among them.
         """
+        _checks.integer("VideoAnswers.rank", "candidates", candidates, least=1)
         states = self.states(video, question, question_mask, generator=generator)
         B, K = len(states), min(candidates, len(answers))
         start = self._words(states, question_mask, answers[:1, :1].expand(B, 1), None)[:, 0]
