@@ -154,16 +154,16 @@ def train(run: Run, data: Data, resume: bool) -> None:
 
 
 @torch.no_grad()
-def encode(model: SViTT, videos: Tensor) -> VideoTokens:
+def encode(model: SViTT, videos: Tensor, generator: torch.Generator) -> VideoTokens:
     """All videos, some at a time."""
-    parts = [model.encode_video(part) for part in videos.split(16)]
+    parts = [model.encode_video(part, generator=generator) for part in videos.split(16)]
     return VideoTokens(torch.cat([part.tokens for part in parts]), torch.cat([part.pooled for part in parts]), ())
 
 
 @torch.no_grad()
-def evaluate(run: Run, data: Data) -> dict[str, Found]:
+def evaluate(run: Run, data: Data, seed: int) -> dict[str, Found]:
     """What is found among held-out clips, by similarity alone, and where matching ranks the best ones again."""
-    videos = encode(run.model, data.held_out(run.num_frames))
+    videos = encode(run.model, data.held_out(run.num_frames), torch.Generator().manual_seed(seed))
     texts = run.model.text(data.ids, data.mask)
     right = torch.eye(len(texts), dtype=torch.bool).repeat_interleave(HELD_OUT_CLIPS, 0)
     true = [dataclasses.astuple(caption) for caption in data.captions for _ in range(HELD_OUT_CLIPS)]
@@ -216,7 +216,7 @@ def cost_of_step(run: Run, data: Data) -> str:
     return f"{statistics.median(seconds) * 1e3:>8.0f} ms{taken / 2**20:>6.0f} MiB"
 
 
-def report(data: Data, runs: Sequence[Run]) -> dict[str, dict[str, Found]]:
+def report(data: Data, runs: Sequence[Run], seed: int) -> dict[str, dict[str, Found]]:
     """Print what each run finds, beside chance, and what its steps cost; what it finds."""
     guessed = by_chance(data)
     names = [f"R@{k}" for k in RECALLED]
@@ -227,7 +227,7 @@ def report(data: Data, runs: Sequence[Run]) -> dict[str, dict[str, Found]]:
     print_row("chance", "", guessed)
     found = {}
     for run in runs:
-        found[run.name] = evaluate(run, data)
+        found[run.name] = evaluate(run, data, seed)
         for ranked_by, row in found[run.name].items():
             first = ranked_by == "similarity"
             print_row(run.name if first else "", ranked_by, row, cost_of_step(run, data) if first else "")
@@ -307,7 +307,7 @@ def draw(data: Data, runs: Sequence[Run], stages: Sequence[Run], options: argpar
     shown = {caption.video: caption for caption in data.captions if caption.direction == "forwards"}
     clips = torch.cat([data.clips.held_out(caption, NUM_FRAMES, 1) for caption in shown.values()])
     with torch.no_grad():
-        kept = encoder(with_changes(clips)).kept
+        kept = encoder(with_changes(clips), generator=torch.Generator().manual_seed(options.seed)).kept
     pictures.kept_patches(dict(zip(map(str, shown.values()), clips, strict=True)), kept, encoder.window, written[1])
     pictures.smooth_losses(
         {
@@ -332,9 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = Data(options.size)
 
     runs = train_settings(data, options)
-    missed = failures(report(data, runs), by_chance(data))
+    missed = failures(report(data, runs, options.seed), by_chance(data))
     stages = train_stages(data, options)
-    report(data, stages)
+    report(data, stages, options.seed)
     written = draw(data, runs, stages, options)
     print(f"\n{len(data.captions) * HELD_OUT_CLIPS} clips were held out; wrote {', '.join(map(str, written))}")
     for margin in missed:

@@ -202,7 +202,11 @@ def test_two_processes_learn_what_one_does(name: str, way: str, found: list[dict
     for key, x in after.items():
         step, expected_step = state[key].double() - before[key].double(), x.double() - before[key].double()
         torch.testing.assert_close(
-            step, expected_step, rtol=1e-3, atol=1e-3 * expected_step.abs().max().item() + 1e-6, msg=lambda m: f"{key}: {m}"  # noqa: B023, E501
+            step,
+            expected_step,
+            rtol=1e-3,
+            atol=1e-3 * expected_step.abs().max().item() + 1e-6,
+            msg=lambda m: f"{key}: {m}",  # noqa: B023
         )
         moved += bool(expected_step.abs().max() > 1e-5)
     assert moved > 5

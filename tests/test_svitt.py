@@ -233,7 +233,9 @@ class TestVideoEncoder:
 
     def test_the_seed_of_evaluation_is_checked(self) -> None:
         for value, message in ((-1, "at least 0"), (2**16 + 1, "at most 65536")):
-            with pytest.raises(ValueError, match=rf"^VideoEncoder: eval_seed must be {message}, got eval_seed={value}$"):
+            with pytest.raises(
+                ValueError, match=rf"^VideoEncoder: eval_seed must be {message}, got eval_seed={value}$"
+            ):
                 video_encoder(eval_seed=value)
 
     def test_an_exported_encoder_draws_what_it_draws_in_evaluation(self) -> None:

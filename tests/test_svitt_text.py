@@ -460,7 +460,9 @@ class TestRetrieval:
     def test_recall(self) -> None:
         ranking, right = torch.tensor([[2, 1, 0], [0, 1, 2], [1, 2, 0]]), torch.eye(3, dtype=torch.bool)
         assert [svitt.recall(ranking, right, k) for k in (1, 2, 3)] == pytest.approx([0, 2 / 3, 1])
-        assert svitt.recall(svitt.Ranking(ranking, torch.zeros(3, 3), torch.zeros(3, 0)), right, 2) == pytest.approx(2 / 3)
+        assert svitt.recall(svitt.Ranking(ranking, torch.zeros(3, 3), torch.zeros(3, 0)), right, 2) == pytest.approx(
+            2 / 3
+        )
         with pytest.raises(ValueError, match=r"^recall: k must be at least 1, got k=0$"):
             svitt.recall(ranking, right, 0)
         right[2, 1] = True  # two are right

@@ -301,7 +301,8 @@ class VideoEncoder(PretrainedModel):
         self._see((num_frames, *self.window[1:]), sparsity or self.sparsity)
 
     def extra_repr(self) -> str:
-        return f"window={self.window}, order={self.order!r}, mean_pooling={self.mean_pooling}, eval_seed={self.eval_seed}, {self.sparsity}"
+        settings = f"order={self.order!r}, mean_pooling={self.mean_pooling}, eval_seed={self.eval_seed}"
+        return f"window={self.window}, {settings}, {self.sparsity}"
 
 
 def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> Model:
