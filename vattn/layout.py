@@ -152,7 +152,7 @@ class BlockLayout:
             )
         if draws is None:
             device = torch.device("cpu") if generator is None else generator.device
-            draws = torch.rand(M, M, generator=generator, dtype=torch.float32, device=device)
+            draws = torch.empty(M, M, dtype=torch.float32, device=device).uniform_(generator=generator)
         elif draws.shape != (M, M):
             raise ValueError(f"{op}: draws must have shape ({M}, {M}), got draws.shape={tuple(draws.shape)}")
         device = draws.device
