@@ -111,7 +111,7 @@ class SparseBlock(nn.Module):
         if scale is not None:
             y = scale * y
         if self.training and self.drop_path > 0:
-            stays = torch.rand(len(y), 1, 1, device=y.device, dtype=torch.float32) >= self.drop_path
+            stays = torch.rand(y.shape[0], 1, 1, device=y.device, dtype=torch.float32) >= self.drop_path
             y = y * stays / max(1 - self.drop_path, 1e-9)  # where none stays, 0
         return y
 
@@ -272,7 +272,7 @@ class VideoEncoder(PretrainedModel):
             )
         patches = self.patch_embed(video.flatten(0, 1)).flatten(2).transpose(1, 2)  # (B * T, h * w, dim)
         patches = patches.unflatten(0, video.shape[:2]).flatten(1, 2)
-        return torch.cat([self.cls_token.expand(len(video), -1, -1), patches], 1)
+        return torch.cat([self.cls_token.expand(video.shape[0], -1, -1), patches], 1)
 
     def _draw(self, x: Tensor, draws: Draws) -> BlockLayout | None:
         layout = self.sparsity.layout(x.shape[1] - 1, draws)
