@@ -355,6 +355,11 @@ def test_encoder_refuses(setting: dict[str, Any]) -> None:
 class TestExpand:
     """More frames, and sparser."""
 
+    @pytest.mark.parametrize("position_bias", [True, False])
+    def test_frames_are_checked(self, position_bias: bool) -> None:
+        with pytest.raises(ValueError, match=r"^expand: num_frames must be at least 1, got num_frames=0$"):
+            expand(video_encoder(position_bias=position_bias), 0)
+
     def test_biases_are_inflated(self) -> None:
         encoder = video_encoder()
         longer = expand(encoder, 6)

@@ -229,6 +229,19 @@ class TestLosses:
         assert found == [0.3, 0.8, 0.1]
         assert bool((read[chosen & (read != 60)] < 50).all())
 
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ({"share": 1.5}, "share must be at least 0 and at most 1, got share=1.5"),
+            ({"vocab_size": 0}, "vocab_size must be at least 1, got vocab_size=0"),
+            ({"mask_id": -1}, "mask_id must be at least 0, got mask_id=-1"),
+        ],
+        ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+    )
+    def test_settings_of_masked_words(self, setting: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=f"^mask_words: {message}$"):
+            svitt.mask_words(random_words(), **({"vocab_size": 30} | setting))
+
     def test_masked_word_loss(self) -> None:
         logits, labels = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([[-100, 4, 0], [-100, -100, 2]])
         expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())

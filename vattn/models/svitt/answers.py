@@ -159,7 +159,7 @@ class VideoAnswers(PretrainedModel):
         """``log p(answer)`` of ``(A, M)`` answers to as many questions, ``(A,)``: of all their words but the first."""
         log_p = self._words(states, states_mask, answers, mask)[:, :-1].log_softmax(-1)
         log_p = log_p.gather(-1, answers[:, 1:, None])[..., 0]
-        return (log_p if mask is None else log_p * mask[:, 1:]).sum(1)
+        return (log_p if mask is None else log_p.masked_fill(mask[:, 1:] == 0, 0.0)).sum(1)
 
     @torch.no_grad()
     def rank(

@@ -329,6 +329,7 @@ def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> M
         >>> longer(torch.randn(1, 8, 3, 16, 16)).tokens.shape                 # 20 of 32 patches are kept
         torch.Size([1, 21, 32])
     """
+    _checks.integer("expand", "num_frames", num_frames, least=1)
     model = copy.deepcopy(model)
     encoders = [module for module in model.modules() if isinstance(module, VideoEncoder)]
     if not encoders:
