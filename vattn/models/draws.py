@@ -55,7 +55,8 @@ class Draws:
 
     def uniforms(self, *shape: int, device: torch.device) -> Tensor:
         """Numbers from 0 up to, but not including, 1: float32."""
-        return torch.rand(shape, generator=self._source(), dtype=torch.float32, device=self._device).to(device)
+        numbers = torch.empty(shape, dtype=torch.float32, device=self._device)  # unlike rand, of any symbolic size
+        return numbers.uniform_(generator=self._source()).to(device)
 
     def uniform(self) -> float:
         """A number from 0 up to, but not including, 1."""

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vattn import _checks
 from vattn.models.draws import Randomness, draws_of
+from vattn.models.settings import probabilities
 
 IGNORED = -100
 """The label of words that no loss asks for, as in :func:`torch.nn.functional.cross_entropy`."""
@@ -158,6 +160,9 @@ def mask_words(
     Returns:
         The ids to read, and the labels: the ids of the words that were chosen, -100 elsewhere.
 
+    Raises:
+        TypeError, ValueError: a setting that cannot be.
+
     Source:
         Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", section 3.1.
 
@@ -166,6 +171,9 @@ def mask_words(
         >>> labels
         tensor([[-100,    7,    8, -100]])
     """
+    for name, setting, least in (("vocab_size", vocab_size, 1), ("mask_id", mask_id, 0)):
+        _checks.integer("mask_words", name, setting, least=least)
+    probabilities("mask_words", share=share)
     choice, fate, words = draws_of(generator).uniforms(3, *ids.shape, device=ids.device)
     chosen = choice < share
     for special in never:

@@ -220,7 +220,7 @@ class VideoGPT(PretrainedModel):
         return f"grid={self.grid}, num_classes={self.num_classes}, frame_shape={self.frame_shape}"
 
     def _embed(self, codes: Tensor) -> Tensor:
-        return self.fc_in(F.embedding(codes, self.embeddings))
+        return self.fc_in(F.embedding(codes, self.embeddings).to(self.fc_in.weight.dtype))
 
     def _conditions(
         self, batch: int, classes: Tensor | None, frames: Tensor | None
