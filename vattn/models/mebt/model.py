@@ -13,7 +13,6 @@ Transformers" (CVPR 2023). Contexts and targets never read each other, but laten
     targets                                                 latents     latents
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -195,7 +194,7 @@ class MeBT(PretrainedModel):
 
     def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
         require_part("MeBT", self.grid, codes)
-        codes = codes.reshape(len(codes), math.prod(codes.shape[1:]))
+        codes = codes.flatten(1)
         for name, positions in (("context", context), ("target", target)):
             if positions.dim() != 2 or len(positions) != len(codes):
                 raise ValueError(

@@ -278,7 +278,7 @@ def inpaint(
             f"inpaint: mask must be broadcastable to codes {tuple(codes.shape)}, got mask.shape={tuple(mask.shape)}"
         )
     require_part("inpaint", getattr(model, "grid", None), codes)
-    inside = mask.expand_as(codes).reshape(len(codes), math.prod(codes.shape[1:]))
+    inside = mask.expand_as(codes).flatten(1)
     counts = inside.sum(1)
     masked = int(counts.max()) if len(codes) else 0
     if len(codes) and int(counts.min()) != masked:
@@ -403,7 +403,7 @@ def _start(op: str, model: Logits, codes: Tensor, context: Tensor | None, target
     if (context is None) != (target is None):
         raise ValueError(f"{op}: context and target must be given together, got {context=}, {target=}")
     require_part(op, getattr(model, "grid", None), codes)
-    codes = codes.view(len(codes), math.prod(codes.shape[1:]))
+    codes = codes.flatten(1)
     if context is None or target is None:
         target = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
         context = target[:, :0]

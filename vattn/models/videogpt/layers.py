@@ -67,7 +67,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         if self.is_conditional:
-            wide = (len(x), *[1] * (x.dim() - 2), x.shape[-1])
+            wide = (x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
             g, b = (layer(classes).view(wide) for layer in (self.w, self.wb))
             g = 1 + g
         else:
