@@ -172,6 +172,14 @@ def test_vit_frames_of_any_size(size: Any) -> None:
     assert torch.equal(loaded(video), model(video))
 
 
+def test_vit_frames_of_another_shape_with_as_many_patches() -> None:
+    """Positions number the patches of one grid: 2 x 3 patches are not 3 x 2."""
+    model = LapsViT(2, (1,), image_size=(8, 12), patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    model(torch.zeros(1, 2, 3, 8, 12))
+    with pytest.raises(ValueError, match=r"^LapsViT: video must have frames of 6 patches, 2 x 3, got video.shape="):
+        model(torch.zeros(1, 2, 3, 12, 8))
+
+
 @pytest.mark.parametrize(
     "settings",
     [

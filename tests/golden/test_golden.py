@@ -38,7 +38,9 @@ class Golden:
     def __getitem__(self, name: str) -> Tensor:
         self.unseen.discard(name)
         array = torch.from_numpy(self.arrays[name])
-        return array.to(self.dtype) if array.is_floating_point() else array
+        if array.is_floating_point():
+            return array.to(self.dtype)
+        return array if array.dtype == torch.bool else array.long()
 
     def names(self, prefix: str = "") -> list[str]:
         """The names of the arrays under `prefix`, without it."""

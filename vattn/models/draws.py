@@ -5,15 +5,22 @@ import types
 import torch
 from torch import Tensor
 
+from vattn.models.recomputation import in_backward
+
 
 class Draws:
     """Random numbers that all come from one generator, so that a seed reproduces what is made of them.
 
-    They are drawn on the device of the generator, and a seed on the CPU makes the same draws for every device. A
-    subclass can replay numbers that somebody recorded.
+    They are drawn on the device of the generator, in float32, whatever PyTorch's defaults are, and a seed on the CPU
+    makes the same draws for every device. A subclass can replay numbers that somebody recorded.
 
     Args:
         generator: None is PyTorch's own, on the CPU.
+
+    Raises:
+        TypeError: `generator` is no generator.
+        RuntimeError: numbers of a generator are asked for in a backward pass, by a forward that activation
+            checkpointing runs again, which would not draw those of the first run. PyTorch's own can be.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
@@ -22,27 +29,38 @@ class Draws:
         self.generator = generator
         self._device = torch.device("cpu") if generator is None else generator.device
 
+    def _source(self) -> torch.Generator | None:
+        """The generator. A forward that activation checkpointing runs again must find the numbers of its first run."""
+        if self.generator is not None and not torch.compiler.is_compiling() and in_backward():
+            raise RuntimeError(
+                "Draws: generator must be None inside of a backward pass, where activation checkpointing runs a "
+                "forward again: only PyTorch's own draws the same numbers again, got a generator"
+            )
+        return self.generator
+
     def exponential(self, *shape: int, device: torch.device) -> Tensor:
         """Numbers of the exponential distribution, whose mean is 1: float32, above 0."""
-        numbers = torch.empty(shape, device=self._device).exponential_(generator=self.generator)
+        numbers = torch.empty(shape, dtype=torch.float32, device=self._device).exponential_(generator=self._source())
         return numbers.clamp(min=torch.finfo(torch.float32).tiny).to(device)
 
     def normal(self, *shape: int, device: torch.device) -> Tensor:
-        """Numbers of the normal distribution, with mean 0 and variance 1."""
-        return torch.randn(shape, generator=self.generator, device=self._device).to(device)
+        """Numbers of the normal distribution, with mean 0 and variance 1: float32."""
+        return torch.randn(shape, generator=self._source(), dtype=torch.float32, device=self._device).to(device)
 
     def permutation(self, batch: int, length: int, device: torch.device) -> Tensor:
         """A permutation of ``range(length)`` for each sample, ``(batch, length)``."""
-        rows = [torch.randperm(length, generator=self.generator, device=self._device) for _ in range(batch)]
-        return torch.stack(rows).to(device)
+        rows = [torch.randperm(length, generator=self._source(), device=self._device) for _ in range(batch)]
+        numbers = torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.int64, device=self._device)
+        return numbers.to(device)
 
     def uniforms(self, *shape: int, device: torch.device) -> Tensor:
         """Numbers from 0 up to, but not including, 1: float32."""
-        return torch.rand(shape, generator=self.generator, device=self._device).to(device)
+        numbers = torch.empty(shape, dtype=torch.float32, device=self._device)  # unlike rand, of any symbolic size
+        return numbers.uniform_(generator=self._source()).to(device)
 
     def uniform(self) -> float:
         """A number from 0 up to, but not including, 1."""
-        return float(torch.rand((), generator=self.generator, device=self._device))
+        return float(self.uniforms(device=self._device))
 
 
 Randomness = torch.Generator | Draws | None

@@ -111,16 +111,18 @@ def mebt_masks(golden: Any) -> None:
 
 
 def mebt_sample_logits(golden: Any) -> None:
-    # The cases are a text: "(T,k,p): (1,None,None),(0.7,5,None),...".
-    cases = re.findall(r"\(([\d.]+), ?(None|\d+), ?(None|[\d.]+)\)", golden.meta["cases"])
+    # The cases are lists of T, k and p, or a text: "(T,k,p): (1,None,None),(0.7,5,None),...".
+    cases = golden.meta["cases"]
+    if isinstance(cases, str):
+        cases = re.findall(r"\(([\d.e+-]+), ?(None|\d+), ?(None|[\d.e+-]+)\)", cases)
     assert len(cases) == len({name.split("/")[0] for name in golden.names("c")})
     for i, (temperature, top_k, top_p) in enumerate(cases):
         draws = Replay([golden[f"c{i}/exp"]])
         tokens, probabilities = sample_tokens(
             golden["logits"],
             temperature=float(temperature),
-            top_k=None if top_k == "None" else int(top_k),
-            top_p=None if top_p == "None" else float(top_p),
+            top_k=None if top_k in ("None", None) else int(top_k),
+            top_p=None if top_p in ("None", None) else float(top_p),
             generator=draws,
         )
         golden.equal(f"c{i}/samples", tokens)
@@ -146,10 +148,10 @@ def mebt_decode(golden: Any) -> None:
         golden.operator(f"{prefix}logits", logits)
         golden.operator(name, masked_loss(logits, wanted, masked, indices.shape[1], average=float(average)))
 
-    chance = {"temperature": meta["temperature"]}
+    chance = {"temperature": meta.get("temperature", 1.0)}
     steps = {"num_steps": meta["n_steps"], "schedule": meta["schedule"]}
-    steps |= {"context_temperature": meta["context_temperature"], "official_rounding": True}
-    filters = {"top_k": meta["top_k"], "top_p": meta["top_p"]}
+    steps |= {"context_temperature": meta.get("context_temperature") or 0.0, "official_rounding": True}
+    filters = {name: meta.get(name) for name in ("top_k", "top_p")}
     given, nothing = {"context": context, "target": target}, torch.zeros_like(codes)
     paths: dict[str, Any] = {
         "sample_maskgit": (maskgit, nothing, chance | steps),
@@ -198,7 +200,8 @@ def mebt_vqgan(golden: Any) -> None:
 
 def mebt_codebook(golden: Any) -> None:
     meta = golden.meta
-    codebook = Codebook(meta["n_codes"], meta["emb"], restart=meta["restart_thres"]).to(golden.dtype)
+    restart = None if meta.get("no_random_restart") else meta.get("restart_thres")
+    codebook = Codebook(meta["n_codes"], meta["emb"], restart=restart).to(golden.dtype)
     before = {name: golden[f"before/{name}"] for name in golden.names("before/")}
     codebook.load_state_dict(before | {"has_begun": torch.tensor(not meta["need_init"])})
     z = golden["z"].requires_grad_()

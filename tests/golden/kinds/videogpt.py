@@ -48,7 +48,7 @@ def videogpt_resblock(golden: Any) -> None:
 
 def videogpt_codebook(golden: Any) -> None:
     meta = golden.meta
-    codebook = Codebook(meta["n_codes"], meta["emb"], restart=meta["restart_threshold"]).to(golden.dtype)
+    codebook = Codebook(meta["n_codes"], meta["emb"], restart=meta.get("restart_threshold")).to(golden.dtype)
     before = {name: golden[f"before/{name}"] for name in golden.names("before/")}
     codebook.load_state_dict(before | {"has_begun": torch.tensor(not meta["need_init"])})
     for step in itertools.takewhile(lambda step: f"{step}/z" in golden.arrays, (f"step{i}" for i in itertools.count())):
@@ -62,8 +62,10 @@ def videogpt_codebook(golden: Any) -> None:
         golden.operator(f"{step}/perplexity", quantized.perplexity)
         loss = (quantized.embeddings * golden[f"{step}/gout"]).sum() + quantized.commitment_loss
         golden.gradient(f"{step}/grad/z", torch.autograd.grad(loss, z)[0])
-        if golden.dtype == torch.float32:  # a code whose use is exactly the threshold: rounding says if it restarts
-            tied = (golden[f"{step}/after/N"] - meta["restart_threshold"]).abs() < 1e-5
+        if (
+            golden.dtype == torch.float32 and codebook.restart is not None
+        ):  # a code whose use is exactly the threshold: rounding says if it restarts
+            tied = (golden[f"{step}/after/N"] - codebook.restart).abs() < 1e-5
             codebook.embeddings[tied] = golden[f"{step}/after/embeddings"][tied]
         for name in golden.names(f"{step}/after/"):
             golden.operator(f"{step}/after/{name}", codebook.get_buffer(name))
@@ -129,13 +131,15 @@ def videogpt_stack(golden: Any) -> None:
     meta = golden.meta
 
     def run(golden: Any) -> dict[str, Tensor]:
-        frames = meta["frame_cond_shape"]
+        frames, num_classes = meta.get("frame_cond_shape"), meta.get("class_cond_dim")
         stack = AttentionStack(
-            meta["shape"], meta["C"], meta["heads"], meta["layers"], attention=meta["attn"],
-            num_classes=meta["class_cond_dim"], memory_dim=frames and frames[-1],
+            meta["shape"], meta["C"], meta["heads"], meta["layers"], attention=meta.get("attn") or "full",
+            num_classes=num_classes, memory_dim=frames and frames[-1],
         ).to(golden.dtype).eval()  # fmt: skip
         stack.load_state_dict(golden.weights())
-        classes = golden["class_cond"] if meta["class_cond_dim"] else None
+        classes = _classes(golden) if num_classes else None
+        if classes is not None and not classes.is_floating_point():
+            classes = F.one_hot(classes, num_classes).to(golden.dtype)
         memory = golden["frame_cond"].flatten(1, -2) if frames else None
         x = golden["x"].requires_grad_()
         out = stack(x.flatten(1, -2), classes, memory).view_as(x)
@@ -157,9 +161,8 @@ def videogpt_gpt(golden: Any) -> None:
     def run(golden: Any) -> dict[str, Tensor]:
         config = {"heads": meta["heads"], "attn_type": meta.get("attn") or "full"}
         model = VideoGPT.from_official(golden.weights(), config)
-        assert model.grid == tuple(meta["latent_shape"]) and model.num_classes == meta["class_cond_dim"]
-        given = [golden[name] for name in ("class_cond", "label") if name in golden.arrays]  # weights, or numbers
-        classes, codes = given[0] if meta["class_cond_dim"] else None, golden["codes"]
+        assert model.grid == tuple(meta["latent_shape"]) and model.num_classes == (meta.get("class_cond_dim") or None)
+        classes, codes = _classes(golden) if model.num_classes else None, golden["codes"]
         logits, loss = model(codes, classes=classes), model.training_loss(codes, classes=classes)
         golden.equal("greedy_samples", generate(model, len(codes), classes=classes, temperature=0.0))
         parameters = _parameters(model)
@@ -171,10 +174,10 @@ def videogpt_gpt(golden: Any) -> None:
 
 def videogpt_resnet(golden: Any) -> None:
     meta = golden.meta
-    assert meta["width_multiplier"] == 1
 
     def run(golden: Any) -> dict[str, Tensor]:
-        resnet = ResNet3d(meta["resnet_dim"], meta["layers"], meta["stride"]).double()
+        width = int(64 * (meta.get("width_multiplier") or 1))
+        resnet = ResNet3d(meta["resnet_dim"], meta["layers"], meta["stride"], width=width).double()
         with torch.no_grad():  # as meta["note"] says: they would be a large file
             for i, (name, parameter) in enumerate(sorted(resnet.named_parameters())):
                 wave = torch.cos(1.7 * torch.arange(parameter.numel()).double().square() + i).view_as(parameter)
@@ -207,6 +210,11 @@ def videogpt_sparse(golden: Any) -> None:
         out = cast(Tensor, edge_sparse_attention(query, key, value, layout, causal=causal)).view_as(inputs["grad/q"])
         golden.operator(f"c{i}/out", out)
         _check_gradients(golden, f"c{i}/", out, inputs)
+
+
+def _classes(golden: Any) -> Tensor:
+    """The classes of a batch: weights, or numbers."""
+    return next(golden[name] for name in ("class_cond", "label") if name in golden.arrays)
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:

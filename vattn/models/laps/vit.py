@@ -71,7 +71,7 @@ class LapsViT(FrameModel, PretrainedModel):
             number("LapsViT", "scale", scale, -math.inf)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         num_patches = (height // patch_size) * (width // patch_size)
-        self.num_frames = num_frames
+        self.num_frames, self.grid = num_frames, (height // patch_size, width // patch_size)
         self.patch_embed = named(proj=nn.Conv2d(3, embed_dim, patch_size, stride=patch_size))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_patches, embed_dim))
@@ -135,14 +135,18 @@ class LapsViT(FrameModel, PretrainedModel):
         settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
         return cls._from_weights(weights, settings)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, grid={self.grid}"
+
     def features(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to the class token of every frame, ``(B, T, embed_dim)``."""
-        x = self.patch_embed(self.frames(video)).flatten(2).transpose(1, 2)
-        if x.shape[1] + 1 != self.pos_embed.shape[1]:
+        x = self.patch_embed(self.frames(video))
+        if tuple(x.shape[-2:]) != self.grid:  # as many patches in another grid would have positions of others
             raise ValueError(
                 f"LapsViT: video must have frames of {self.pos_embed.shape[1] - 1} patches, "
-                f"got video.shape={tuple(video.shape)}"
+                f"{' x '.join(map(str, self.grid))}, got video.shape={tuple(video.shape)}"
             )
+        x = x.flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         return self.per_frame(self.norm(self.blocks(x)[:, 0]))
 
