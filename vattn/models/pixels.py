@@ -4,8 +4,9 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+NORMALISED = "normalised pixels (minus a mean, over a deviation)"
 BEYOND = 10.0
 """What no pixel of a normalised video reaches; those of 0 to 255 nearly all do."""
 
@@ -40,16 +41,44 @@ def require_pixels(
         )
 
 
-def warn_of_bytes(op: str, name: str, video: Tensor, pixels: str) -> None:
-    """Warn of pixels that must be those of 0 to 255. It waits for a GPU, so that it is for the first video only."""
-    if (
-        not torch._C._are_functorch_transforms_active()
-        and type(video) is Tensor
-        and not video.is_meta
-        and video.numel() > 0
-    ):
+def require_frames(op: str, name: str, video: Tensor, sizes: Sequence[int | str]) -> None:
+    """A video is of floating-point numbers, and has frames in front of channels: ``(B, T, C, H, W)``.
+
+    Args:
+        op: for messages. name: of the argument.
+        sizes: T, C, H and W, or letters for those that are not fixed.
+
+    Raises:
+        TypeError, ValueError: it is not.
+
+    Example:
+        >>> require_frames("LapsViT", "video", torch.zeros(1, 8, 3, 16, 16), (8, 3, "H", "W"))
+    """
+    if not video.is_floating_point():
+        raise TypeError(
+            f"{op}: {name} must be a floating-point tensor, of {NORMALISED}, got {name}.dtype={video.dtype}"
+        )
+    is_video = video.dim() == 5
+    if not is_video or any(x != size for x, size in zip(video.shape[1:], sizes, strict=True) if isinstance(size, int)):
+        channels_first = is_video and tuple(video.shape[1:3]) == (sizes[1], sizes[0])
+        hint = f"; that is (B, C, T, H, W), of which {name}.transpose(1, 2) has this order" if channels_first else ""
+        raise ValueError(
+            f"{op}: {name} must have shape (B, {', '.join(map(str, sizes))}), "
+            f"got {name}.shape={tuple(video.shape)}{hint}"
+        )
+
+
+def warn_of_bytes(model: nn.Module, name: str, video: Tensor, pixels: str) -> None:
+    """Warn of pixels that must be those of 0 to 255, in the first video of a model: a look at it waits for a GPU."""
+    if torch.compiler.is_compiling() or getattr(model, "_has_seen_a_video", False):
+        return
+    has_values = type(video) is Tensor and not video.is_meta and not torch._C._are_functorch_transforms_active()
+    if has_values and video.numel() > 0:
+        model._has_seen_a_video = True  # type: ignore[assignment]
         largest = float(video.detach().abs().amax())
         if largest > BEYOND:
             warnings.warn(
-                f"{op}: {name} must have pixels {pixels}, got some of magnitude {largest:g}", UserWarning, stacklevel=2
+                f"{type(model).__name__}: {name} must have {pixels}, got some of magnitude {largest:g}",
+                UserWarning,
+                stacklevel=2,
             )

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn.models.layers import reduction
+from vattn.models.pixels import NORMALISED, require_frames, warn_of_bytes
 from vattn.models.settings import Config, leaves, official_settings
 from vattn.nn import leap_of_level
 
@@ -13,7 +14,11 @@ Levels = Sequence[int | None]
 
 
 class FrameModel(nn.Module):
-    """A model that has an output for every frame of a video, and for the video their mean."""
+    """A model that has an output for every frame of a video, and for the video their mean.
+
+    A video is ``(B, T, 3, H, W)``, frames in front of channels, and its pixels are normalised as those were on which
+    the weights have learned: from 0 to 1, minus a mean, over a deviation. The first video warns of pixels of 0 to 255.
+    """
 
     num_frames: int
 
@@ -40,11 +45,8 @@ class FrameModel(nn.Module):
 
     def frames(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to ``(B * T, 3, H, W)``."""
-        if video.dim() != 5 or video.shape[1] != self.num_frames:
-            raise ValueError(
-                f"{type(self).__name__}: video must have shape (B, {self.num_frames}, 3, H, W), "
-                f"got video.shape={tuple(video.shape)}"
-            )
+        require_frames(type(self).__name__, "video", video, (self.num_frames, 3, "H", "W"))
+        warn_of_bytes(self, "video", video, NORMALISED)
         return video.flatten(0, 1)
 
     def per_frame(self, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from vattn.layout import BlockLayout
 from vattn.models.checkpoints import LARGEST, Model, PretrainedModel, count_blocks, heads_or_default
 from vattn.models.draws import Draws, Randomness
 from vattn.models.layers import init_linear, named
+from vattn.models.pixels import NORMALISED, require_frames, warn_of_bytes
 from vattn.models.seeded_draws import draws_in
 from vattn.models.settings import Config, number, official_settings, override, probabilities
 from vattn.models.svitt.orders import token_order
@@ -138,7 +139,8 @@ class VideoEncoder(PretrainedModel):
         eval_seed: decides what is drawn in evaluation, so that a video is the same vector in each call.
 
     Shape:
-        video ``(B, T, 3, height, width)`` to :class:`VideoTokens`. `layouts`, one for each layer, on the device of the
+        video ``(B, T, 3, height, width)``, frames in front of channels, its pixels normalised as those were on which
+        the weights have learned, to :class:`VideoTokens`. `layouts`, one for each layer, on the device of the
         video, say who reads whom, and None among them that all read all. If they are not given, they are drawn, so that
         the seed of `generator` decides; without one it is torch's own in training, and `eval_seed` in evaluation.
 
@@ -264,12 +266,9 @@ class VideoEncoder(PretrainedModel):
     def _embed(self, video: Tensor) -> Tensor:
         """``(B, T, 3, height, width)`` to ``(B, 1 + N, dim)``, in raster order."""
         size = self.patch_embed.stride[0]
-        wanted = (self.window[0], 3, self.window[1] * size, self.window[2] * size)
-        if video.dim() != 5 or tuple(video.shape[1:]) != wanted:
-            raise ValueError(
-                f"VideoEncoder: video must have shape (B, {', '.join(map(str, wanted))}), "
-                f"got video.shape={tuple(video.shape)}"
-            )
+        frames, height, width = self.window
+        require_frames("VideoEncoder", "video", video, (frames, 3, height * size, width * size))
+        warn_of_bytes(self, "video", video, NORMALISED)
         patches = self.patch_embed(video.flatten(0, 1)).flatten(2).transpose(1, 2)  # (B * T, h * w, dim)
         patches = patches.unflatten(0, video.shape[:2]).flatten(1, 2)
         return torch.cat([self.cls_token.expand(video.shape[0], -1, -1), patches], 1)

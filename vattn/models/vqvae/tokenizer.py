@@ -7,7 +7,6 @@ loss = reconstruction_loss(decoder(W_post e_codes), video) + 0.25 mean (z - e_co
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -100,7 +99,6 @@ class Tokenizer(PretrainedModel):
     codebook: Codebook
     downsample: Size
     image_channels: int
-    _has_seen = False
 
     def encode(self, video: Tensor) -> Tensor:
         """A video to its codes, ``(B, T', H', W')`` int64."""
@@ -119,9 +117,7 @@ class Tokenizer(PretrainedModel):
         """
         op = type(self).__name__
         require_pixels(op, "video", video, self.image_channels, PIXELS, self.downsample)
-        if not self._has_seen and not torch.compiler.is_compiling():
-            warn_of_bytes(op, "video", video, PIXELS)
-            self._has_seen = True
+        warn_of_bytes(self, "video", video, f"pixels {PIXELS}")
         return self.codebook(self.pre_vq_conv(self.encoder(video)), generator)
 
     def decode(self, codes: Tensor) -> Tensor:
