@@ -79,12 +79,13 @@ class Attention(Operator):
 
     def _backward(self, args: dict[str, Any], results: Sequence[Any], grads: Sequence[Any]) -> dict[str, Any]:
         grad_out = _zeros(results[0]) if grads[0] is None else grads[0]
-        found = self.backward_op(grad_out, grads[1], *self._primals(args, results))
+        found = self.backward_op.fitting(args)(grad_out, grads[1], *self._primals(args, results))
         return {x: grad for x, grad in zip(self._inputs, found, strict=True) if args[x] is not None}
 
     def _jvp(self, args: dict[str, Any], results: Sequence[Any], tangents: dict[str, Any]) -> list[Any]:
         along = [tangents[x] if x in self._optional else _or_zeros(tangents[x], args[x]) for x in self._inputs]
-        return [*self.jvp_op(*along, *self._primals(args, results)), *[None] * len(self.constant)]
+        found = self.jvp_op.fitting(args)(*along, *self._primals(args, results))
+        return [*found, *[None] * len(self.constant)]
 
     def _flops(self, products: int) -> Callable[..., int] | None:
         if self.pairs is None:

@@ -70,12 +70,13 @@ def integer(op: str, name: str, value: object, least: int) -> None:
         raise ValueError(f"{op}: {name} must be at least {least}, got {name}={value}")
 
 
-def dropout(op: str, dropout_p: object) -> None:
-    """`dropout_p` is a probability."""
+def dropout(op: str, dropout_p: object) -> float:
+    """`dropout_p` as a float, which is a probability."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
         raise TypeError(f"{op}: dropout_p must be a float, got dropout_p={dropout_p!r}")
-    if not 0.0 <= float(dropout_p) <= 1.0:
+    if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be between 0 and 1, got dropout_p={dropout_p}")
+    return float(dropout_p)
 
 
 def scale(op: str, value: object, head_dim: int) -> float:
@@ -84,7 +85,7 @@ def scale(op: str, value: object, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: scale must be a float or None, got scale={value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: scale must be finite, got scale={value}")
     return float(value)
 

@@ -51,7 +51,13 @@ class Operator:
         any_axes: whether those may begin with any axes at all, instead of one of samples.
         flops: of the arguments, by their names: how many floating-point operations it takes; None where nobody counts.
         public: whether it belongs to :data:`OPERATORS`.
+
+    Attributes:
+        traced: the same with tensors for its settings that are floats. A graph that is compiled holds it where these
+            differ from call to call: PyTorch compiles an op anew for every value of a float.
     """
+
+    traced: "Operator | None" = None
 
     def __init__(
         self,
@@ -73,7 +79,8 @@ class Operator:
         library.define(schema)
         self.name = schema.split("(")[0]
         self.arguments, self.results = (declared(part) for part in schema.split(" -> "))
-        self.op = getattr(torch.ops.vattn, self.name).default
+        packet, _, overload = self.name.partition(".")
+        self.op = getattr(getattr(torch.ops.vattn, packet), overload or "default")
         self.backward, self.jvp, self.keeps, self.constant = backward, jvp, keeps, constant
         self.autocast, self.autocast_to, self.shared, self.any_axes = autocast, autocast_to, shared, any_axes
         self._has_lists = "Tensor[]" in self.arguments.values()
@@ -81,9 +88,7 @@ class Operator:
         self._function: type[torch.autograd.Function] = type(self.name.title().replace("_", ""), (_Differentiable,), {})
         # Function.apply inspects the signature of `forward` in every call, for a third of the time of a small one.
         self._apply_at_once = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
-        note_compiled_kernels(self.name, self.arguments.values())
-        if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
-            library.impl(self.name, functools.partial(_launch, launch or f"{self.name}.forward"), "CUDA")
+        self._add_kernels(launch or f"{self.name}.forward")
         library.impl(self.name, self._differentiate_op, "Autograd")
         for device_type in AUTOCAST_DEVICES if autocast else ():
             rule = functools.partial(self._run_autocast, self.op, device_type)
@@ -91,16 +96,28 @@ class Operator:
         qualified = f"vattn::{self.name}"
         torch.library.register_fake(qualified, fake, lib=library)
         torch.library.register_vmap(qualified, functools.partial(vmap_rule, self, self.op), lib=library)
+        self._floats = floats = [name for name, kind in self.arguments.items() if kind == "float"]
+        if floats:
+            self.traced = _Traced(
+                self, schema.replace("(", ".traced(", 1).replace("float ", "Tensor "), fake=fake, backward=backward,
+                jvp=jvp, keeps=keeps, constant=constant, autocast=autocast, autocast_to=autocast_to,
+                shared=[*shared, *floats], any_axes=any_axes, public=False,
+            )  # fmt: skip
         if flops is not None:
             _uncounted.append((self.op.overloadpacket, functools.partial(self._count, flops)))
         if public:
             OPERATORS[self.name] = self
 
+    def _add_kernels(self, launch: str) -> None:
+        note_compiled_kernels(self.name, self.arguments.values())
+        if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
+            library.impl(self.name, functools.partial(_launch, launch), "CUDA")
+
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             if forward_ad._current_level >= 0:  # that of any thread
-                raise RuntimeError(f"{self.name}: there is no forward mode inside a function that is compiled")
-            return self.op(*args)
+                raise RuntimeError(f"{self.public_name}: there is no forward mode inside a function that is compiled")
+            return self._trace(*args)
         if torch.jit.is_tracing():
             return self.op(*args)
         if self.autocast:
@@ -108,6 +125,16 @@ class Operator:
             if device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
                 return self._run_autocast(self._differentiate, device_type, *args)
         return self._differentiate(*args)
+
+    def _trace(self, *args: Any) -> Any:
+        """Put it into the graph of a function that is compiled."""
+        if self.traced is None or all(map(_is_static, args, self.arguments.values())):
+            return self.op(*args)
+        return self.traced.op(*map(_as_tensor, args, self.arguments.values()))
+
+    def fitting(self, args: Mapping[str, Any]) -> "Operator":
+        """The one of both that `args`, those of a call by their names, are for: itself, or :attr:`traced`."""
+        return self.traced if self.traced is not None and isinstance(args[self._floats[0]], Tensor) else self
 
     def flat(self, args: Sequence[Any]) -> Sequence[Any]:
         """Arguments with the elements of lists of tensors in place of the lists."""
@@ -127,7 +154,7 @@ class Operator:
     @property
     def public_name(self) -> str:
         """The name of the public function that it belongs to."""
-        return self.name.removesuffix("_backward").removesuffix("_jvp")
+        return self.name.removesuffix(".traced").removesuffix("_backward").removesuffix("_jvp")
 
     def run(self, *args: Any) -> Any:
         """The kernel, without derivatives. Its results are no views, whatever it does to lay them out."""
@@ -146,7 +173,7 @@ class Operator:
         tensors = self.tensors(args)
         in_forward_mode = forward_ad._current_level >= 0
         if in_forward_mode and self.jvp and torch.is_inference_mode_enabled() and any(map(_loses_tangent, tensors)):
-            raise RuntimeError(f"{self.name}: inference mode turns forward mode off, which would lose a tangent")
+            raise RuntimeError(f"{self.public_name}: inference mode turns forward mode off, which would lose a tangent")
         transform = peek_interpreter_stack() if torch._C._are_functorch_transforms_active() else None
         if transform is not None and transform.key() == TransformType.Functionalize:
             return self.op(*args)
@@ -183,6 +210,22 @@ class Operator:
 
     def _count(self, flops: Callable[..., int], *args: Any, out_val: Any = None) -> int:
         return flops(**dict(zip(self.arguments, args, strict=True)))
+
+
+class _Traced(Operator):
+    """See :attr:`Operator.traced`. Its kernel reads the tensors, which are on the CPU, and runs the operator's."""
+
+    def __init__(self, of: Operator, schema: str, **settings: Any) -> None:
+        self._of = of
+        super().__init__(schema, **settings)
+
+    def _add_kernels(self, launch: str) -> None:
+        kinds = self._of.arguments.values()
+
+        def run(*args: Any) -> Any:
+            return self._of.op(*(x.item() if kind == "float" else x for x, kind in zip(args, kinds, strict=True)))
+
+        library.impl(self.name, run, "CompositeExplicitAutograd")
 
 
 class _Differentiable(torch.autograd.Function):
@@ -281,6 +324,19 @@ def declared(part: str) -> dict[str, str]:
     inside = part.partition("(")[2] if "(" in part else part
     kinds = (item.rsplit(" ", 1) for item in inside.removesuffix(")").split(", "))
     return {name: kind for kind, name in kinds}
+
+
+def _is_static(x: Any, kind: str) -> bool:
+    """Whether `x` is no float that differs from call to call of a function that is compiled."""
+    if kind != "float":
+        return True
+    return not isinstance(x, Tensor) and torch.fx.experimental.symbolic_shapes.has_static_value(x)
+
+
+def _as_tensor(x: Any, kind: str) -> Any:
+    """A float as a tensor. PyTorch keeps one that differs from call to call through products, but not through
+    ``torch.scalar_tensor``."""
+    return torch.ones((), dtype=torch.float64) * x if kind == "float" and not isinstance(x, Tensor) else x
 
 
 def _launch(path: str, *args: Any) -> Any:

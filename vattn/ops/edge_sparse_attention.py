@@ -92,7 +92,7 @@ def edge_sparse_attention(
         _checks.positions(op, positions, query, query.shape[0], layout.num_tokens)
     if position_bias is not None:
         check_bias(op, position_bias, query, layout.num_global, positions)
-    _checks.dropout(op, dropout_p)
+    dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
     if return_importance and layout.num_global == 0:
         raise ValueError(f"{op}: return_importance needs a global token, got layout.num_global=0")
@@ -161,7 +161,7 @@ def _pairs(query: Tensor, columns: Tensor, row_offsets: Tensor, block_size: int,
 
 _attend = Attention(
     "edge_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor row_offsets, Tensor columns, "
-    "Tensor? column_offsets, Tensor? rows, int block_size, int num_global, Tensor? bias_table, int[] window, "
+    "Tensor? column_offsets, Tensor? rows, SymInt block_size, SymInt num_global, Tensor? bias_table, int[] window, "
     "Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
     "-> (Tensor out, Tensor lse, Tensor importance)",
     inputs=("query", "key", "value", "bias_table"),

@@ -98,7 +98,7 @@ def latent_attention(
         _checks.key_lengths(op, key_lengths, query)
         if len(keys) > 1:
             raise ValueError(f"{op}: key_lengths must come with one key tensor, got len(key)={len(keys)}")
-    _checks.dropout(op, dropout_p)
+    dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None

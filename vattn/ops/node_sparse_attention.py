@@ -71,7 +71,7 @@ def node_sparse_attention(
     _checks.same(op, "key", key, "value", value)
     _checks.head_dim(op, query)
     _check_kept(op, kept, query)
-    _checks.dropout(op, dropout_p)
+    dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None

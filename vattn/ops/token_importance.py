@@ -107,8 +107,8 @@ def _flops(query: Tensor, key: Tensor, **others: Any) -> int:
 
 
 _importance = Operator(
-    "token_importance(Tensor query, Tensor key, Tensor? bias_table, int[] window, int num_global, Tensor? positions, "
-    "Tensor? key_lengths, float scale) -> Tensor importance",
+    "token_importance(Tensor query, Tensor key, Tensor? bias_table, int[] window, SymInt num_global, "
+    "Tensor? positions, Tensor? key_lengths, float scale) -> Tensor importance",
     fake=lambda query, key, *others: query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32),
     constant=("importance",),
     autocast=("query", "key"),
