@@ -143,7 +143,7 @@ class LapsViT(FrameModel, PretrainedModel):
                 f"LapsViT: video must have frames of {self.pos_embed.shape[1] - 1} patches, "
                 f"got video.shape={tuple(video.shape)}"
             )
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
         return self.per_frame(self.norm(self.blocks(x)[:, 0]))
 
     def forward_frames(self, video: Tensor) -> Tensor:

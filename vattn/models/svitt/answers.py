@@ -130,7 +130,7 @@ class VideoAnswers(PretrainedModel):
     ) -> Tensor:
         states = self.states(video, question, question_mask, generator=generator)
         mask = None if question_mask is None else question_mask[of]
-        return -(weights * self.log_probability(states[of], mask, answers, answers_mask)).sum() / len(video)
+        return -(weights * self.log_probability(states[of], mask, answers, answers_mask)).sum() / video.shape[0]
 
     def training_loss(
         self,

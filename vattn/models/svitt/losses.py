@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vattn.models.draws import Randomness, draws_of
+from vattn.models.results import exportable
 
 IGNORED = -100
 """The label of words that no loss asks for, as in :func:`torch.nn.functional.cross_entropy`."""
 
 
+@exportable
 class Losses(NamedTuple):
     """The losses of one training step, scalars; `masked_words` is 0 without a head for words."""
 
@@ -33,6 +35,7 @@ class Losses(NamedTuple):
         return self.contrastive + self.matching + self.masked_words
 
 
+@exportable
 class Negatives(NamedTuple):
     """For each text a video that is not its own, and for each video a text, ``(N,)`` int64 each."""
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.draws import Draws, Randomness, draws_of
+from vattn.models.results import exportable
 from vattn.models.settings import number
 from vattn.ops.nearest_code import nearest_code
 
 
+@exportable
 class Quantized(NamedTuple):
     """What a codebook makes of vectors: their codes, these as vectors, how far off they are, how many are in use."""
 
