@@ -129,7 +129,7 @@ def positions(op: str, value: object, like: Tensor, batch: int, length: int) -> 
         raise ValueError(
             f"{op}: positions must be on the device of the tokens ({like.device}), got positions.device={value.device}"
         )
-    if value.shape not in ((length,), (batch, length)):
+    if value.shape != ((length,) if value.dim() == 1 else (batch, length)):
         raise ValueError(
             f"{op}: positions must have shape ({length},) or ({batch}, {length}), "
             f"got positions.shape={tuple(value.shape)}"

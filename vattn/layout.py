@@ -152,7 +152,7 @@ class BlockLayout:
         rows = torch.arange(M, device=device)[:, None]
         reach = num_local // 2
         local = rows + torch.arange(-reach, reach + num_local % 2, device=device)
-        draws = torch.empty(M, M, device=device).uniform_(generator=generator)
+        draws = torch.rand(M, M, generator=generator, dtype=torch.float32, device=device)
         if wrap:
             local = local % M if M > 0 else local
             random = _largest(draws.scatter_(1, local, 0.0), num_random)
@@ -198,7 +198,7 @@ class BlockLayout:
         op = "BlockLayout.strided"
         blocks = _grid_of_blocks(op, grid, block_size)
         _checks.integer(op, "num_local_blocks", num_local_blocks, least=0)
-        rows = torch.arange(math.prod(blocks))
+        rows = torch.arange(math.prod(blocks), device="cpu")
         distance = rows[:, None] - rows  # of the query's block from the key's
         reads = (distance <= num_local_blocks) & (distance >= 0 if causal else distance > -num_local_blocks)
         if len(blocks) > 1:
@@ -213,7 +213,8 @@ class BlockLayout:
     def dense(cls, num_tokens: int, block_size: int, *, num_global: int = 0) -> "BlockLayout":
         """Every block reads every block."""
         M = _count_blocks("BlockLayout.dense", num_tokens, block_size, num_global)
-        offsets, columns = torch.arange(M + 1) * M, torch.arange(M).repeat(M)
+        blocks = torch.arange(M + 1, device="cpu")
+        offsets, columns = blocks * M, blocks[:M].repeat(M)
         return cls(num_tokens, block_size, offsets, columns, num_global=num_global, check_values=False)
 
     @classmethod
