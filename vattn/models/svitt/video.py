@@ -27,14 +27,17 @@ from vattn.layout import BlockLayout
 from vattn.models.checkpoints import Model, PretrainedModel, count_blocks, heads_or_default
 from vattn.models.draws import Draws, Randomness, draws_of
 from vattn.models.layers import init_linear, named
+from vattn.models.results import exportable
 from vattn.models.settings import Config, number, official_settings, override, probabilities
 from vattn.models.svitt.orders import token_order
 from vattn.models.svitt.sparsity import Sparsity, official_sparsity
 from vattn.models.svitt.weights import video_weights
+from vattn.models.tables import Table
 from vattn.nn import SparseSelfAttention
 from vattn.ops.select_tokens import select_tokens
 
 
+@exportable
 class VideoTokens(NamedTuple):
     """What a video is to a transformer.
 
@@ -107,7 +110,7 @@ class SparseBlock(nn.Module):
         if scale is not None:
             y = scale * y
         if self.training and self.drop_path > 0:
-            stays = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
+            stays = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
             y = y * stays / (1 - self.drop_path)
         return y
 
@@ -152,8 +155,6 @@ class VideoEncoder(PretrainedModel):
         >>> out.tokens.shape, out.pooled.shape, out.kept[0].shape             # 16 of 32 patches are kept
         (torch.Size([3, 17, 32]), torch.Size([3, 32]), torch.Size([3, 16]))
     """
-
-    order_of_tokens: Tensor | None
 
     def __init__(
         self,
@@ -231,9 +232,9 @@ class VideoEncoder(PretrainedModel):
                 f"VideoEncoder: layouts must be one for each of {len(self.blocks)} layers, "
                 f"got len(layouts)={len(layouts)}"
             )
-        x, positions = self._embed(video), self.order_of_tokens
-        if positions is not None:
-            positions = positions.to(x.device)
+        x, positions = self._embed(video), None
+        if self._order is not None:
+            positions = self._order.on(x.device)
             x = torch.cat([x[:, :1], x[:, 1:][:, positions]], 1)
         kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -244,6 +245,11 @@ class VideoEncoder(PretrainedModel):
         x = self.norm(x)
         pooled = self.pool_norm(x[:, 1:].mean(1)) if self.mean_pooling else x[:, 0]
         return VideoTokens(x, pooled, tuple(kept))
+
+    @property
+    def order_of_tokens(self) -> Tensor | None:
+        """The raster indices of the tokens in the order in which they are read, ``(N,)``; None for raster order."""
+        return None if self._order is None else self._order.made
 
     def _embed(self, video: Tensor) -> Tensor:
         """``(B, T, 3, height, width)`` to ``(B, 1 + N, dim)``, in raster order."""
@@ -256,7 +262,7 @@ class VideoEncoder(PretrainedModel):
             )
         patches = self.patch_embed(video.flatten(0, 1)).flatten(2).transpose(1, 2)  # (B * T, h * w, dim)
         patches = patches.unflatten(0, video.shape[:2]).flatten(1, 2)
-        return torch.cat([self.cls_token.expand(len(video), -1, -1), patches], 1)
+        return torch.cat([self.cls_token.expand(video.shape[0], -1, -1), patches], 1)
 
     def _draw(self, x: Tensor, draws: Draws) -> BlockLayout | None:
         layout = self.sparsity.layout(x.shape[1] - 1, draws.generator)
@@ -272,7 +278,8 @@ class VideoEncoder(PretrainedModel):
         self.window = window
         self.sparsity = sparsity
         self._reconfigure(num_frames=window[0], sparsity=sparsity)
-        self.register_buffer("order_of_tokens", token_order(self.order, window), persistent=False)
+        order = token_order(self.order, window)
+        self._order = None if order is None else Table(order)
         for i, block in enumerate(self.blocks):
             cast(SparseBlock, block).sparsify(sparsity, sparsity.keep if i in sparsity.prune_after else 1.0)
 
