@@ -68,7 +68,8 @@ def num_masked(schedule: str, t: float, num_tokens: int, *, official_rounding: b
         >>> [num_masked("cosine", t, 16) for t in (0.0, 0.5, 1.0)]
         [16, 12, 0]
     """
-    ratio = mask_ratio(schedule, torch.tensor(t, dtype=torch.float32 if official_rounding else torch.float64))
+    dtype = torch.float32 if official_rounding else torch.float64
+    ratio = mask_ratio(schedule, torch.tensor(t, dtype=dtype, device="cpu"))
     noise = 0.0 if official_rounding else 1e-6  # of float64: the cosine at t = 1 is above 0
     return min(max(int(torch.ceil(ratio * num_tokens - noise)), 0), num_tokens)
 

@@ -71,7 +71,7 @@ def frame_weights(prior: str, num_frames: int, step: int) -> Tensor:
     if prior not in PRIORS:
         raise ValueError(f"frame_weights: prior must be one of {', '.join(PRIORS)}, got prior={prior!r}")
     steps = PRIORS[prior]
-    before = torch.arange(num_frames, dtype=torch.float64)  # frames before the last one
+    before = torch.arange(num_frames, dtype=torch.float64, device="cpu")  # frames before the last one
     if steps is None:
         return (before == num_frames - 1).double()
     if steps == 0:
