@@ -88,7 +88,8 @@ class Codebook(nn.Module):
         if self.training and not self.has_begun:
             self._begin(vectors, draws)
         flat = nearest_code(vectors, self.embeddings)
-        taken = flat.bincount(minlength=len(self.embeddings)).to(vectors.dtype)
+        counts = flat.new_zeros(len(self.embeddings)).index_add_(0, flat, torch.ones_like(flat))
+        taken = counts.to(vectors.dtype)
         if self.training and _is_distributed():
             dist.all_reduce(taken)
         frequencies = taken / taken.sum()
