@@ -48,8 +48,9 @@ class Attention(Operator):
         self._leading = [x for x in kinds if x in inputs and x not in self._optional]
         self._rest = [x for x in kinds if x not in self._leading]
         self.pairs, self._empty = pairs, like or _like_rows
+        kept = [x for x, kind in kinds.items() if kind.startswith("Tensor")]
         super().__init__(
-            schema, fake=fake or _fake, backward=self._backward, jvp=self._jvp, keeps=[*kinds, "out", "lse"],
+            schema, fake=fake or _fake, backward=self._backward, jvp=self._jvp, keeps=[*kept, "out", "lse"],
             constant=list(results)[2:], flops=self._flops(products=2), autocast=autocast, shared=[*shared, "seed"],
             **settings,
         )  # fmt: skip

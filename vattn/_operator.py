@@ -44,6 +44,7 @@ class Operator:
         backward: of (arguments by name, results, gradients of the results or None): gradients of arguments, by name.
         jvp: of (arguments by name, results, tangents of arguments by name, or None): tangents of the results.
         keeps: the tensors among arguments and results that `backward` and `jvp` read; others come as None.
+        sizes_of: tensors among arguments of which they read no more than the shape; this comes in their place.
         constant: results that have no derivative.
         autocast: arguments, tensors or lists of them, that are cast under autocast.
         autocast_to: the dtype that they are cast to, if not that of autocast.
@@ -68,6 +69,7 @@ class Operator:
         backward: Callable[..., Mapping[str, Any]] | None = None,
         jvp: Callable[..., Sequence[Any]] | None = None,
         keeps: Sequence[str] = (),
+        sizes_of: Sequence[str] = (),
         constant: Sequence[str] = (),
         autocast: Sequence[str] = (),
         autocast_to: torch.dtype | None = None,
@@ -84,6 +86,7 @@ class Operator:
         self.backward, self.jvp, self.keeps, self.constant = backward, jvp, keeps, constant
         self.autocast, self.autocast_to, self.shared, self.any_axes = autocast, autocast_to, shared, any_axes
         self._has_lists = "Tensor[]" in self.arguments.values()
+        self.sizes_of = [list(self.arguments).index(name) for name in sizes_of]  # without lists, also among flat ones
         # A class of its own, whose name profilers and errors show.
         self._function: type[torch.autograd.Function] = type(self.name.title().replace("_", ""), (_Differentiable,), {})
         # Function.apply inspects the signature of `forward` in every call, for a third of the time of a small one.
@@ -100,7 +103,7 @@ class Operator:
         if floats:
             self.traced = _Traced(
                 self, schema.replace("(", ".traced(", 1).replace("float ", "Tensor "), fake=fake, backward=backward,
-                jvp=jvp, keeps=keeps, constant=constant, autocast=autocast, autocast_to=autocast_to,
+                jvp=jvp, keeps=keeps, sizes_of=sizes_of, constant=constant, autocast=autocast, autocast_to=autocast_to,
                 shared=[*shared, *floats], any_axes=any_axes, public=False,
             )  # fmt: skip
         if flops is not None:
@@ -241,6 +244,8 @@ class _Differentiable(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, ctx.sizes, *flat = inputs
         ctx.others = [None if isinstance(x, Tensor) else x for x in flat]
+        for i in ctx.op.sizes_of:
+            ctx.others[i] = flat[i].shape
         keeps = _flags(ctx.op, ctx.sizes)
         kept = [x if keep and isinstance(x, Tensor) else None for keep, x in zip(keeps, [*flat, *output], strict=True)]
         ctx.save_for_backward(*kept)
