@@ -13,7 +13,6 @@ Autograd key.
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,16 +21,13 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from vattn import _flops
 from vattn._library import AUTOCAST_DEVICES, _with_cuda_cpp, compute_dtype, library, note_compiled_kernels
 from vattn._vmap import vmap_rule
 
 OPERATORS: dict[str, "Operator"] = {}
 """The operators that have a public function of the same name, in the order in which they are defined."""
-
-
-_uncounted: list[tuple[Any, Callable[..., int]]] = []  # ops whose formulas PyTorch's counter does not know yet
 
 
 class Operator:
@@ -103,11 +99,11 @@ class Operator:
         if floats:
             self.traced = _Traced(
                 self, schema.replace("(", ".traced(", 1).replace("float ", "Tensor "), fake=fake, backward=backward,
-                jvp=jvp, keeps=keeps, sizes_of=sizes_of, constant=constant, autocast=autocast, autocast_to=autocast_to,
-                shared=[*shared, *floats], any_axes=any_axes, public=False,
+                jvp=jvp, keeps=[*keeps, *floats], sizes_of=sizes_of, constant=constant, autocast=autocast,
+                autocast_to=autocast_to, shared=[*shared, *floats], any_axes=any_axes, public=False,
             )  # fmt: skip
         if flops is not None:
-            _uncounted.append((self.op.overloadpacket, functools.partial(self._count, flops)))
+            _flops.register(self.op.overloadpacket, functools.partial(self._count, flops))
         if public:
             OPERATORS[self.name] = self
 
@@ -161,8 +157,6 @@ class Operator:
 
     def run(self, *args: Any) -> Any:
         """The kernel, without derivatives. Its results are no views, whatever it does to lay them out."""
-        if _uncounted and "torch.utils.flop_counter" in sys.modules:
-            _count_all()
         if self._has_lists and any(map(torch._C._functorch.is_legacy_batchedtensor, self.tensors(args))):
             raise RuntimeError(
                 f"{self.public_name}: batched gradients (is_grads_batched, vectorize) cannot go through tensor lists; "
@@ -211,8 +205,8 @@ class Operator:
         with torch.autocast(device_type, enabled=False):
             return run(*args)
 
-    def _count(self, flops: Callable[..., int], *args: Any, out_val: Any = None) -> int:
-        return flops(**dict(zip(self.arguments, args, strict=True)))
+    def _count(self, flops: Callable[..., int], *args: Any, out_val: Any = None, **named: Any) -> int:
+        return flops(**dict(zip(self.arguments, args, strict=False)), **named)
 
 
 class _Traced(Operator):
@@ -283,16 +277,6 @@ class _Differentiable(torch.autograd.Function):
             return (results,), (out_dims,)
         flat_results = tuple(y for x in results for y in ([x] if isinstance(x, Tensor) else x))
         return flat_results, tuple(y for x in out_dims for y in (x if isinstance(x, list) else [x]))
-
-
-def _count_all() -> None:
-    """Tell PyTorch's counter of operations the formulas. It is not imported for that: it would bring Triton."""
-    counter = sys.modules["torch.utils.flop_counter"]
-    formulas = {op: counter.register_flop_formula(op, get_raw=True)(formula) for op, formula in _uncounted}
-    _uncounted.clear()
-    for mode in _get_current_dispatch_mode_stack():  # what counts already has a copy of the formulas
-        if hasattr(mode, "counter"):
-            mode.counter.flop_registry |= {op: counter.flop_registry[op] for op in formulas}
 
 
 def nested(kinds: Mapping[str, str], flat: Sequence[Any], sizes: Sequence[int]) -> list[Any]:

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from torch.utils import _pytree
 
-Result = TypeVar("Result", bound=tuple)  # type: ignore[type-arg]
+Result = TypeVar("Result", bound=tuple)
 
 
 def exportable(kind: type[Result]) -> type[Result]:

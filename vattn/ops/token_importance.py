@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks, reference
+from vattn._flops import keys_read
 from vattn._library import runs_reference
 from vattn._operator import Operator
 from vattn.position_bias import RelativePositionBias3D, check_bias
@@ -102,8 +103,10 @@ def _check_self_attention(
     return num_global
 
 
-def _flops(query: Tensor, key: Tensor, **others: Any) -> int:
-    return 2 * 2 * query.numel() * key.shape[2]  # scores for the sums of their powers, and again for the weights
+def _flops(query: Tensor, key: Tensor, key_lengths: Tensor | None, **others: Any) -> int:
+    B, H, queries, D = query.shape
+    pairs = H * queries * keys_read(key_lengths, B, key.shape[2])
+    return 2 * 2 * pairs * D  # scores for the sums of their powers, and again for the weights
 
 
 _importance = Operator(
