@@ -19,16 +19,16 @@ LAYOUT = vattn.BlockLayout(11, 4, torch.tensor([0, 2, 3, 4]), torch.tensor([0, 2
 
 def attentions(dtype: torch.dtype = torch.float32) -> dict[str, Callable[..., Any]]:
     """Every operator that has a scale, of it and of a probability of dropout."""
-    tokens = [torch.randn(1, 2, 12, 8, dtype=dtype) for _ in range(3)]
-    video = [x.unflatten(2, (4, 3)) for x in tokens]
+    q, k, v = (torch.randn(1, 2, 12, 8, dtype=dtype) for _ in range(3))
+    a, b, c = (x.unflatten(2, (4, 3)) for x in (q, k, v))  # video
     kept = torch.tensor([[1, 3, 5]])
     return {
-        "axial_attention": lambda **s: vattn.axial_attention(*video, 1, **s),
-        "edge_sparse_attention": lambda **s: vattn.edge_sparse_attention(*tokens, LAYOUT, **s),
-        "latent_attention": lambda **s: vattn.latent_attention(*tokens, **s),
-        "leap_attention": lambda **s: vattn.leap_attention(*video, 2, **s),
-        "node_sparse_attention": lambda **s: vattn.node_sparse_attention(*tokens, kept, **s),
-        "token_importance": lambda **s: vattn.token_importance(*tokens[:2], **s),
+        "axial_attention": lambda **s: vattn.axial_attention(a, b, c, 1, **s),
+        "edge_sparse_attention": lambda **s: vattn.edge_sparse_attention(q, k, v, LAYOUT, **s),
+        "latent_attention": lambda **s: vattn.latent_attention(q, k, v, **s),
+        "leap_attention": lambda **s: vattn.leap_attention(a, b, c, 2, **s),
+        "node_sparse_attention": lambda **s: vattn.node_sparse_attention(q, k, v, kept, **s),
+        "token_importance": lambda **s: vattn.token_importance(q, k, **s),
     }
 
 
@@ -117,7 +117,7 @@ def test_a_compiled_dropout_drops_its_share():
 def test_scales_of_a_head_dim_that_changes(scale, dynamic):
     inputs = [torch.randn(1, 2, 4, 3, D) for D in (8, 16, 24, 40)]
 
-    def attend(x: Tensor) -> Tensor:
+    def attend(x: Tensor) -> Any:
         return vattn.leap_attention(x, x, x, 2, scale=scale(x))
 
     assert count_graphs(attend, inputs, dynamic=dynamic) <= 2
@@ -129,7 +129,7 @@ def test_layers_of_different_scales():
             super().__init__()
             self.scale = scale
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return vattn.latent_attention(x, x, x, scale=self.scale)
 
     x = torch.randn(1, 2, 12, 8)
@@ -164,7 +164,7 @@ def test_ints_that_change():
 def test_inductor():
     """Gradients too, with the compiler that users have."""
 
-    def attend(x: Tensor, scale: float) -> Tensor:
+    def attend(x: Tensor, scale: float) -> Any:
         return vattn.leap_attention(x, x, x, 2, scale=scale, fold_div=4)
 
     compiled = torch.compile(attend, fullgraph=True)

@@ -34,32 +34,32 @@ def edge_pairs(layout: vattn.BlockLayout) -> int:
 Case = tuple[Callable[..., Any], list[tuple[int, ...]], int]
 CASES: dict[str, Case] = {
     "leap_attention": (
-        lambda *x: vattn.leap_attention(*x, 2),
+        lambda q, k, v: vattn.leap_attention(q, k, v, 2),
         [(B, H, 5, 3, D)] * 3,
         B * H * 9 * sum(len(group) ** 2 for group in leap_groups(5, 2)),
     ),
-    "latent_attention": (lambda *x: vattn.latent_attention(*x), [(B, H, 3, D), *[(B, H, 6, D)] * 2], B * H * 18),
+    "latent_attention": (vattn.latent_attention, [(B, H, 3, D), *[(B, H, 6, D)] * 2], B * H * 18),
     "segments": (
         lambda q, k, v: vattn.latent_attention(q, [k, q], [v, q]),
         [(B, H, 3, D), *[(B, H, 6, D)] * 2],
         B * H * 3 * 9,
     ),
     "key_lengths": (
-        lambda *x: vattn.latent_attention(*x, key_lengths=LENGTHS),
+        lambda q, k, v: vattn.latent_attention(q, k, v, key_lengths=LENGTHS),
         [(B, H, 3, D), *[(B, H, 6, D)] * 2],
         H * 3 * 7,
     ),
-    "axial_attention": (lambda *x: vattn.axial_attention(*x, 1), [(B, H, 2, 3, 4, D)] * 3, B * H * 24 * 3),
+    "axial_attention": (lambda q, k, v: vattn.axial_attention(q, k, v, 1), [(B, H, 2, 3, 4, D)] * 3, B * H * 24 * 3),
     "node_sparse_attention": (
-        lambda *x: vattn.node_sparse_attention(*x, KEPT),
+        lambda q, k, v: vattn.node_sparse_attention(q, k, v, KEPT),
         [(B, H, 4, D), *[(B, H, 6, D)] * 2],
         B * H * 12,
     ),
     "edge_sparse_attention": (
-        lambda *x: vattn.edge_sparse_attention(*x, LAYOUT), [(B, H, 6, D)] * 3, edge_pairs(LAYOUT)
+        lambda q, k, v: vattn.edge_sparse_attention(q, k, v, LAYOUT), [(B, H, 6, D)] * 3, edge_pairs(LAYOUT)
     ),
     "a layout per head": (
-        lambda *x: vattn.edge_sparse_attention(*x, PER_HEAD), [(B, H, 6, D)] * 3, edge_pairs(PER_HEAD)
+        lambda q, k, v: vattn.edge_sparse_attention(q, k, v, PER_HEAD), [(B, H, 6, D)] * 3, edge_pairs(PER_HEAD)
     ),
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ class Subclass(Tensor):
 
 
 class Silent(Tensor):
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")
