@@ -323,9 +323,10 @@ def _is_static(x: Any, kind: str) -> bool:
 
 
 def _as_tensor(x: Any, kind: str) -> Any:
-    """A float as a tensor. PyTorch keeps one that differs from call to call through products, but not through
-    ``torch.scalar_tensor``."""
-    return torch.ones((), dtype=torch.float64) * x if kind == "float" and not isinstance(x, Tensor) else x
+    """A float as a tensor: the product, because PyTorch makes a constant of what goes into ``torch.scalar_tensor``."""
+    if kind != "float" or isinstance(x, Tensor):
+        return x
+    return torch.ones((), dtype=torch.float64, device="cpu") * x
 
 
 def _launch(path: str, *args: Any) -> Any:

@@ -180,6 +180,9 @@ class BlockLayout:
             num_local_blocks: how many blocks before a block it reads, and, unless `causal`, how many from itself on.
             causal: a block reads only blocks that are not behind it.
 
+        Returns:
+            A layout on the CPU, whatever the default device is.
+
         Source:
             Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers", whose code has this layout; its
             blocks are those of Child et al., "Generating Long Sequences with Sparse Transformers".
@@ -211,7 +214,7 @@ class BlockLayout:
 
     @classmethod
     def dense(cls, num_tokens: int, block_size: int, *, num_global: int = 0) -> "BlockLayout":
-        """Every block reads every block."""
+        """Every block reads every block; on the CPU."""
         M = _count_blocks("BlockLayout.dense", num_tokens, block_size, num_global)
         blocks = torch.arange(M + 1, device="cpu")
         offsets, columns = blocks * M, blocks[:M].repeat(M)
