@@ -172,7 +172,7 @@ def evaluate(run: Run, data: Data, seed: int) -> dict[str, Found]:
     for name, again in (("similarity", 0), ("matching", RERANKED)):
         to_texts = rank_texts(run.model, videos, texts, data.mask, rerank=again)
         to_videos = rank_videos(run.model, videos, texts, data.mask, rerank=again * HELD_OUT_CLIPS)
-        told = [dataclasses.astuple(data.captions[i]) for i in to_texts[:, 0]]
+        told = [dataclasses.astuple(data.captions[i]) for i in to_texts.indices[:, 0]]
         hits = torch.tensor([[a == b for a, b in zip(*pair, strict=True)] for pair in zip(told, true, strict=True)])
         found[name] = Found(
             [recall(to_texts, right, k) for k in RECALLED],

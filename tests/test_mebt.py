@@ -532,7 +532,9 @@ class TestVideos:
         with pytest.raises(TypeError, match=r"^generate: shape must be that of the codes for a model without a grid"):
             mebt.generate(surest_last, 2)
 
-    @pytest.mark.parametrize("shape", [-1, 0, 1.5, True, None, "a", (2,), (), (2, 0, 2, 2), (2, 3, 2.0, 2), (True, 3)])
+    @pytest.mark.parametrize(
+        "shape", [-1, 1.5, True, None, "a", (2,), (), (-1, 3, 2, 2), (2, 0, 2, 2), (2, 3, 2.0, 2), (True, 3)]
+    )
     def test_what_is_no_shape(self, shape: Any) -> None:
         with pytest.raises((TypeError, ValueError), match=r"^generate: shape must be .*, got shape="):
             mebt.generate(small_model(), shape)

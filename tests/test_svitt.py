@@ -209,6 +209,49 @@ class TestVideoEncoder:
         assert torch.equal(first.tokens, same.tokens) and torch.equal(first.kept[0], same.kept[0])
         assert not torch.equal(first.pooled, other.pooled)
 
+    @pytest.mark.parametrize("keep_by", ["cls_attn", "random"])
+    def test_evaluation_draws_the_same_again(self, keep_by: str) -> None:
+        """In each call, alone and in a batch; another seed draws otherwise, and so does training."""
+        sparsity = dataclasses.replace(SPARSE, keep_by=keep_by)
+        encoder, video = video_encoder(sparsity=sparsity), random_video(3)
+        seen, again = encoder(video), encoder(video)
+        assert torch.equal(seen.tokens, again.tokens) and torch.equal(seen.pooled, again.pooled)
+        alone = [encoder(x) for x in video.split(1)]
+        assert torch.equal(torch.cat([x.kept[0] for x in alone]), seen.kept[0])
+        torch.testing.assert_close(torch.cat([x.pooled for x in alone]), seen.pooled)
+        assert not torch.equal(video_encoder(sparsity=sparsity, eval_seed=1)(video).pooled, seen.pooled)
+        encoder.train()
+        assert not torch.equal(encoder(video).pooled, encoder(video).pooled)
+
+    def test_layers_draw_different_layouts(self) -> None:
+        encoder, layouts = video_encoder(sparsity=dataclasses.replace(SPARSE, keep=1.0)), []
+        for block in encoder.blocks:
+            block.register_forward_pre_hook(lambda _block, inputs: layouts.append(inputs[1]))
+        encoder(random_video())
+        encoder(random_video())
+        assert layouts[0] != layouts[1] and layouts[:2] == layouts[2:]
+
+    def test_the_seed_of_evaluation_is_checked(self) -> None:
+        for value, message in ((-1, "at least 0"), (2**16 + 1, "at most 65536")):
+            with pytest.raises(
+                ValueError, match=rf"^VideoEncoder: eval_seed must be {message}, got eval_seed={value}$"
+            ):
+                video_encoder(eval_seed=value)
+
+    def test_an_exported_encoder_draws_what_it_draws_in_evaluation(self) -> None:
+        encoder, video = video_encoder(), random_video()
+        program = torch.export.export(encoder, (video,)).module()
+        expected = encoder(video)
+        for _ in range(2):
+            torch.testing.assert_close(program(video).pooled, expected.pooled)
+
+    def test_a_path_that_is_always_dropped(self) -> None:
+        encoder = video_encoder(drop_path=1.0, sparsity=DENSE).train()
+        seen = encoder(random_video())
+        seen.pooled.sum().backward()
+        assert bool(seen.pooled.isfinite().all())
+        assert all(x.grad is None or bool(x.grad.isfinite().all()) for x in encoder.parameters())
+
     def test_layouts_can_be_given(self) -> None:
         encoder, video = video_encoder(sparsity=dataclasses.replace(SPARSE, keep=1.0)), random_video()
         generator = seed()
@@ -311,6 +354,11 @@ def test_encoder_refuses(setting: dict[str, Any]) -> None:
 
 class TestExpand:
     """More frames, and sparser."""
+
+    @pytest.mark.parametrize("position_bias", [True, False])
+    def test_frames_are_checked(self, position_bias: bool) -> None:
+        with pytest.raises(ValueError, match=r"^expand: num_frames must be at least 1, got num_frames=0$"):
+            expand(video_encoder(position_bias=position_bias), 0)
 
     def test_biases_are_inflated(self) -> None:
         encoder = video_encoder()

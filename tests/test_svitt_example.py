@@ -8,6 +8,7 @@ import torch
 
 from examples import captions, svitt_retrieval
 from examples.captions import Caption, Clips, Words
+from vattn.models.svitt import Ranking
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_a_perfect_model_is_right_about_everything(numbered, monkeypatch):
     data = svitt_retrieval.Data(16)
     right = torch.eye(len(data.captions)).repeat_interleave(svitt_retrieval.HELD_OUT_CLIPS, 0)
     for name, scores in (("rank_texts", right), ("rank_videos", right.T)):
-        ranking = scores.argsort(dim=1, descending=True, stable=True)
+        ranking = Ranking(scores.argsort(dim=1, descending=True, stable=True), scores, scores[:, :0])
         monkeypatch.setattr(svitt_retrieval, name, lambda *_, ranking=ranking, **__: ranking)
     model = svitt_retrieval.new_model(16, len(data.words), 2, svitt_retrieval.DENSE).eval()
     found = svitt_retrieval.evaluate(svitt_retrieval.Run(None, model), data, seed=0)

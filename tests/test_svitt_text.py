@@ -1,5 +1,7 @@
 """SViTT's language side: text that reads a video, losses, retrieval, answers; its numbers are in tests/golden."""
 
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +178,40 @@ class TestLosses:
         with pytest.raises(ValueError, match="each sample must have one of another id"):
             svitt.draw_negatives(torch.zeros(2, 2), torch.tensor([4, 4]))
 
+    @pytest.mark.parametrize("hard", [True, False])
+    def test_negatives_of_a_model_that_tells_all_pairs_apart(self, hard: bool) -> None:
+        """Their weights are 0 in float32, and yet they are drawn in proportion to each other."""
+        similarity = torch.tensor([[0.9, -0.2], [-0.2, 0.9]]) / 0.01
+        assert [x.tolist() for x in svitt.draw_negatives(similarity, hard=hard)] == [[1, 0], [1, 0]]
+        gap = torch.tensor(0.7)
+        similarity = torch.diag(torch.tensor([500.0] * 3)) + torch.tensor([[0, 0, gap], [gap, 0, 0], [0, gap, 0]])
+        generator = seed()
+        drawn = [svitt.draw_negatives(similarity, hard=hard, generator=generator) for _ in range(1000)]
+        nearer = torch.stack([x.text for x in drawn]).eq(torch.tensor([2, 0, 1])).double().mean(0)
+        expected = gap.sigmoid().item() if hard else 0.5
+        torch.testing.assert_close(nearer, torch.full((3,), expected, dtype=torch.float64), atol=0.05, rtol=0.0)
+
+    def test_negatives_are_those_of_the_weights(self) -> None:
+        similarity, generator = torch.randn(8, 8), seed()
+        weights = svitt.negative_weights(similarity)
+        noise = svitt.Draws(seed())
+        expected = [(x / noise.exponential(8, 8, device=x.device)).argmax(1) for x in weights]
+        found = svitt.draw_negatives(similarity, generator=generator)
+        assert torch.equal(found.video, expected[0]) and torch.equal(found.text, expected[1])
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_similarities_that_are_not_finite_are_named(self, value: float) -> None:
+        similarity = torch.zeros(3, 3)
+        similarity[0, 1] = value
+        with pytest.raises(ValueError, match=r"^draw_negatives: similarity must be finite, got similarity=tensor"):
+            svitt.draw_negatives(similarity)
+
+    def test_no_pairs_have_no_loss(self) -> None:
+        model = small_model().train()
+        losses = model(random_video(3)[:0], random_words(3)[:0])
+        assert losses == (0, 0, 0)
+        losses.total.backward()
+
     def test_matching(self) -> None:
         logits = torch.randn(6, 2)
         log_p = logits.log_softmax(1)
@@ -192,6 +228,19 @@ class TestLosses:
         found = [round(share.double().mean().item(), 1) for share in shares]
         assert found == [0.3, 0.8, 0.1]
         assert bool((read[chosen & (read != 60)] < 50).all())
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ({"share": 1.5}, "share must be at least 0 and at most 1, got share=1.5"),
+            ({"vocab_size": 0}, "vocab_size must be at least 1, got vocab_size=0"),
+            ({"mask_id": -1}, "mask_id must be at least 0, got mask_id=-1"),
+        ],
+        ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+    )
+    def test_settings_of_masked_words(self, setting: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=f"^mask_words: {message}$"):
+            svitt.mask_words(random_words(), **({"vocab_size": 30} | setting))
 
     def test_masked_word_loss(self) -> None:
         logits, labels = torch.randn(2, 3, 5, requires_grad=True), torch.tensor([[-100, 4, 0], [-100, -100, 2]])
@@ -247,12 +296,62 @@ class TestModel:
         torch.testing.assert_close(rounded.total.float(), exact.total, atol=0.05, rtol=0.05)
         assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in model.parameters())
 
-    def test_temperature_stays_in_its_range(self) -> None:
+    @pytest.mark.parametrize(("value", "used"), [(-1.0, 0.001), (2.0, 0.5), (0.3, 0.3)])
+    def test_temperature_is_used_within_its_range(self, value: float, used: float) -> None:
+        """Beyond it, only a step that leads back has a gradient; and no forward changes the weight."""
+        model, vectors = small_model(), (torch.randn(3, 16), torch.randn(3, 24))
+        model.temperature.data.fill_(used)
+        expected = model.similarity(*vectors)
+        model.temperature.data.fill_(value)
+        model(random_video(3), random_words(3))
+        assert model.temperature.item() == pytest.approx(value)
+        found = model.similarity(*vectors)
+        torch.testing.assert_close(found, expected)
+        (up,), (down,) = (
+            torch.autograd.grad(model.similarity(*vectors).square().sum() * sign, model.temperature) for sign in (1, -1)
+        )  # of which a step against the first makes the temperature larger
+        assert up < 0 or used == 0.5
+        assert down > 0 or used == 0.001
+
+    def test_embeddings_are_reproducible_and_of_length_1(self) -> None:
+        model, video, ids = small_model(), random_video(5), random_words(5)
+        seen, read = model.embed_video(video), model.embed_text(ids)
+        torch.testing.assert_close(seen.norm(dim=1), torch.ones(5))
+        torch.testing.assert_close(read.norm(dim=1), torch.ones(5))
+        assert torch.equal(model.embed_video(video), seen)
+        torch.testing.assert_close(torch.cat([model.embed_video(x) for x in video.split(1)]), seen)
+        torch.testing.assert_close(torch.cat([model.embed_text(x) for x in ids.split(2)]), read)
+        similarity = model.similarity(model.encode_video(video).pooled, model.text(ids)[:, 0])
+        torch.testing.assert_close(seen @ read.T / model.temperature, similarity)
+
+    def test_losses_are_the_same_again_in_evaluation(self) -> None:
+        model, inputs = small_model(), (random_video(3), random_words(3))
+        assert model(*inputs) == model(*inputs)
+        assert model.masked_word_loss(torch.ones(3, 2, 16), inputs[1]) == model.masked_word_loss(
+            torch.ones(3, 2, 16), inputs[1]
+        )
+        model.train()
+        assert model(*inputs) != model(*inputs)
+
+    def test_checkpoints_with_a_scalar_as_temperature(self, tmp_path: pathlib.Path) -> None:
+        """As older versions wrote them; and without the settings that came later."""
+        from safetensors.torch import load_file, save_file
+
         model = small_model()
-        for value, expected in ((-1.0, 0.001), (2.0, 0.5)):
-            model.temperature.data.fill_(value)
-            model(random_video(3), random_words(3))
-            assert model.temperature.item() == pytest.approx(expected)
+        old = model.state_dict() | {"temperature": model.temperature.detach().reshape(())}
+        other = SViTT(VIDEO, TEXT, embed_dim=8)
+        other.load_state_dict(old)
+        assert other.temperature.shape == (1,) and other.temperature.item() == model.temperature.item()
+        assert old["temperature"].shape == ()
+        model.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        save_file(weights | {"temperature": weights["temperature"].reshape(()).clone()}, tmp_path / "model.safetensors")
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["settings"]["video"].pop("eval_seed") == 0
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = SViTT.from_pretrained(tmp_path)
+        torch.testing.assert_close(dict(found.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+        assert found.config == model.config
 
     def test_without_words(self) -> None:
         model = SViTT(VIDEO, TEXT, predict_words=False)
@@ -345,26 +444,40 @@ class TestRetrieval:
         similarity = model.similarity(videos.pooled, texts[:, 0])
         scores = similarity if rank is svitt.rank_texts else similarity.T
         ranking = rank(model, videos, texts, mask, rerank=0)
-        torch.testing.assert_close(scores.gather(1, ranking), scores.sort(1, descending=True).values)
+        torch.testing.assert_close(ranking.similarity, scores.sort(1, descending=True).values)
+        assert torch.equal(scores.gather(1, ranking.indices), ranking.similarity) and ranking.match.shape[1] == 0
 
     @pytest.mark.parametrize("rank", [svitt.rank_texts, svitt.rank_videos])
     @pytest.mark.parametrize("rerank", [3, 100])
     def test_the_best_ones_are_looked_at_again(self, rank: Any, rerank: int, model: SViTT, corpus: Any) -> None:
         videos, texts, mask = corpus
-        before = rank(model, videos, texts, mask, rerank=0)
-        after = rank(model, videos, texts, mask, rerank=rerank)
+        similarity = model.similarity(videos.pooled, texts[:, 0])
+        before = rank(model, videos, texts, mask, rerank=0).indices
+        after, scores, match = rank(model, videos, texts, mask, rerank=rerank)
         assert torch.equal(before[:, rerank:], after[:, rerank:])
         assert torch.equal(before[:, :rerank].sort().values, after[:, :rerank].sort().values)
+        assert torch.equal((similarity if rank is svitt.rank_texts else similarity.T).gather(1, after), scores)
+        assert match.shape == (len(after), min(rerank, after.shape[1])) and bool((match.diff(dim=1) <= 0).all())
         for query, answers in enumerate(after[:, :rerank]):
             pairs = [(query, int(i)) if rank is svitt.rank_texts else (int(i), query) for i in answers]
-            logits = [
-                model.match(videos.tokens[v : v + 1], texts[t : t + 1], mask[t : t + 1])[0, 1].item() for v, t in pairs
-            ]
-            assert logits == sorted(logits, reverse=True)
+            logits = [model.match(videos.tokens[v : v + 1], texts[t : t + 1], mask[t : t + 1])[0, 1] for v, t in pairs]
+            torch.testing.assert_close(torch.stack(logits), match[query])
+
+    @pytest.mark.parametrize("rank", [svitt.rank_texts, svitt.rank_videos])
+    def test_how_many_are_looked_at_again_is_checked(self, rank: Any, model: SViTT, corpus: Any) -> None:
+        with pytest.raises(ValueError, match=rf"^{rank.__name__}: rerank must be at least 0, got rerank=-1$"):
+            rank(model, *corpus, rerank=-1)
+        with pytest.raises(TypeError, match=rf"^{rank.__name__}: rerank must be an int, got rerank=2.0$"):
+            rank(model, *corpus, rerank=2.0)
 
     def test_recall(self) -> None:
         ranking, right = torch.tensor([[2, 1, 0], [0, 1, 2], [1, 2, 0]]), torch.eye(3, dtype=torch.bool)
         assert [svitt.recall(ranking, right, k) for k in (1, 2, 3)] == pytest.approx([0, 2 / 3, 1])
+        assert svitt.recall(svitt.Ranking(ranking, torch.zeros(3, 3), torch.zeros(3, 0)), right, 2) == pytest.approx(
+            2 / 3
+        )
+        with pytest.raises(ValueError, match=r"^recall: k must be at least 1, got k=0$"):
+            svitt.recall(ranking, right, 0)
         right[2, 1] = True  # two are right
         assert svitt.recall(ranking, right, 1) == pytest.approx(1 / 3)
 
@@ -420,6 +533,10 @@ class TestAnswers:
             repeated = states[i : i + 1].expand(len(answers), -1, -1)
             log_p = model.log_probability(repeated, None, self.ANSWERS[answers], self.MASK[answers])
             torch.testing.assert_close(log_p.softmax(0), probabilities[i])
+
+    def test_how_many_candidates_is_checked(self, model: VideoAnswers) -> None:
+        with pytest.raises(ValueError, match=r"^VideoAnswers.rank: candidates must be at least 1, got candidates=-1$"):
+            model.rank(random_video(), random_words(), None, self.ANSWERS, self.MASK, candidates=-1)
 
     def test_official_checkpoint(self, model: VideoAnswers) -> None:
         found = VideoAnswers.from_official(official_answers(model), OFFICIAL_CONFIG)

@@ -293,6 +293,15 @@ class TestModel:
         with pytest.raises(ValueError, match=f"^VideoGPT: {message}"):
             small_model(num_classes=3)(inputs.pop("codes"), **inputs)
 
+    @pytest.mark.parametrize("num_frames", [1, 2])
+    def test_resnet_in_bfloat16(self, num_frames: int) -> None:
+        """Of one frame, too, which convolutions of bfloat16 on a CPU must not pad themselves."""
+        resnet, frames = ResNet3d(dim=6, num_blocks=(1, 1, 1, 1), width=4), torch.randn(2, 3, num_frames, 8, 8)
+        with torch.no_grad():
+            exact = resnet(frames)
+            found = resnet.bfloat16()(frames.bfloat16())
+        torch.testing.assert_close(found.float(), exact, rtol=0.1, atol=0.1)
+
     def test_resnet_of_four_levels_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"^ResNet3d: downsample must be at most 8, got downsample=\(1, 16, 4\)$"):
             ResNet3d(downsample=(1, 16, 4))

@@ -1,6 +1,7 @@
 """The tokenizers: their codebook, their shapes, their training; their numbers are checked in tests/golden."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -122,7 +123,8 @@ class TestCodebook:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(codebook(z).codes, codebook.float()(z).codes)
             low = codebook(z.bfloat16())
-        assert low.embeddings.dtype == torch.float32 and torch.equal(low.codes, codebook(z.bfloat16().float()).codes)
+        assert low.embeddings.dtype == torch.bfloat16
+        assert torch.equal(low.codes, codebook(z.bfloat16().float()).codes)
 
     def test_errors(self) -> None:
         with pytest.raises(ValueError, match=r"^Codebook: z must have shape \(B, 3, ...\), got z.shape=\(2, 4, 5\)$"):
@@ -288,3 +290,25 @@ class TestTokenizers:
                 small_tokenizer()(torch.zeros(shape))
         with pytest.raises(ValueError, match=r"downsample must have 2 levels, got downsample=\(2, 2, 2\)$"):
             type(small_tokenizer()).from_official(small_tokenizer().state_dict(), downsample=(2, 2, 2))
+
+    @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
+    def test_what_is_no_video(self, small_tokenizer: Any) -> None:
+        tokenizer, name = small_tokenizer(), type(small_tokenizer()).__name__
+        for dtype in (torch.uint8, torch.int64, torch.bool):
+            with pytest.raises(
+                TypeError, match=rf"^{name}: video must be a floating-point tensor, of pixels from -0.5"
+            ):
+                tokenizer.encode(torch.zeros(1, 3, 4, 16, 16, dtype=dtype))
+        order = r"got video.shape=\(1, 4, 3, 16, 16\); that is \(B, T, C, H, W\), of which video.transpose\(1, 2\)"
+        with pytest.raises(ValueError, match=rf"^{name}: video must have shape \(B, C, T, H, W\), with C = 3.*{order}"):
+            tokenizer.training_loss(torch.zeros(1, 4, 3, 16, 16))
+
+    @pytest.mark.parametrize("small_tokenizer", SMALL_TOKENIZERS)
+    def test_bytes_are_noticed_once(self, small_tokenizer: Any) -> None:
+        tokenizer, video = small_tokenizer().eval(), torch.randint(256, (1, 3, 4, 16, 16), generator=seed()).float()
+        with pytest.warns(UserWarning, match=r"video must have pixels from -0.5 to 0.5, got some of magnitude 255$"):
+            tokenizer.encode(video)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tokenizer.encode(video)  # nothing waits for a GPU but the first one
+            small_tokenizer().eval().encode(video / 255 - 0.5)

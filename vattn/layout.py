@@ -116,6 +116,7 @@ class BlockLayout:
         num_global: int = 1,
         wrap: bool = True,
         generator: torch.Generator | None = None,
+        draws: Tensor | None = None,
     ) -> "BlockLayout":
         """Each block reads its neighbours, then some random blocks in ascending order.
 
@@ -129,6 +130,7 @@ class BlockLayout:
             wrap: whether the first and the last block are neighbours. If they are, few blocks with many neighbours have
                 some of them twice; if not, the blocks at the ends have fewer.
             generator: where the random numbers come from, and the device of the layout; None for torch's on the CPU.
+            draws: ``(M, M)`` random numbers above 0 instead, M being the number of blocks, on the device of the layout.
 
         Source:
             Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers", on edge sparsity.
@@ -148,19 +150,23 @@ class BlockLayout:
             raise ValueError(
                 f"{op}: num_random must be at most the number of blocks ({M}), got num_random={num_random}"
             )
-        device = torch.device("cpu") if generator is None else generator.device
+        if draws is None:
+            device = torch.device("cpu") if generator is None else generator.device
+            draws = torch.empty(M, M, dtype=torch.float32, device=device).uniform_(generator=generator)
+        elif draws.shape != (M, M):
+            raise ValueError(f"{op}: draws must have shape ({M}, {M}), got draws.shape={tuple(draws.shape)}")
+        device = draws.device
         rows = torch.arange(M, device=device)[:, None]
         reach = num_local // 2
         local = rows + torch.arange(-reach, reach + num_local % 2, device=device)
-        draws = torch.rand(M, M, generator=generator, dtype=torch.float32, device=device)
         if wrap:
             local = local % M if M > 0 else local
-            random = _largest(draws.scatter_(1, local, 0.0), num_random)
+            random = _largest(draws.scatter(1, local, 0.0), num_random)
             columns = torch.cat([local, random], 1)
             offsets = torch.arange(M + 1, device=device) * columns.shape[1]
         else:
             near = (rows - rows.T).abs() < reach + num_local % 2
-            random = _largest(draws.masked_fill_(near, 0.0), num_random)
+            random = _largest(draws.masked_fill(near, 0.0), num_random)
             outside = 2 * sum(min(r, M) for r in range(1, reach + 1))
             columns, offsets = _drop_outside(torch.cat([local, random], 1), outside)
         return cls(num_tokens, block_size, offsets, columns.view(-1), num_global=num_global, check_values=False)

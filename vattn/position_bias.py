@@ -62,12 +62,16 @@ class RelativePositionBias3D(nn.Module):
         self.num_heads, self.num_global = num_heads, num_global
         self.table = nn.Parameter(torch.zeros(num_offsets(self.window) + num_global * (2 + num_global), num_heads))
 
-    def forward(self, positions: Tensor | None = None) -> Tensor:
+    def forward(self, positions: Tensor | None = None, *, as_table: bool = False) -> Tensor:
         """The bias of every query and key, ``(H, G+N, G+N)``, or ``(B, H, G+N, G+N)`` for positions per sample.
 
         Args:
             positions: ``(N,)`` or ``(B, N)`` int64, the raster index of each token; None for the full grid.
+            as_table: give the table instead, as a float32 copy, for kernels that look it up. A module whose weights are
+                sharded has all of them in its forward only, hence the call, and the copy.
         """
+        if as_table:
+            return self.table.to(torch.float32, copy=True)
         if positions is None:
             positions = torch.arange(math.prod(self.window), device=self.table.device)
         return self.table[relative_position_index(self.window, self.num_global, positions)].movedim(-1, -3)

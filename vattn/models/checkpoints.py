@@ -66,6 +66,8 @@ class PretrainedModel(nn.Module):
     """
 
     _settings: dict[str, Any]
+    added_settings: frozenset[str] = frozenset()
+    """Settings that folders of older versions do not have: their defaults are what there was before."""
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         model = super().__new__(cls)
@@ -152,7 +154,7 @@ class PretrainedModel(nn.Module):
             try:
                 with safetensors.safe_open(where / WEIGHTS, framework="pt") as file:
                     # Copies: in memory of their own, whatever becomes of the file.
-                    weights = {name: file.get_tensor(name).clone() for name in file.keys()}
+                    weights = cls._renewed({name: file.get_tensor(name).clone() for name in file.keys()})
             except (safetensors.SafetensorError, OSError) as error:
                 raise ValueError(f"{op}: {WEIGHTS} must be a whole safetensors file, got {where / WEIGHTS}") from error
             require_numbers(op, settings, _largest(weights))
@@ -164,6 +166,11 @@ class PretrainedModel(nn.Module):
                 ) from error
             _require_same_weights(op, empty, weights)
             return _fill(empty, weights)
+
+    @classmethod
+    def _renewed(cls, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of a folder that an older version may have written, as this version has them."""
+        return weights
 
     @classmethod
     def _from_weights(

@@ -9,8 +9,8 @@ from torch import Tensor
 class Draws:
     """Random numbers that all come from one generator, so that a seed reproduces what is made of them.
 
-    They are drawn on the device of the generator, and a seed on the CPU makes the same draws for every device. A
-    subclass can replay numbers that somebody recorded.
+    They are drawn on the device of the generator, in float32, whatever PyTorch's defaults are, and a seed on the CPU
+    makes the same draws for every device. A subclass can replay numbers that somebody recorded.
 
     Args:
         generator: None is PyTorch's own, on the CPU.
@@ -24,25 +24,27 @@ class Draws:
 
     def exponential(self, *shape: int, device: torch.device) -> Tensor:
         """Numbers of the exponential distribution, whose mean is 1: float32, above 0."""
-        numbers = torch.empty(shape, device=self._device).exponential_(generator=self.generator)
+        numbers = torch.empty(shape, dtype=torch.float32, device=self._device).exponential_(generator=self.generator)
         return numbers.clamp(min=torch.finfo(torch.float32).tiny).to(device)
 
     def normal(self, *shape: int, device: torch.device) -> Tensor:
-        """Numbers of the normal distribution, with mean 0 and variance 1."""
-        return torch.randn(shape, generator=self.generator, device=self._device).to(device)
+        """Numbers of the normal distribution, with mean 0 and variance 1: float32."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self._device).to(device)
 
     def permutation(self, batch: int, length: int, device: torch.device) -> Tensor:
         """A permutation of ``range(length)`` for each sample, ``(batch, length)``."""
         rows = [torch.randperm(length, generator=self.generator, device=self._device) for _ in range(batch)]
-        return torch.stack(rows).to(device)
+        numbers = torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.int64, device=self._device)
+        return numbers.to(device)
 
     def uniforms(self, *shape: int, device: torch.device) -> Tensor:
         """Numbers from 0 up to, but not including, 1: float32."""
-        return torch.rand(shape, generator=self.generator, device=self._device).to(device)
+        numbers = torch.empty(shape, dtype=torch.float32, device=self._device)  # unlike rand, of any symbolic size
+        return numbers.uniform_(generator=self.generator).to(device)
 
     def uniform(self) -> float:
         """A number from 0 up to, but not including, 1."""
-        return float(torch.rand((), generator=self.generator, device=self._device))
+        return float(self.uniforms(device=self._device))
 
 
 Randomness = torch.Generator | Draws | None

@@ -147,7 +147,8 @@ def require_settings(
         parts: a class. Settings with the name of a part, which `cls` annotates as one of such a class, are settings of
             that part.
         path: of `settings` in those of a whole model, such as "video.".
-        complete: whether none may be missing, also not one that has a default.
+        complete: whether none may be missing, also not one that has a default, but for the ``added_settings`` of `cls`,
+            which files of older versions do not have.
 
     Raises:
         TypeError, ValueError: they are not.
@@ -170,7 +171,7 @@ def require_settings(
             if has_settings and isinstance(value, dict):
                 require_settings(op, kind, value, parts, f"{path}{name}.", complete=complete)
     for name in names if complete else ():
-        if name not in settings:
+        if name not in settings and name not in getattr(cls, "added_settings", ()):
             raise ValueError(f"{op}: settings must have {path}{name}, got {', '.join(settings) or 'none'}")
 
 

@@ -119,7 +119,7 @@ class SparseSelfAttention(nn.Module):
         log_mass = (padding * times).to(lse.dtype).log()  # (L, N), -inf where the last block is not read
         if self.position_bias is not None:
             row = num_offsets(self.position_bias.window) + self.num_global
-            log_mass = log_mass + self.position_bias.table[row, :, None]
+            log_mass = log_mass + self.position_bias(as_table=True)[row, :, None]
         share = torch.sigmoid(lse[..., self.num_global :] - log_mass)
         return F.pad(share, (self.num_global, 0), value=1.0)
 

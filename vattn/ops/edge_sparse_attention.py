@@ -107,7 +107,7 @@ def edge_sparse_attention(
             dropout_p=dropout_p, scale=scale, return_lse=True, return_importance=return_importance, seed=seed,
         )  # fmt: skip
     else:
-        table = None if position_bias is None else position_bias.table.float()
+        table = None if position_bias is None else position_bias(as_table=True)
         transposed = layout.transpose() if _backward_reads_transposed(query, key, value, table) else None
         out, lse, *importance = _attend(
             query, key, value, layout.row_offsets, layout.columns,

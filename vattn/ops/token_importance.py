@@ -82,7 +82,7 @@ def token_importance(
         return reference.token_importance(
             query, key, position_bias=position_bias, positions=positions, key_lengths=key_lengths, scale=scale
         )
-    table = None if position_bias is None else position_bias.table.detach().float()
+    table = None if position_bias is None else position_bias(as_table=True).detach()
     window = [] if position_bias is None else position_bias.window
     return _importance(query, key, table, window, num_global, positions, key_lengths, scale)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vattn.models.layers import reduction
 from vattn.models.settings import Config, leaves, official_settings
 from vattn.nn import leap_of_level
 
@@ -25,14 +26,14 @@ class FrameModel(nn.Module):
         return self.forward_frames(video).mean(1)
 
     def training_loss(self, video: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-        """The cross-entropy of the video's logits.
+        """The cross-entropy of the video's logits, 0 if B is 0.
 
         Args:
             video: ``(B, T, 3, H, W)``.
             labels: ``(B,)`` int64, or probabilities ``(B, num_classes)``.
             label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
         """
-        return F.cross_entropy(self(video), labels, label_smoothing=label_smoothing)
+        return F.cross_entropy(self(video), labels, label_smoothing=label_smoothing, reduction=reduction(labels))
 
     def extra_repr(self) -> str:
         return f"num_frames={self.num_frames}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
 from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
-from vattn.models.layers import init_linear, named
+from vattn.models.layers import BatchNorm2d, init_linear, named
 from vattn.models.settings import Config, number, official_settings, require_told
 from vattn.nn import LeapAttention2d
 
@@ -230,7 +230,7 @@ class LapsVisformer(FrameModel, PretrainedModel):
 
 
 def _batch_norm(dim: int) -> nn.Module:
-    return named(bn=nn.BatchNorm2d(dim))
+    return named(bn=BatchNorm2d(dim))
 
 
 def _patch_embed(dim: int, new_dim: int, size: int) -> nn.Module:

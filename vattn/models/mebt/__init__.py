@@ -9,6 +9,8 @@ Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-E
 (CVPR 2023).
 """
 
+import torch
+
 from vattn.models.draws import Draws
 from vattn.models.mebt.masks import (
     SCHEDULES,
@@ -73,3 +75,5 @@ __all__ = [
     "sample_tokens",
     "split_positions",
 ]
+
+torch.serialization.add_safe_globals([Sample])

@@ -14,7 +14,7 @@ int64 tensors, contexts ``(B, NC)`` and targets ``(B, NT)``, and sampling moves 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -108,7 +108,8 @@ def frames_of(order: Tensor, start: int, num_frames: int, frame_tokens: int) -> 
         tensor([[3, 2]])
     """
     frame = order.div(frame_tokens, rounding_mode="floor")
-    return order[(frame >= start) & (frame < start + num_frames)].unflatten(0, (order.shape[0], -1))
+    inside = (frame >= start) & (frame < start + num_frames)
+    return order[inside].view(order.shape[0], num_frames * frame_tokens)
 
 
 def complement(positions: Tensor, num_tokens: int) -> Tensor:
@@ -127,6 +128,33 @@ def complement(positions: Tensor, num_tokens: int) -> Tensor:
     if not bool((free.sum(1) == num_tokens - length).all()):
         raise ValueError("complement: positions must differ within each sample, got some of them twice")
     return free.nonzero()[:, 1].view(batch, num_tokens - length)
+
+
+def require_part(op: str, grid: Sequence[int] | None, codes: Tensor) -> None:
+    """Codes are those of whole frames of a video of `grid`, or the first of them in raster order: ``(B, N)``.
+
+    A position is a number in the raster of the grid. Frames of another height or width would get the positions of
+    other places, without a word. None is the grid of a model that has none.
+
+    Raises:
+        ValueError: they are not.
+
+    Example:
+        >>> require_part("generate", (4, 2, 2), torch.zeros(1, 3, 2, 2))
+    """
+    if grid is None:
+        return
+    frames, *frame = grid
+    if codes.dim() == 2:
+        if codes.shape[1] > math.prod(grid):
+            raise ValueError(
+                f"{op}: codes must be at most {math.prod(grid)} in a video of {tuple(grid)}, got {codes.shape[1]}"
+            )
+    elif codes.dim() != 1 + len(grid) or list(codes.shape[2:]) != frame or codes.shape[1] > frames:
+        raise ValueError(
+            f"{op}: codes must have shape (B, T, {', '.join(map(str, frame))}), T at most {frames}, for a model of "
+            f"grid {tuple(grid)}, or (B, N), got codes.shape={tuple(codes.shape)}"
+        )
 
 
 def next_partition(

@@ -13,6 +13,7 @@ Transformers" (CVPR 2023). Contexts and targets never read each other, but laten
     targets                                                 latents     latents
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
 from vattn.models.draws import Randomness
 from vattn.models.layers import init_linear
+from vattn.models.mebt.masks import require_part
 from vattn.models.mebt.training import draw_partition, masked_loss
 from vattn.models.settings import Config, official_settings, probabilities, require_told
 from vattn.nn import LatentBlock
@@ -110,7 +112,8 @@ class MeBT(PretrainedModel):
         embed_drop, attn_drop, proj_drop: dropout in training, of inputs, attention weights and outputs of layers.
 
     Shape:
-        codes ``(B, N)`` or ``(B, T, height, width)`` int64, contexts ``(B, NC)`` and targets ``(B, NT)`` int64, which
+        codes ``(B, T, height, width)`` int64, T up to that of the grid, or the first of them in raster order,
+        ``(B, N)``; contexts ``(B, NC)`` and targets ``(B, NT)`` int64, which
         number codes in raster order, to logits ``(B, NT, vocab_size)``. Codes outside the contexts are not looked at.
 
     Raises:
@@ -191,15 +194,12 @@ class MeBT(PretrainedModel):
         return cls._from_weights(weights, settings)
 
     def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
-        codes = codes.flatten(1)
+        require_part("MeBT", self.grid, codes)
+        codes = codes.reshape(codes.shape[0], math.prod(codes.shape[1:]))
         for name, positions in (("context", context), ("target", target)):
             if positions.dim() != 2 or positions.shape[0] != codes.shape[0]:
                 must = f"have shape ({codes.shape[0]}, tokens)"
                 raise ValueError(f"MeBT: {name} must {must}, got {name}.shape={tuple(positions.shape)}")
-        if codes.shape[1] > self.pos_emb.shape[1]:
-            raise ValueError(
-                f"MeBT: codes must be at most {self.pos_emb.shape[1]} in a video of {self.grid}, got {codes.shape[1]}"
-            )
         contexts = self.tok_emb(codes.gather(1, context)) + F.embedding(context, self.pos_emb[0])
         targets = self.mask_emb + F.embedding(target, self.pos_emb[0])
         return self.transformer(self.sos_emb.expand(codes.shape[0], -1, -1), contexts, targets)

@@ -22,12 +22,22 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.draws import Randomness, draws_of
-from vattn.models.mebt.masks import Partition, draft_partitions, next_partition, num_masked, revise_partitions
-from vattn.models.sampling import codes_shape, progress_bar, sample_tokens
+from vattn.models.mebt.masks import (
+    Partition,
+    draft_partitions,
+    next_partition,
+    num_masked,
+    require_part,
+    revise_partitions,
+)
+from vattn.models.sampling import codes_shape, draw_tokens, progress_bar, require_valid
 from vattn.models.settings import number
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A model: codes ``(B, N)``, contexts ``(B, NC)``, targets ``(B, NT)`` to the logits of the targets ``(B, NT, V)``."""
+"""A model: codes ``(B, N)``, contexts ``(B, NC)``, targets ``(B, NT)`` to the logits of the targets ``(B, NT, V)``.
+
+One with a `grid`, as MeBT has, is asked for videos whose positions it knows: see :func:`require_part`.
+"""
 
 STRATEGIES = ("maskgit", "random", "bootstrap")
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -83,7 +93,7 @@ def maskgit(
         sampling: `temperature`, `top_k` and `top_p` of :func:`sample_tokens`.
 
     Raises:
-        ValueError: a setting that does not fit.
+        ValueError: a setting that does not fit, or logits that are not finite.
 
     Source:
         Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), section 3.2.
@@ -99,7 +109,7 @@ def maskgit(
             raise ValueError(f"maskgit: {name} must be one of {', '.join(known)}, got {name}={setting!r}")
     _checks.integer("maskgit", "num_steps", num_steps, least=1)
     number("maskgit", "context_temperature", context_temperature, 0)
-    draws = draws_of(generator)
+    draws, valid = draws_of(generator), []
     codes, context, target = _start("maskgit", model, codes, context, target)
     total = target.shape[1] if start_anew else codes.shape[1]
     for step in progress_bar(range(1, num_steps + 1), "maskgit", progress):
@@ -107,7 +117,8 @@ def maskgit(
         masked = num_masked(schedule, t, total, official_rounding=official_rounding)
         if target.shape[1] == 0 or masked > target.shape[1]:
             continue
-        tokens, probabilities = sample_tokens(model(codes, context, target), **sampling, generator=draws)
+        tokens, probabilities, is_valid = draw_tokens(model(codes, context, target), **sampling, generator=draws)
+        valid.append(is_valid)
         codes = codes.scatter(1, target, tokens)
         score, chance = probabilities.gather(-1, tokens[..., None])[..., 0], context_temperature * DECAYS[decay](t)
         if strategy != "maskgit":
@@ -115,6 +126,7 @@ def maskgit(
         if strategy == "bootstrap":
             masked = target.shape[1] - 1
         context, target = next_partition(context, target, score, masked, context_temperature=chance, generator=draws)
+    require_valid("maskgit", valid)
     return Sample(codes, context, target)
 
 
@@ -136,7 +148,7 @@ def draft(
         model, codes, context, target, generator, progress, sampling: as in :func:`maskgit`.
 
     Raises:
-        ValueError: a setting that does not fit.
+        ValueError: a setting that does not fit, or logits that are not finite.
 
     Source:
         Lee et al., "Draft-and-Revise: Effective Image Generation with Contextual RQ-Transformer" (NeurIPS 2022).
@@ -169,7 +181,7 @@ def revise(
         model, context, target, generator, progress, sampling: as in :func:`maskgit`.
 
     Raises:
-        ValueError: a setting that does not fit.
+        ValueError: a setting that does not fit, or logits that are not finite.
 
     Source:
         Lee et al., "Draft-and-Revise: Effective Image Generation with Contextual RQ-Transformer" (NeurIPS 2022).
@@ -208,7 +220,7 @@ def draft_and_revise(
         model, codes, context, target, generator, progress, sampling: as in :func:`maskgit`.
 
     Raises:
-        ValueError: a setting that does not fit.
+        ValueError: a setting that does not fit, or logits that are not finite.
 
     Source:
         Lee et al., "Draft-and-Revise: Effective Image Generation with Contextual RQ-Transformer" (NeurIPS 2022).
@@ -265,10 +277,11 @@ def inpaint(
         raise ValueError(
             f"inpaint: mask must be broadcastable to codes {tuple(codes.shape)}, got mask.shape={tuple(mask.shape)}"
         )
-    inside = mask.expand_as(codes).flatten(1)
+    require_part("inpaint", getattr(model, "grid", None), codes)
+    inside = mask.expand_as(codes).reshape(len(codes), math.prod(codes.shape[1:]))
     counts = inside.sum(1)
-    masked = int(counts.max())
-    if int(counts.min()) != masked:
+    masked = int(counts.max()) if len(codes) else 0
+    if len(codes) and int(counts.min()) != masked:
         raise ValueError(f"inpaint: mask must be as large in each sample, got mask.sum(...)={counts.tolist()}")
     order = inside.byte().argsort(dim=1, stable=True)
     known = order.shape[1] - masked
@@ -289,7 +302,8 @@ def generate(
 
     Args:
         model: as in :func:`maskgit`.
-        shape: of the codes, such as ``(B, T, height, width)``; or B, for so many videos of the model's own grid.
+        shape: of the codes, such as ``(B, T, height, width)``; or B, for so many videos of the model's own grid. A
+            model with a `grid` makes frames of its own height and width, and at most as many as it has.
         device: of the codes; by default that of the model's parameters.
         generator: a generator, or :class:`vattn.models.draws.Draws`; its seed decides the sample.
         progress: show a bar.
@@ -299,7 +313,7 @@ def generate(
         Codes of `shape`, int64.
 
     Raises:
-        ValueError: a setting that does not fit.
+        ValueError: a setting that does not fit, or logits that are not finite.
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
@@ -371,12 +385,14 @@ def _by_group(
     sampling: dict[str, Any],
 ) -> Sample:
     """A draft or a revision: find the targets of each partition, over a random order of all targets."""
-    draws = draws_of(generator)
+    draws, valid = draws_of(generator), []
     codes, context, target = _start(op, model, codes, context, target)
     target = target.gather(1, draws.permutation(len(target), target.shape[1], target.device))
     for known, wanted in progress_bar(partitions(context, target, num_steps), op, progress):
-        tokens, _ = sample_tokens(model(codes, known, wanted), **sampling, generator=draws)
+        tokens, _, is_valid = draw_tokens(model(codes, known, wanted), **sampling, generator=draws)
         codes = codes.scatter(1, wanted, tokens)
+        valid.append(is_valid)
+    require_valid(op, valid)
     return Sample(codes, torch.cat([context, target], 1), target[:, :0])
 
 
@@ -386,7 +402,8 @@ def _start(op: str, model: Logits, codes: Tensor, context: Tensor | None, target
         raise ValueError(f"{op}: model must be in evaluation mode, got model.training=True")
     if (context is None) != (target is None):
         raise ValueError(f"{op}: context and target must be given together, got {context=}, {target=}")
-    codes = codes.flatten(1)
+    require_part(op, getattr(model, "grid", None), codes)
+    codes = codes.view(len(codes), math.prod(codes.shape[1:]))
     if context is None or target is None:
         target = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
         context = target[:, :0]

@@ -37,7 +37,7 @@ def masked_loss(
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
-        A scalar; 0 if nothing is masked.
+        A scalar; 0 if nothing is masked, or B is 0.
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
@@ -49,7 +49,7 @@ def masked_loss(
     """
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum", label_smoothing=label_smoothing)
     ratio = max(masked, 1) / num_tokens
-    return loss / (len(logits) * num_tokens * ratio**average)
+    return loss / (max(len(logits), 1) * num_tokens * ratio**average)
 
 
 def frame_weights(prior: str, num_frames: int, step: int) -> Tensor:

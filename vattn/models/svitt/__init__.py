@@ -10,8 +10,11 @@ or a video for a text, similarity ranks all, and the encoder that reads both ran
 right more often, and costs a pass for each pair.
 
 :class:`SViTT` is the whole model, and :class:`VideoAnswers` one that answers questions. Their parts are a
-:class:`VideoEncoder`, with its :class:`Sparsity`, and :class:`TextEncoder`.
+:class:`VideoEncoder`, with its :class:`Sparsity`, and :class:`TextEncoder`. What they give is saved by
+:func:`torch.save`, and read by :func:`torch.load` with ``weights_only=True`` wherever this package was imported.
 """
+
+import torch
 
 from vattn.models.draws import Draws
 from vattn.models.svitt.answers import VideoAnswers
@@ -27,7 +30,7 @@ from vattn.models.svitt.losses import (
 )
 from vattn.models.svitt.model import SViTT
 from vattn.models.svitt.orders import TOKEN_ORDERS, token_order
-from vattn.models.svitt.retrieval import rank_texts, rank_videos, recall
+from vattn.models.svitt.retrieval import Ranking, rank_texts, rank_videos, recall
 from vattn.models.svitt.sparsity import Sparsity
 from vattn.models.svitt.text import Fused, TextEncoder, TokenHead
 from vattn.models.svitt.video import SparseBlock, VideoEncoder, VideoTokens, expand
@@ -38,6 +41,7 @@ __all__ = [
     "Fused",
     "Losses",
     "Negatives",
+    "Ranking",
     "SViTT",
     "SparseBlock",
     "Sparsity",
@@ -58,3 +62,5 @@ __all__ = [
     "recall",
     "token_order",
 ]
+
+torch.serialization.add_safe_globals([Fused, Losses, Negatives, Ranking, Sparsity, VideoTokens])

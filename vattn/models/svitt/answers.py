@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel, official_weights
 from vattn.models.draws import Randomness
 from vattn.models.settings import Config
@@ -130,7 +131,7 @@ class VideoAnswers(PretrainedModel):
     ) -> Tensor:
         states = self.states(video, question, question_mask, generator=generator)
         mask = None if question_mask is None else question_mask[of]
-        return -(weights * self.log_probability(states[of], mask, answers, answers_mask)).sum() / video.shape[0]
+        return -(weights * self.log_probability(states[of], mask, answers, answers_mask)).sum() / max(video.shape[0], 1)
 
     def training_loss(
         self,
@@ -158,7 +159,7 @@ class VideoAnswers(PretrainedModel):
         """``log p(answer)`` of ``(A, M)`` answers to as many questions, ``(A,)``: of all their words but the first."""
         log_p = self._words(states, states_mask, answers, mask)[:, :-1].log_softmax(-1)
         log_p = log_p.gather(-1, answers[:, 1:, None])[..., 0]
-        return (log_p if mask is None else log_p * mask[:, 1:]).sum(1)
+        return (log_p if mask is None else log_p.masked_fill(mask[:, 1:] == 0, 0.0)).sum(1)
 
     @torch.no_grad()
     def rank(
@@ -186,6 +187,7 @@ class VideoAnswers(PretrainedModel):
         Returns:
             ``(B, K)`` int64, the numbers of K = min(candidates, A) answers, and their probabilities among them.
         """
+        _checks.integer("VideoAnswers.rank", "candidates", candidates, least=1)
         states = self.states(video, question, question_mask, generator=generator)
         B, K = len(states), min(candidates, len(answers))
         start = self._words(states, question_mask, answers[:1, :1].expand(B, 1), None)[:, 0]

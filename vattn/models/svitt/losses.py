@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vattn import _checks
 from vattn.models.draws import Randomness, draws_of
 from vattn.models.results import exportable
+from vattn.models.settings import probabilities
 
 IGNORED = -100
 """The label of words that no loss asks for, as in :func:`torch.nn.functional.cross_entropy`."""
@@ -62,8 +64,8 @@ def contrastive_loss(similarity: Tensor, ids: Tensor | None = None) -> Tensor:
     """
     same = _same(similarity, ids)
     target = same / same.sum(1, keepdim=True)
-    losses = [-(target * scores.log_softmax(1)).sum(1).mean() for scores in (similarity, similarity.T)]
-    return (losses[0] + losses[1]) / 2
+    log_p = target * (similarity.log_softmax(1) + similarity.T.log_softmax(1))
+    return log_p.sum() / (-2 * max(len(similarity), 1))
 
 
 def negative_weights(similarity: Tensor, ids: Tensor | None = None, *, hard: bool = True) -> tuple[Tensor, Tensor]:
@@ -76,12 +78,8 @@ def negative_weights(similarity: Tensor, ids: Tensor | None = None, *, hard: boo
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    same = _same(similarity, ids).bool()
-    weights = [
-        (scores.softmax(1) if hard else torch.ones_like(scores)).masked_fill(same, 0.0)
-        for scores in (similarity.detach().T, similarity.detach())
-    ]
-    return weights[0], weights[1]
+    log_weights = _log_weights(similarity, ids, hard)
+    return log_weights[0].exp(), log_weights[1].exp()
 
 
 def draw_negatives(
@@ -89,13 +87,16 @@ def draw_negatives(
 ) -> Negatives:
     """A video for each text and a text for each video that do not belong together.
 
+    They are drawn by the logarithms of :func:`negative_weights`: a model that tells all pairs apart leaves weights that
+    are 0 in float32.
+
     Args:
         similarity, ids: as in :func:`contrastive_loss`.
         hard: draw similar ones more often.
         generator: its seed decides; None is torch's own.
 
     Raises:
-        ValueError: a sample has no other one of another id in the batch.
+        ValueError: a sample has no other one of another id in the batch, or a similarity is not finite.
 
     Source:
         Li et al., "Align before Fuse", on hard negatives for image-text matching.
@@ -105,12 +106,18 @@ def draw_negatives(
         Negatives(video=tensor([1, 0]), text=tensor([1, 0]))
     """
     draws = draws_of(generator)
-    found = []
-    for weights in negative_weights(similarity, ids, hard=hard):
-        if not bool(weights.any(1).all()):
-            raise ValueError(f"draw_negatives: each sample must have one of another id, got ids={ids}")
-        found.append((weights / draws.exponential(*weights.shape, device=weights.device)).argmax(1))
-    return Negatives(*found)
+    log_weights = _log_weights(similarity, ids, hard)
+    if len(similarity) == 0:
+        return Negatives(*(torch.zeros(0, dtype=torch.int64, device=similarity.device) for _ in log_weights))
+    lonely = log_weights[0].eq(-torch.inf).all(1).any()
+    is_finite, is_lonely = torch.stack([similarity.detach().isfinite().all(), lonely]).tolist()  # one wait for a GPU
+    if not is_finite:
+        raise ValueError(f"draw_negatives: similarity must be finite, got similarity={similarity.detach()}")
+    if is_lonely:
+        raise ValueError(f"draw_negatives: each sample must have one of another id, got ids={ids}")
+    return Negatives(
+        *((x - draws.exponential(*x.shape, device=x.device).log()).argmax(1) for x in log_weights)  # likely, or lucky
+    )
 
 
 def matching_loss(logits: Tensor) -> Tensor:
@@ -131,7 +138,7 @@ def matching_loss(logits: Tensor) -> Tensor:
     """
     belongs = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     belongs[: len(logits) // 3] = 1
-    return F.cross_entropy(logits, belongs)
+    return F.cross_entropy(logits, belongs, reduction="sum") / max(len(logits), 1)
 
 
 def mask_words(
@@ -156,6 +163,9 @@ def mask_words(
     Returns:
         The ids to read, and the labels: the ids of the words that were chosen, -100 elsewhere.
 
+    Raises:
+        TypeError, ValueError: a setting that cannot be.
+
     Source:
         Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", section 3.1.
 
@@ -164,6 +174,9 @@ def mask_words(
         >>> labels
         tensor([[-100,    7,    8, -100]])
     """
+    for name, setting, least in (("vocab_size", vocab_size, 1), ("mask_id", mask_id, 0)):
+        _checks.integer("mask_words", name, setting, least=least)
+    probabilities("mask_words", share=share)
     choice, fate, words = draws_of(generator).uniforms(3, *ids.shape, device=ids.device)
     chosen = choice < share
     for special in never:
@@ -185,6 +198,16 @@ def masked_word_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss / (labels != IGNORED).sum().clamp(min=1)
+
+
+def _log_weights(similarity: Tensor, ids: Tensor | None, hard: bool) -> tuple[Tensor, Tensor]:
+    """The logarithms of :func:`negative_weights`, float32 or wider: -inf for what belongs together."""
+    same = _same(similarity, ids).bool()
+    scores = similarity.detach().to(torch.promote_types(similarity.dtype, torch.float32))
+    videos, texts = (
+        (x.log_softmax(1) if hard else torch.zeros_like(x)).masked_fill(same, -torch.inf) for x in (scores.T, scores)
+    )
+    return videos, texts
 
 
 def _same(similarity: Tensor, ids: Tensor | None) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from vattn import _checks
 from vattn.layout import BlockLayout
 from vattn.models.checkpoints import PretrainedModel, official_weights
-from vattn.models.draws import Randomness, draws_of
+from vattn.models.draws import Randomness
 from vattn.models.layers import init_linear
+from vattn.models.seeded_draws import draws_in
 from vattn.models.settings import Config, number, probabilities
 from vattn.models.svitt.losses import (
     Losses,
@@ -34,14 +35,15 @@ class SViTT(PretrainedModel):
         video, text: settings of the :class:`VideoEncoder` and of the :class:`TextEncoder`, whose `video_dim` are the
             channels of the video encoder; None for the official ones.
         embed_dim: channels in which videos and texts are compared.
-        temperature: what similarities are divided by, at first; it is learned.
+        temperature: what similarities are divided by, at first; it is learned, and used from 0.001 to 0.5.
         predict_words: whether there is a head for masked words.
         mask_id, never_masked, mask_share: see :func:`vattn.models.svitt.mask_words`.
 
     Shape:
         video ``(B, T, 3, H, W)``, ids ``(B, L)`` int64 and mask ``(B, L)``, 0 for padding, or None, to :class:`Losses`.
         Pairs of the same `pair_ids` ``(B,)`` belong to each other. The seed of `generator` decides who reads whom,
-        which negatives are tried and which words are masked.
+        which negatives are tried and which words are masked; without one it is torch's own in training, and in
+        evaluation the `eval_seed` of the video encoder.
 
     Raises:
         ValueError: encoders that do not fit, or a batch without negatives.
@@ -94,7 +96,7 @@ class SViTT(PretrainedModel):
             )
         self.video_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(dim, embed_dim)
-        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
+        self.temperature = nn.Parameter(torch.tensor([float(temperature)]))  # FSDP2 shards no scalar
         self.match_head = nn.Linear(dim, 2)
         self.word_head = TokenHead(dim, self.text.word.num_embeddings) if predict_words else None
         for layer in (self.video_proj, self.text_proj, self.match_head):
@@ -130,7 +132,7 @@ class SViTT(PretrainedModel):
         text = {name: x for name, x in text.items() if not name.startswith("cls.")}
         head = part(official, "text_encoder.cls.predictions.")
         weights = {
-            "temperature": official["temp"],
+            "temperature": official["temp"].reshape(1),
             **{f"video.{name}": x for name, x in video.items()},
             **{f"text.{name}": x for name, x in text.items()},
             **{f"word_head.{name}": x for name, x in head_weights(op, head, text["word.weight"]).items()},
@@ -158,9 +160,7 @@ class SViTT(PretrainedModel):
         hard_negatives: bool = True,
         generator: Randomness = None,
     ) -> Losses:
-        draws = draws_of(generator)
-        with torch.no_grad():
-            self.temperature.clamp_(0.001, 0.5)
+        draws = draws_in(self.training, generator, self.video.eval_seed)
         seen, text = self.encode_video(video, generator=draws), self.text(ids, mask)
         similarity = self.similarity(seen.pooled, text[:, 0])
         negatives = draw_negatives(similarity, pair_ids, hard=hard_negatives, generator=draws)
@@ -202,10 +202,22 @@ class SViTT(PretrainedModel):
         seen = self.video(video, layouts, generator=generator)
         return cast(VideoTokens, seen._replace(tokens=self.video_norm(seen.tokens)))
 
+    def embed_video(self, video: Tensor, *, generator: Randomness = None) -> Tensor:
+        """The vector of each video ``(B, T, 3, H, W)``, of length 1: ``(B, embed_dim)``.
+
+        In evaluation a video has the same vector in each call, alone and in any batch, up to rounding. The products
+        with the vectors of :meth:`embed_text` are cosines, which rank as :meth:`similarity` does.
+        """
+        return F.normalize(self.video_proj(self.video(video, generator=generator).pooled), dim=-1)
+
+    def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The vector of each text ``(B, L)``, of length 1: ``(B, embed_dim)``."""
+        return F.normalize(self.text_proj(self.text(ids, mask)[:, 0]), dim=-1)
+
     def similarity(self, videos: Tensor, texts: Tensor) -> Tensor:
         """The similarity of vectors of videos ``(V, C)`` and first tokens of texts ``(T, C)``, ``(V, T)``."""
         videos, texts = F.normalize(self.video_proj(videos), dim=-1), F.normalize(self.text_proj(texts), dim=-1)
-        return videos @ texts.T / self.temperature
+        return videos @ texts.T / _within(self.temperature, 0.001, 0.5)
 
     def match(self, video: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
         """Whether each text belongs to its video: the logits of no and yes, ``(B, 2)``.
@@ -231,10 +243,33 @@ class SViTT(PretrainedModel):
         words = self.text.word.weight
         masked, labels = mask_words(
             ids, vocab_size=len(words), mask_id=self.mask_id, never=self.never_masked, share=self.mask_share,
-            generator=generator,
+            generator=draws_in(self.training, generator, self.video.eval_seed),
         )  # fmt: skip
         fused = self.text.fuse(self.text(masked, mask), mask, video)
         return masked_word_loss(self.word_head(fused.tokens, words), labels)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = f"{prefix}temperature"
+        if name in state_dict:
+            state_dict[name] = state_dict[name].reshape(1)  # a scalar in older checkpoints
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def _renewed(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.reshape(1) if name == "temperature" and x.dim() == 0 else x for name, x in weights.items()}
+
     def extra_repr(self) -> str:
         return f"mask_id={self.mask_id}, never_masked={self.never_masked}, mask_share={self.mask_share}"
+
+
+def _within(x: Tensor, least: float, most: float) -> Tensor:
+    """`x` between two bounds. Beyond one, its gradient is left out unless a step against it leads back.
+
+    So a weight that a step has brought outside comes back as soon as the loss asks for it, and goes no further; and the
+    weight itself is not changed, which other passes through the model may still need for their backward.
+    """
+    bounded = (x - x.detach()) + x.detach().clamp(least, most)
+    if bounded.requires_grad:
+        outwards = torch.stack([x.detach() < least, x.detach() > most])
+        bounded.register_hook(lambda grad: grad.masked_fill((outwards & torch.stack([grad > 0, grad < 0])).any(0), 0))
+    return bounded

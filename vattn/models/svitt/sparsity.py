@@ -10,6 +10,7 @@ import torch
 
 from vattn import _checks
 from vattn.layout import BlockLayout
+from vattn.models.draws import Randomness, draws_of
 from vattn.models.settings import Config, number, official_settings
 from vattn.nn.sparse import PAD_KEYS
 
@@ -23,8 +24,8 @@ class Sparsity:
     Args:
         block_size: tokens of a block.
         num_local: how many blocks around it a block reads, itself among them: odd, or 0. The ends meet.
-        num_random: how many other blocks it reads, drawn anew in each layer of each call. Where there are no more
-            blocks than these, each reads all of them, once. None means that every token reads every token.
+        num_random: how many other blocks it reads, drawn in each layer, and in training in each call. Where there are
+            no more blocks than these, each reads all of them, once. None means that every token reads every token.
         keep: share of the tokens that a pruning layer keeps, rounded up; 1 for all.
         prune_after: the layers that prune, counted from 0.
         keep_by: "cls_attn" keeps the tokens that the global token attends to most, "random" any.
@@ -62,15 +63,18 @@ class Sparsity:
             if choice not in known:
                 raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {name}={choice!r}")
 
-    def layout(self, num_tokens: int, generator: torch.Generator | None = None) -> BlockLayout | None:
+    def layout(self, num_tokens: int, generator: Randomness = None) -> BlockLayout | None:
         """Who reads whom among `num_tokens` tokens behind one that is global; None is everyone."""
         if self.num_random is None:
             return None
-        if -(-num_tokens // self.block_size) <= self.num_local + self.num_random:
+        num_blocks = -(-num_tokens // self.block_size)
+        if num_blocks <= self.num_local + self.num_random:
             return BlockLayout.dense(num_tokens, self.block_size, num_global=1)
+        draws = draws_of(generator)
+        device = torch.device("cpu") if draws.generator is None else draws.generator.device
         return BlockLayout.local_random(
             num_tokens, self.block_size, num_local=self.num_local, num_random=self.num_random, num_global=1,
-            generator=generator,
+            draws=draws.uniforms(num_blocks, num_blocks, device=device),
         )  # fmt: skip
 
 

@@ -158,7 +158,7 @@ class TextEncoder(PretrainedModel):
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         text, visible = self.embed(ids), self._visible(mask, ids)
         for layer in list(self.layers)[: self.fusion_layer]:
-            text = layer(text, visible)
+            text, _ = layer(text, visible)
         return text
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class TextEncoder(PretrainedModel):
         for i, layer in list(enumerate(self.layers))[self.fusion_layer :]:
             last = kept[-1] if kept else None
             keep = self.keep if i in self.prune_after else 1.0
-            text, chosen = cast(TextLayer, layer).fuse(text, visible, video, readable, last, keep, self.keep_by)
+            text, chosen = layer(text, visible, video, readable, last, keep, self.keep_by)
             if chosen is not None and chosen is not last:
                 kept.append(chosen)
         return Fused(text, tuple(kept))
@@ -217,7 +217,13 @@ class TextEncoder(PretrainedModel):
 
 
 class TextLayer(nn.Module):
-    """A layer of BERT, normalised after each residual; with `video_dim` it reads a video between its two halves."""
+    """A layer of BERT, normalised after each residual; with `video_dim` it can read a video between its two halves.
+
+    Shape:
+        text ``(B, L, dim)``, and the video if it is to be read, to text and to the video tokens that later layers read,
+        ``(B, 1 + K)`` int64, None for all. Whatever the layer does it does in its forward, which is where FSDP and
+        hooks expect its weights to be used.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, video_dim: int | None, dropout: float) -> None:
         super().__init__()
@@ -227,37 +233,28 @@ class TextLayer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, text: Tensor, visible: Tensor | None) -> Tensor:
-        return self._transform(self._read_text(text, visible))
-
-    def fuse(
+    def forward(
         self,
         text: Tensor,
         visible: Tensor | None,
-        video: Tensor,
-        readable: Tensor | None,
-        kept: Tensor | None,
-        keep: float,
-        keep_by: str,
+        video: Tensor | None = None,
+        readable: Tensor | None = None,
+        kept: Tensor | None = None,
+        keep: float = 1.0,
+        keep_by: str = "cls_attn",
     ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output, and which video tokens the next layers read: None is all."""
-        assert self.cross is not None
-        text = self._read_text(text, visible)
-        query, key, value = self.cross.heads(text, video)
-        text = self.cross.residual(text, self.cross.attend(query, key, value, readable, kept))
-        if keep < 1:
-            judges = query[:, :, :1] if keep_by == "cls_attn" else query
-            importance = _importance(judges, key, readable, kept)
-            _, chosen = select_tokens(importance[..., None], importance[:, 1:], keep)
-            chosen = F.pad(chosen + 1, (1, 0))  # the global token stays
-            kept = chosen if kept is None else kept.gather(1, chosen)
-        return self._transform(text), kept
-
-    def _read_text(self, text: Tensor, visible: Tensor | None) -> Tensor:
-        return self.attn.residual(text, self.attn.attend(*self.attn.heads(text, text), visible))
-
-    def _transform(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.drop(self.mlp(x)))
+        text = self.attn.residual(text, self.attn.attend(*self.attn.heads(text, text), visible))
+        if video is not None:
+            assert self.cross is not None
+            query, key, value = self.cross.heads(text, video)
+            text = self.cross.residual(text, self.cross.attend(query, key, value, readable, kept))
+            if keep < 1:
+                judges = query[:, :, :1] if keep_by == "cls_attn" else query
+                importance = _importance(judges, key, readable, kept)
+                _, chosen = select_tokens(importance[..., None], importance[:, 1:], keep)
+                chosen = F.pad(chosen + 1, (1, 0))  # the global token stays
+                kept = chosen if kept is None else kept.gather(1, chosen)
+        return self.norm(text + self.drop(self.mlp(text))), kept
 
 
 class TextAttention(nn.Module):
@@ -305,14 +302,14 @@ class TextAttention(nn.Module):
 
 @torch.no_grad()
 def _importance(query: Tensor, key: Tensor, mask: Tensor | None, kept: Tensor | None) -> Tensor:
-    """``(B, keys that are left)``: the probability of each, averaged over heads and queries."""
+    """``(B, keys that are left)``: the probability of each, averaged over heads and queries; below 0 what is hidden."""
     if kept is not None:
         key = _gather(key, kept, 2)
         mask = None if mask is None else _gather(mask, kept, 3)
     if mask is None:
         return token_importance(query, key)
     scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).mean((1, 2))
+    return scores.softmax(-1).mean((1, 2)).masked_fill(~mask[:, 0, 0], -1.0)  # below what is visible and rounds to 0
 
 
 def _gather(x: Tensor, kept: Tensor, dim: int) -> Tensor:

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.layout import BlockLayout
-from vattn.models.checkpoints import Model, PretrainedModel, count_blocks, heads_or_default
-from vattn.models.draws import Draws, Randomness, draws_of
+from vattn.models.checkpoints import LARGEST, Model, PretrainedModel, count_blocks, heads_or_default
+from vattn.models.draws import Draws, Randomness
 from vattn.models.layers import init_linear, named
 from vattn.models.results import exportable
+from vattn.models.seeded_draws import draws_in
 from vattn.models.settings import Config, number, official_settings, override, probabilities
 from vattn.models.svitt.orders import token_order
 from vattn.models.svitt.sparsity import Sparsity, official_sparsity
@@ -103,15 +104,18 @@ class SparseBlock(nn.Module):
         if importance is None:
             return x, positions
         if self.keep_by == "random":
-            importance = draws_of(generator).uniforms(*importance.shape, device=x.device)
+            batch, length = importance.shape
+            draws = draws_in(self.training, generator)
+            drawn = draws.uniforms(batch if self.training else 1, length, device=x.device)
+            importance = drawn.expand(batch, -1)  # in evaluation a video is the same alone and in a batch
         return select_tokens(x, importance, self.keep, positions=positions)
 
     def _residual(self, y: Tensor, scale: Tensor | None) -> Tensor:
         if scale is not None:
             y = scale * y
         if self.training and self.drop_path > 0:
-            stays = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
-            y = y * stays / (1 - self.drop_path)
+            stays = torch.rand(y.shape[0], 1, 1, device=y.device, dtype=torch.float32) >= self.drop_path
+            y = y * stays / max(1 - self.drop_path, 1e-9)  # where none stays, 0
         return y
 
     def extra_repr(self) -> str:
@@ -134,11 +138,12 @@ class VideoEncoder(PretrainedModel):
         mean_pooling: the vector of a video is the normalised mean of the patches that are left, and tokens are not
             normalised; otherwise they are, and it is the global token.
         drop_path: how likely the last layer's residuals are dropped in training, the first one's never.
+        eval_seed: decides what is drawn in evaluation, so that a video is the same vector in each call.
 
     Shape:
         video ``(B, T, 3, height, width)`` to :class:`VideoTokens`. `layouts`, one for each layer, on the device of the
         video, say who reads whom, and None among them that all read all. If they are not given, they are drawn, so that
-        the seed of `generator` decides; without one it is torch's own.
+        the seed of `generator` decides; without one it is torch's own in training, and `eval_seed` in evaluation.
 
     Raises:
         TypeError, ValueError: a setting or an input that does not fit.
@@ -154,7 +159,12 @@ class VideoEncoder(PretrainedModel):
         >>> out = encoder(torch.randn(3, 2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
         >>> out.tokens.shape, out.pooled.shape, out.kept[0].shape             # 16 of 32 patches are kept
         (torch.Size([3, 17, 32]), torch.Size([3, 32]), torch.Size([3, 16]))
+        >>> clip = torch.randn(1, 2, 3, 32, 32)
+        >>> torch.equal(encoder.eval()(clip).pooled, encoder(clip).pooled)
+        True
     """
+
+    added_settings = frozenset({"eval_seed"})
 
     def __init__(
         self,
@@ -172,10 +182,16 @@ class VideoEncoder(PretrainedModel):
         layer_scale: float | None = 0.1,
         mean_pooling: bool = True,
         drop_path: float = 0.0,
+        eval_seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, setting in (("num_frames", num_frames), ("patch_size", patch_size), ("depth", depth)):
-            _checks.integer("VideoEncoder", name, setting, least=1)
+        for name, setting, least in (
+            ("num_frames", num_frames, 1), ("patch_size", patch_size, 1), ("depth", depth, 1), ("mlp_dim", mlp_dim, 1),
+            ("eval_seed", eval_seed, 0),
+        ):  # fmt: skip
+            _checks.integer("VideoEncoder", name, setting, least=least)
+        if eval_seed > LARGEST:
+            raise ValueError(f"VideoEncoder: eval_seed must be at most {LARGEST}, got eval_seed={eval_seed}")
         probabilities("VideoEncoder", drop_path=drop_path)
         if layer_scale is not None:
             number("VideoEncoder", "layer_scale", layer_scale, -math.inf)
@@ -183,6 +199,7 @@ class VideoEncoder(PretrainedModel):
         window = (num_frames, height // patch_size, width // patch_size)
         self.order = order
         self.mean_pooling = mean_pooling
+        self.eval_seed = eval_seed
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
         self.blocks = nn.ModuleList(
@@ -226,7 +243,7 @@ class VideoEncoder(PretrainedModel):
         *,
         generator: Randomness = None,
     ) -> VideoTokens:
-        draws = draws_of(generator)
+        draws = draws_in(self.training, generator, self.eval_seed)
         if layouts is not None and len(layouts) != len(self.blocks):
             raise ValueError(
                 f"VideoEncoder: layouts must be one for each of {len(self.blocks)} layers, "
@@ -265,7 +282,7 @@ class VideoEncoder(PretrainedModel):
         return torch.cat([self.cls_token.expand(video.shape[0], -1, -1), patches], 1)
 
     def _draw(self, x: Tensor, draws: Draws) -> BlockLayout | None:
-        layout = self.sparsity.layout(x.shape[1] - 1, draws.generator)
+        layout = self.sparsity.layout(x.shape[1] - 1, draws)
         return None if layout is None else layout.to(x.device)
 
     def _see(self, window: tuple[int, int, int], sparsity: Sparsity) -> None:
@@ -292,7 +309,8 @@ class VideoEncoder(PretrainedModel):
         self._see((num_frames, *self.window[1:]), sparsity or self.sparsity)
 
     def extra_repr(self) -> str:
-        return f"window={self.window}, order={self.order!r}, mean_pooling={self.mean_pooling}, {self.sparsity}"
+        settings = f"order={self.order!r}, mean_pooling={self.mean_pooling}, eval_seed={self.eval_seed}"
+        return f"window={self.window}, {settings}, {self.sparsity}"
 
 
 def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> Model:
@@ -319,6 +337,7 @@ def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> M
         >>> longer(torch.randn(1, 8, 3, 16, 16)).tokens.shape                 # 20 of 32 patches are kept
         torch.Size([1, 21, 32])
     """
+    _checks.integer("expand", "num_frames", num_frames, least=1)
     model = copy.deepcopy(model)
     encoders = [module for module in model.modules() if isinstance(module, VideoEncoder)]
     if not encoders:

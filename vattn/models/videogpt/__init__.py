@@ -8,9 +8,13 @@
 Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021).
 """
 
-from vattn.models.videogpt.layers import AttentionStack, Decoding
+import torch
+
+from vattn.models.videogpt.layers import AttentionStack, Decoding, KeyValueCache
 from vattn.models.videogpt.model import VideoGPT
 from vattn.models.videogpt.resnet import ResNet3d
 from vattn.models.videogpt.sampling import generate
 
-__all__ = ["AttentionStack", "Decoding", "ResNet3d", "VideoGPT", "generate"]
+__all__ = ["AttentionStack", "Decoding", "KeyValueCache", "ResNet3d", "VideoGPT", "generate"]
+
+torch.serialization.add_safe_globals([Decoding, KeyValueCache])

@@ -68,7 +68,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         if self.is_conditional:
-            g, b = (layer(classes).view(x.shape[0], *[1] * (x.dim() - 2), -1) for layer in (self.w, self.wb))
+            wide = (x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
+            g, b = (layer(classes).view(wide) for layer in (self.w, self.wb))
             g = 1 + g
         else:
             g, b = self.g, self.b
@@ -238,10 +239,10 @@ class AttentionBlock(nn.Module):
         self.fc_block = nn.Sequential(nn.Linear(dim, 4 * dim), QuickGELU(), nn.Linear(4 * dim, dim))
 
     def forward(
-        self, x: Tensor, classes: Tensor | None, memory: KeyValue | None, layout: BlockLayout | None = None
+        self, x: Tensor, classes: Tensor | None, memory: Tensor | None, layout: BlockLayout | None = None
     ) -> Tensor:
         x = x + self.drop(self.attn(self.pre_attn_norm(x, classes), layout))
-        return self._rest(x, classes, memory)
+        return self._rest(x, classes, self.read(memory))
 
     def step(
         self,
@@ -347,7 +348,7 @@ class AttentionStack(nn.Module):
         layout = None if self._layout is None else self._layout.on(x.device)
         x = self.right_shift(x) + self.pos_embd()
         for net in self._blocks:
-            x = net(x, classes, net.read(memory), layout)
+            x = net(x, classes, memory, layout)
         return x
 
     def extra_repr(self) -> str:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights, require_names
+from vattn.models.layers import reduction
+from vattn.models.pixels import require_pixels
 from vattn.models.settings import Config, official_settings, probabilities, require_told
 from vattn.models.videogpt.layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
 from vattn.models.videogpt.resnet import ResNet3d, resnet_settings
@@ -50,7 +52,8 @@ class VideoGPT(PretrainedModel):
 
     Shape:
         codes ``(B, *grid)`` int64 to logits ``(B, *grid, num_codes)``. `classes` are ``(B,)`` int64, or weights
-        ``(B, num_classes)`` of classes; `frames` are ``(B, 3, *frame_shape)``.
+        ``(B, num_classes)`` of classes; `frames` are ``(B, 3, *frame_shape)``, pixels from -0.5 to 0.5 as the
+        tokenizer has them.
 
     Raises:
         TypeError, ValueError: a setting or an input that does not fit.
@@ -191,9 +194,9 @@ class VideoGPT(PretrainedModel):
         return self.fc_out(self.norm(x, weights)).unflatten(1, self.grid)
 
     def training_loss(self, codes: Tensor, *, classes: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
-        """The mean cross-entropy of codes ``(B, *grid)``, under the conditions of :meth:`forward`."""
+        """The mean cross-entropy of codes ``(B, *grid)``, under the conditions of :meth:`forward`; 0 if B is 0."""
         logits = self(codes, classes=classes, frames=frames)
-        return F.cross_entropy(logits.flatten(0, -2), codes.flatten())
+        return F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction=reduction(codes))
 
     def begin(self, batch: int, *, classes: Tensor | None = None, frames: Tensor | None = None) -> Decoding:
         """Videos of which no code is known yet, for :meth:`step`."""
@@ -217,7 +220,7 @@ class VideoGPT(PretrainedModel):
         return f"grid={self.grid}, num_classes={self.num_classes}, frame_shape={self.frame_shape}"
 
     def _embed(self, codes: Tensor) -> Tensor:
-        return self.fc_in(F.embedding(codes, self.embeddings))
+        return self.fc_in(F.embedding(codes, self.embeddings).to(self.fc_in.weight.dtype))
 
     def _conditions(
         self, batch: int, classes: Tensor | None, frames: Tensor | None
@@ -237,6 +240,7 @@ class VideoGPT(PretrainedModel):
                     f"got classes.shape={tuple(classes.shape)}"
                 )
         if frames is not None and self.frame_shape is not None and self.resnet is not None:
+            require_pixels("VideoGPT", "frames", frames, 3, "as its tokenizer has them")
             if frames.shape != (batch, 3, *self.frame_shape):
                 raise ValueError(
                     f"VideoGPT: frames must have shape {(batch, 3, *self.frame_shape)}, "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel, count_blocks, require_names
+from vattn.models.pixels import require_pixels
 from vattn.models.vqvae.tokenizer import Size, level_strides
 
 OFFICIAL_BLOCKS = (3, 4, 6, 3)
@@ -93,10 +94,10 @@ class ResNet3d(PretrainedModel):
         width: channels of the first group; the second has twice, the third four times as many.
 
     Shape:
-        ``(B, 3, T, H, W)`` to ``(B, T', H', W', dim)``.
+        ``(B, 3, T, H, W)``, pixels from -0.5 to 0.5, to ``(B, T', H', W', dim)``.
 
     Raises:
-        ValueError: `downsample` is not three powers of 2 up to 8.
+        TypeError, ValueError: `downsample` is not three powers of 2 up to 8, or a video does not fit.
 
     Source:
         Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021).
@@ -125,14 +126,16 @@ class ResNet3d(PretrainedModel):
             _checks.integer("ResNet3d", name, size, least=1)
         strides = [(1, 1, 1), *strides, *[(1, 1, 1)] * (3 - len(strides))]
         self.dim, self.downsample = dim, (downsample[0], downsample[1], downsample[2])
-        self.stem = nn.Sequential(nn.Conv3d(3, width, 3, padding=1, bias=False), NormReLU(width))
+        self.stem = nn.Sequential(nn.Conv3d(3, width, 3, padding=(0, 1, 1), bias=False), NormReLU(width))
         channels = (width, width, 2 * width, 4 * width, dim)
         self.group1, self.group2, self.group3, self.group4 = (
             BlockGroup(channels[i], channels[i + 1], num_blocks[i], strides[i]) for i in range(4)
         )
 
     def forward(self, video: Tensor) -> Tensor:
-        x = self.stem(video)
+        require_pixels("ResNet3d", "video", video, 3, "from -0.5 to 0.5")
+        # Time is padded here: oneDNN's convolution in bfloat16 gives garbage for one frame that it pads itself.
+        x = self.stem(F.pad(video, (0, 0, 0, 0, 1, 1)))
         for group in (self.group1, self.group2, self.group3, self.group4):
             x = group(x)
         return x.movedim(1, -1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vattn.models.draws import Randomness, draws_of
-from vattn.models.sampling import codes_shape, progress_bar, sample_tokens
+from vattn.models.sampling import codes_shape, draw_tokens, progress_bar, require_valid
 from vattn.models.videogpt.model import VideoGPT
 
 
@@ -42,7 +42,7 @@ def generate(
         Codes of `shape`, int64.
 
     Raises:
-        ValueError: a setting that does not fit.
+        ValueError: a setting that does not fit, or logits that are not finite.
 
     Source:
         Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers" (2021).
@@ -58,9 +58,12 @@ def generate(
     if len(grid) != len(model.grid) or not 1 <= grid[0] <= model.grid[0] or tuple(grid[1:]) != model.grid[1:]:
         raise ValueError(f"generate: shape must be B or (B, {', '.join(map(str, model.grid))}), got {shape=}")
     draws, state = draws_of(generator), model.begin(batch, classes=classes, frames=frames)
+    valid: list[Tensor] = []
     codes = [torch.zeros(batch, dtype=torch.int64, device=model.embeddings.device)]  # comes before the first one
     for _ in progress_bar(range(math.prod(grid)), "VideoGPT", progress):
         logits = model.step(codes[-1], state)
-        tokens, _ = sample_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=draws)
+        tokens, _, is_valid = draw_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=draws)
         codes.append(tokens)
+        valid.append(is_valid)
+    require_valid("generate", valid)
     return torch.stack(codes[1:], 1).unflatten(1, grid)

@@ -8,6 +8,8 @@ vqvae.py      VideoGPT's: strided convolutions, then residual blocks with axial 
 vqgan.py      MeBT's: convolutions only
 """
 
+import torch
+
 from vattn.models.vqvae.codebook import Codebook, Quantized
 from vattn.models.vqvae.tokenizer import SamePadConv3d, SamePadConvTranspose3d, Tokenizer, level_strides
 from vattn.models.vqvae.vqgan import VQGAN
@@ -26,3 +28,5 @@ __all__ = [
     "Tokenizer",
     "level_strides",
 ]
+
+torch.serialization.add_safe_globals([Quantized])

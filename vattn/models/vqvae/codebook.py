@@ -7,7 +7,8 @@ van den Oord et al., "Neural Discrete Representation Learning" (NeurIPS 2017), a
 vector takes is put where a random vector is (Dhariwal et al., "Jukebox", 2020).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.draws import Draws, Randomness, draws_of
+from vattn.models.layers import reduction
+from vattn.models.recomputation import Run, Runs, in_backward, unseen
 from vattn.models.results import exportable
 from vattn.models.settings import number
 from vattn.ops.nearest_code import nearest_code
@@ -38,6 +41,20 @@ class Codebook(nn.Module):
     of all, one process after the other; random numbers are those of the first. Buffers have the official names, and
     `has_begun`, which the official code keeps elsewhere, is False until the codes are where some vectors were.
 
+    **Numbers.** Codes, counts and sums are float32 in a module of bfloat16 or float16, too, whatever a checkpoint or a
+    wrapper makes of them, and float64 in one of float64: steps of a hundredth are below the precision of the others.
+    Distances and losses are computed in that dtype; what comes out has the dtype of what went in, but :meth:`lookup`
+    gives codes as they are.
+
+    **Vectors that are not finite**, or whose squares are not, get some code, and the loss is not finite, but codes,
+    counts and sums are as if they were not there; `left_out` says how many they were in the last forward in training,
+    those of all processes. Where no vector is left, nothing moves; the loss of no vectors is 0, and so is the
+    perplexity.
+
+    **Activation checkpointing** runs a forward again, in backward. The codes have moved by then: the second run gives
+    what the first one gave, and moves nothing. For this, each forward in training is remembered as long as its graph,
+    see :class:`vattn.models.recomputation.Runs`. Another forward in training, from a hook in backward, is refused.
+
     Args:
         num_codes: K.
         dim: channels of a code.
@@ -50,6 +67,7 @@ class Codebook(nn.Module):
 
     Raises:
         TypeError, ValueError: a setting or an input that does not fit.
+        RuntimeError: a forward in backward that is not one that ran before.
 
     Source:
         van den Oord et al., "Neural Discrete Representation Learning", section 3.2 and appendix A.1.
@@ -59,12 +77,15 @@ class Codebook(nn.Module):
         >>> quantized = codebook(torch.randn(2, 4, 3, 5, 5))
         >>> quantized.codes.shape, codebook.lookup(quantized.codes).shape
         (torch.Size([2, 3, 5, 5]), torch.Size([2, 4, 3, 5, 5]))
+        >>> codebook.bfloat16()(torch.full((1, 4, 2), torch.nan)).embeddings.dtype, codebook.N.dtype, codebook.left_out
+        (torch.float32, torch.float32, tensor(2))
     """
 
     embeddings: Tensor
     N: Tensor
     z_avg: Tensor
     has_begun: Tensor
+    left_out: Tensor | None
 
     def __init__(self, num_codes: int, dim: int, *, restart: float | None = 1.0) -> None:
         super().__init__()
@@ -73,50 +94,95 @@ class Codebook(nn.Module):
         if restart is not None:
             number("Codebook", "restart", restart, 0)
         self.restart = restart
-        self.register_buffer("embeddings", torch.randn(num_codes, dim))
-        self.register_buffer("N", torch.zeros(num_codes))
+        dtype = _statistics_dtype(torch.get_default_dtype())
+        self.register_buffer("embeddings", torch.randn(num_codes, dim, dtype=dtype))
+        self.register_buffer("N", torch.zeros(num_codes, dtype=dtype))
         self.register_buffer("z_avg", self.embeddings.clone())
         self.register_buffer("has_begun", torch.tensor(False))
+        self.left_out = None
+        self._runs = Runs("Codebook")
 
     def forward(self, z: Tensor, generator: Randomness = None) -> Quantized:
+        if not z.is_floating_point():
+            raise TypeError(f"Codebook: z must be a floating-point tensor, got z.dtype={z.dtype}")
         if z.dim() < 2 or z.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
                 f"Codebook: z must have shape (B, {self.embeddings.shape[1]}, ...), got z.shape={tuple(z.shape)}"
             )
-        vectors = z.detach().movedim(1, -1).flatten(0, -2).to(self.embeddings.dtype)
-        draws = draws_of(generator)
-        if self.training and not self.has_begun:
-            self._begin(vectors, draws)
-        flat = nearest_code(vectors, self.embeddings)
-        counts = flat.new_zeros(len(self.embeddings)).index_add_(0, flat, torch.ones_like(flat))
-        taken = counts.to(vectors.dtype)
-        if self.training and _is_distributed():
-            dist.all_reduce(taken)
-        frequencies = taken / taken.sum()
-        perplexity = torch.exp(-(frequencies * (frequencies + 1e-10).log()).sum())
-        codes = flat.view(z.shape[:1] + z.shape[2:])
-        embeddings = self.lookup(codes)
-        if self.training:
-            self._follow(vectors, flat, taken, draws)
-        return Quantized(z + (embeddings - z).detach(), codes, 0.25 * F.mse_loss(z, embeddings), perplexity)
+        return self._train(z, generator) if self.training else _quantized(z, self._find(z, self._vectors(z)))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes ``(B, ...)`` to their vectors ``(B, dim, ...)``."""
+        """Codes ``(B, ...)`` to their vectors ``(B, dim, ...)``, in the dtype of the buffers: float32 at least."""
         return F.embedding(codes, self.embeddings).movedim(-1, 1)
 
     def extra_repr(self) -> str:
         return f"restart={self.restart}"
 
-    def _begin(self, vectors: Tensor, draws: Draws) -> None:
+    @torch.compiler.disable  # it asks for values, and for the pass that autograd is in
+    def _train(self, z: Tensor, generator: Randomness) -> Quantized:
+        """Quantize and move; or what that gave, if activation checkpointing runs it again."""
+        if in_backward():
+            with unseen():
+                found, total, num_draws = self._runs.find(z)
+                for _ in range(num_draws if generator is None else 0):  # what follows shall draw what it drew
+                    self._draw(total, draws_of(None), z.device)
+            return _quantized(z, found)
+        with unseen():
+            found, total, num_draws = self._move(z, draws_of(generator))
+        quantized = _quantized(z, found)
+        run = Run(z, (found, total, num_draws))
+        self._runs.add(run, quantized.embeddings, quantized.commitment_loss)
+        return quantized
+
+    def _move(self, z: Tensor, draws: Draws) -> tuple["_Found", int, int]:
+        """Find codes, and move them: what was found, the number of vectors, and how often candidates were drawn."""
+        self._widen()
+        vectors = self._vectors(z)
+        finite = _are_finite(vectors)
+        usable = vectors if bool(finite.all()) else vectors[finite]
+        place = _place(usable)
+        has_any, begins = place[1] > 0, place[1] > 0 and not bool(self.has_begun)
+        if begins:
+            self._begin(usable, place, draws)
+        found = self._find(z, vectors)
+        if has_any:
+            self._follow(usable, found.codes.flatten()[finite], found.taken, place, draws)
+        return found, place[1], int(begins) + int(has_any)
+
+    def _vectors(self, z: Tensor) -> Tensor:
+        """``(B, dim, ...)`` to ``(vectors, dim)``, in the dtype of the statistics."""
+        return z.detach().movedim(1, -1).flatten(0, -2).to(_statistics_dtype(self.embeddings.dtype))
+
+    def _find(self, z: Tensor, vectors: Tensor) -> "_Found":
+        """The codes of vectors, from where the codes are now."""
+        embeddings = self.embeddings.to(vectors.dtype)
+        flat = nearest_code(vectors, embeddings)
+        finite = _are_finite(vectors)
+        counts = flat.new_zeros(len(embeddings) + 1)  # of each code, and of what is left out
+        counts.index_add_(0, torch.where(finite, flat, len(embeddings)), torch.ones_like(flat))
+        if self.training:
+            if _is_distributed():
+                dist.all_reduce(counts)
+            self.left_out = counts[-1]
+        taken = counts[:-1].to(vectors.dtype)
+        total = taken.sum()
+        frequencies = taken / total.clamp(min=1)
+        perplexity = torch.exp(-(frequencies * (frequencies + 1e-10).log()).sum())
+        codes = flat.view(z.shape[:1] + z.shape[2:])
+        nearest = F.embedding(codes, embeddings).movedim(-1, 1)
+        return _Found(codes, nearest, taken, torch.where(total > 0, perplexity, 0))
+
+    def _begin(self, vectors: Tensor, place: tuple[int, int], draws: Draws) -> None:
         """Put the codes of a codebook that has never been trained where some vectors are."""
-        self.embeddings.copy_(self._candidates(vectors, draws))
+        self.embeddings.copy_(self._candidates(vectors, place, draws))
         self.z_avg.copy_(self.embeddings)
         self.N.fill_(1.0)
         self.has_begun.fill_(True)
 
-    def _follow(self, vectors: Tensor, codes: Tensor, taken: Tensor, draws: Draws) -> None:
+    def _follow(self, vectors: Tensor, codes: Tensor, taken: Tensor, place: tuple[int, int], draws: Draws) -> None:
         """Move the codes towards the vectors that took them, and those that few take to other vectors."""
-        sums = torch.zeros_like(self.z_avg).index_add_(0, codes, vectors)
+        sums = torch.zeros_like(self.z_avg, dtype=torch.float64)  # of equal vectors, float32 rounds all to one side
+        sums = sums.index_add_(0, codes, vectors.double()).to(self.z_avg.dtype)
         if _is_distributed():
             dist.all_reduce(sums)
         self.N.mul_(0.99).add_(taken, alpha=0.01)
@@ -124,32 +190,94 @@ class Codebook(nn.Module):
         total = self.N.sum()
         share = (self.N + 1e-7) / (total + len(self.N) * 1e-7)
         embeddings = self.z_avg / (share * total)[:, None]
-        candidates = self._candidates(vectors, draws)
+        candidates = self._candidates(vectors, place, draws)
         if self.restart is not None:
             embeddings = torch.where(self.N[:, None] >= self.restart, embeddings, candidates)
         self.embeddings.copy_(embeddings)
 
-    def _candidates(self, vectors: Tensor, draws: Draws) -> Tensor:
+    def _candidates(self, vectors: Tensor, place: tuple[int, int], draws: Draws) -> Tensor:
         """As many random vectors, of all processes, as there are codes; if there are fewer, copies with some noise."""
-        num_codes, dim = self.embeddings.shape
-        first, total = _place(vectors)
-        repeats = 1 if total >= num_codes else -(-num_codes // total)
-        noise = vectors.new_zeros(num_codes, dim)
-        chosen = torch.zeros(num_codes, dtype=torch.int64, device=vectors.device)
-        if not _is_distributed() or dist.get_rank() == 0:
-            scatter = draws.normal(repeats * total, dim, device=vectors.device) if repeats > 1 else None
-            chosen = draws.permutation(1, repeats * total, vectors.device)[0, :num_codes]
-            if scatter is not None:
-                noise = scatter[chosen].to(vectors.dtype) * 0.01 / dim**0.5
+        first, total = place
+        chosen, noise = self._draw(total, draws, vectors.device)
         if _is_distributed():
             dist.broadcast(chosen, 0)
             dist.broadcast(noise, 0)
         mine = chosen % total - first
         is_mine = (mine >= 0) & (mine < len(vectors))
-        candidates = torch.where(is_mine[:, None], vectors[mine.clamp(0, len(vectors) - 1)], 0)
+        padded = F.pad(vectors, (0, 0, 0, 1))  # a process may have none
+        candidates = padded[torch.where(is_mine, mine, len(vectors))]
         if _is_distributed():  # each row is there in one process, and 0 in the others
             dist.all_reduce(candidates)
         return candidates + noise
+
+    def _draw(self, total: int, draws: Draws, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The numbers of as many random vectors as there are codes, and the noise on them; drawn by the first process.
+
+        Numbers are those of `total` vectors, again and again if there are fewer than codes.
+        """
+        num_codes, dim = self.embeddings.shape
+        repeats = -(-num_codes // total)
+        noise = torch.zeros(num_codes, dim, dtype=self.embeddings.dtype, device=device)
+        chosen = torch.zeros(num_codes, dtype=torch.int64, device=device)
+        if not _is_distributed() or dist.get_rank() == 0:
+            scatter = draws.normal(repeats * total, dim, device=device) if repeats > 1 else None
+            chosen = draws.permutation(1, repeats * total, device)[0, :num_codes].contiguous()
+            if scatter is not None:
+                noise = scatter[chosen].to(noise.dtype) * 0.01 / dim**0.5
+        return chosen, noise
+
+    def _statistics(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, getattr(self, name)) for name in ("embeddings", "N", "z_avg"))
+
+    def _widen(self) -> None:
+        """Make statistics float32 again where a wrapper has cast buffers, as those of mixed precision do."""
+        for _, buffer in self._statistics():
+            if buffer.dtype != _statistics_dtype(buffer.dtype):
+                buffer.data = buffer.to(_statistics_dtype(buffer.dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``bfloat16`` and others do, but to no dtype that is too narrow for statistics."""
+
+        def apply(buffer: Tensor) -> Tensor:
+            found = fn(buffer)
+            wanted = _statistics_dtype(found.dtype)
+            return found if found.dtype == wanted else buffer.to(device=found.device, dtype=wanted)
+
+        return super()._apply(apply, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, _ in self._statistics():
+            value = state_dict.get(f"{prefix}{name}")
+            if isinstance(value, Tensor):
+                state_dict[f"{prefix}{name}"] = value.to(_statistics_dtype(value.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Found(NamedTuple):
+    """Codes, these as vectors, how many vectors took each, and the perplexity."""
+
+    codes: Tensor
+    nearest: Tensor
+    taken: Tensor
+    perplexity: Tensor
+
+
+def _quantized(z: Tensor, found: _Found) -> Quantized:
+    """What a codebook says of `z`: its gradient goes straight through, and in the loss towards the codes."""
+    wide = z.to(torch.promote_types(z.dtype, found.nearest.dtype))
+    loss = 0.25 * F.mse_loss(wide, found.nearest.to(wide.dtype), reduction=reduction(wide))
+    embeddings = wide + (found.nearest - wide).detach()
+    return Quantized(embeddings.to(z.dtype), found.codes, loss.to(z.dtype), found.perplexity.to(z.dtype))
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics where others have `dtype`."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
+def _are_finite(vectors: Tensor) -> Tensor:
+    """Which of the vectors ``(N, dim)`` have a distance to codes."""
+    return vectors.square().sum(1).isfinite()
 
 
 def _place(vectors: Tensor) -> tuple[int, int]:

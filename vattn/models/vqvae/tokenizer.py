@@ -7,14 +7,18 @@ loss = reconstruction_loss(decoder(W_post e_codes), video) + 0.25 mean (z - e_co
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
 from vattn.models.draws import Randomness
+from vattn.models.pixels import require_pixels, warn_of_bytes
 from vattn.models.vqvae.codebook import Codebook, Quantized
 
 Size = tuple[int, int, int]
+
+PIXELS = "from -0.5 to 0.5"
 
 
 class SamePadConv3d(nn.Module):
@@ -83,7 +87,11 @@ class SamePadConvTranspose3d(nn.Module):
 
 
 class Tokenizer(PretrainedModel):
-    """A video to codes and back; a subclass makes the layers, under the names that official checkpoints have."""
+    """A video to codes and back; a subclass makes the layers, under the names that official checkpoints have.
+
+    A video is ``(B, C, T, H, W)``, channels in front of time, and its pixels are from -0.5 to 0.5, as official
+    checkpoints have learned them. Bytes ``(B, T, H, W, C)`` become one by ``x.permute(0, 4, 1, 2, 3) / 255 - 0.5``.
+    """
 
     encoder: nn.Module
     decoder: nn.Module
@@ -91,24 +99,35 @@ class Tokenizer(PretrainedModel):
     post_vq_conv: nn.Module
     codebook: Codebook
     downsample: Size
+    image_channels: int
+    _has_seen = False
 
     def encode(self, video: Tensor) -> Tensor:
         """A video to its codes, ``(B, T', H', W')`` int64."""
         return self.quantize(video).codes
 
     def quantize(self, video: Tensor, generator: Randomness = None) -> Quantized:
-        """A video to its codes, these as vectors, and the loss of the codebook."""
-        sizes = zip(video.shape[-3:], self.downsample, strict=True)
-        if video.dim() != 5 or any(size % factor for size, factor in sizes):
-            raise ValueError(
-                f"{type(self).__name__}: video must have shape (B, C, T, H, W), with T, H and W multiples of "
-                f"{self.downsample}, got video.shape={tuple(video.shape)}"
-            )
+        """A video to its codes, these as vectors, and the loss of the codebook.
+
+        Args:
+            video: ``(B, C, T, H, W)``, floating-point, pixels from -0.5 to 0.5. The first one warns if it has others
+                that must be those of 0 to 255.
+            generator: see :class:`Codebook`.
+
+        Raises:
+            TypeError, ValueError: a video of another dtype or shape.
+        """
+        op = type(self).__name__
+        require_pixels(op, "video", video, self.image_channels, PIXELS, self.downsample)
+        if not self._has_seen and not torch.compiler.is_compiling():
+            warn_of_bytes(op, "video", video, PIXELS)
+            self._has_seen = True
         return self.codebook(self.pre_vq_conv(self.encoder(video)), generator)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes to a video."""
-        return self.decoder(self.post_vq_conv(self.codebook.lookup(codes)))
+        dtype = next(self.post_vq_conv.parameters()).dtype
+        return self.decoder(self.post_vq_conv(self.codebook.lookup(codes).to(dtype)))
 
     def forward(self, video: Tensor, generator: Randomness = None) -> tuple[Tensor, Quantized]:
         quantized = self.quantize(video, generator)
@@ -125,7 +144,7 @@ class Tokenizer(PretrainedModel):
         """The loss of one training step: that of the reconstruction, and the commitment of vectors to their codes.
 
         Args:
-            video: ``(B, C, T, H, W)``.
+            video: ``(B, C, T, H, W)``, pixels from -0.5 to 0.5.
             generator: see :class:`Codebook`.
         """
         reconstruction, quantized = self(video, generator)

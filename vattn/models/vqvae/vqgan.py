@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models.layers import named
+from vattn.models.layers import named, reduction
 from vattn.models.settings import Config, official_settings
 from vattn.models.vqvae.codebook import Codebook
 from vattn.models.vqvae.tokenizer import (
@@ -113,8 +113,8 @@ class VQGAN(Tokenizer):
         restart: see :class:`Codebook`.
 
     Shape:
-        video ``(B, image_channels, T, H, W)`` to the reconstructed video and its :class:`Quantized`; `encode` gives
-        codes ``(B, T', H', W')`` and `decode` makes a video from them.
+        video ``(B, image_channels, T, H, W)``, pixels from -0.5 to 0.5, to the reconstructed video and its
+        :class:`Quantized`; `encode` gives codes ``(B, T', H', W')`` and `decode` makes a video from them.
 
     Raises:
         TypeError, ValueError: a setting or a video that does not fit.
@@ -158,6 +158,7 @@ class VQGAN(Tokenizer):
             )
         inner = hidden * 2**levels
         self.downsample = (downsample[0], downsample[1], downsample[2])
+        self.image_channels = image_channels
         self.encoder = Encoder(hidden, downsample, image_channels, groups, padding_mode)
         self.decoder = Decoder(hidden, downsample, image_channels, groups)
         self.pre_vq_conv = SamePadConv3d(inner, code_dim, 1, padding_mode=padding_mode)
@@ -193,7 +194,7 @@ class VQGAN(Tokenizer):
 
     def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
         """The mean absolute error. The official training adds perceptual and adversarial losses, which are not here."""
-        return F.l1_loss(reconstruction, video)
+        return F.l1_loss(reconstruction, video, reduction=reduction(video))
 
 
 def _norm(channels: int, groups: int) -> nn.Module:

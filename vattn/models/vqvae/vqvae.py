@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.checkpoints import count_blocks
+from vattn.models.layers import BatchNorm3d, reduction
 from vattn.models.settings import Config, official_settings
 from vattn.models.vqvae.codebook import Codebook
 from vattn.models.vqvae.tokenizer import (
@@ -140,8 +141,8 @@ class VQVAE(Tokenizer):
         restart: see :class:`Codebook`.
 
     Shape:
-        video ``(B, image_channels, T, H, W)`` to the reconstructed video and its :class:`Quantized`; `encode` gives
-        codes ``(B, T', H', W')`` and `decode` makes a video from them.
+        video ``(B, image_channels, T, H, W)``, pixels from -0.5 to 0.5, to the reconstructed video and its
+        :class:`Quantized`; `encode` gives codes ``(B, T', H', W')`` and `decode` makes a video from them.
 
     Raises:
         TypeError, ValueError: a setting or a video that does not fit.
@@ -180,6 +181,7 @@ class VQVAE(Tokenizer):
         if hidden % 2:
             raise ValueError(f"VQVAE: hidden must be even, got hidden={hidden}")
         self.downsample = (downsample[0], downsample[1], downsample[2])
+        self.image_channels = image_channels
         self.encoder = Encoder(hidden, num_blocks, downsample, image_channels, num_heads)
         self.decoder = Decoder(hidden, num_blocks, downsample, image_channels, num_heads)
         self.pre_vq_conv = SamePadConv3d(hidden, code_dim, 1)
@@ -216,7 +218,7 @@ class VQVAE(Tokenizer):
 
     def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
         """The squared error over ``PIXEL_VARIANCE``, for pixels from -0.5 to 0.5."""
-        return F.mse_loss(reconstruction, video) / PIXEL_VARIANCE
+        return F.mse_loss(reconstruction, video, reduction=reduction(video)) / PIXEL_VARIANCE
 
 
 def _residual_stack(channels: int, num_blocks: int, num_heads: int) -> nn.Sequential:
@@ -225,4 +227,4 @@ def _residual_stack(channels: int, num_blocks: int, num_heads: int) -> nn.Sequen
 
 
 def _norm_relu(channels: int) -> tuple[nn.Module, nn.Module]:
-    return nn.BatchNorm3d(channels), nn.ReLU()
+    return BatchNorm3d(channels), nn.ReLU()
