@@ -48,8 +48,9 @@ class Attention(Operator):
         self._leading = [x for x in kinds if x in inputs and x not in self._optional]
         self._rest = [x for x in kinds if x not in self._leading]
         self.pairs, self._empty = pairs, like or _like_rows
+        kept = [x for x, kind in kinds.items() if kind.startswith("Tensor")]
         super().__init__(
-            schema, fake=fake or _fake, backward=self._backward, jvp=self._jvp, keeps=[*kinds, "out", "lse"],
+            schema, fake=fake or _fake, backward=self._backward, jvp=self._jvp, keeps=[*kept, "out", "lse"],
             constant=list(results)[2:], flops=self._flops(products=2), autocast=autocast, shared=[*shared, "seed"],
             **settings,
         )  # fmt: skip
@@ -79,12 +80,13 @@ class Attention(Operator):
 
     def _backward(self, args: dict[str, Any], results: Sequence[Any], grads: Sequence[Any]) -> dict[str, Any]:
         grad_out = _zeros(results[0]) if grads[0] is None else grads[0]
-        found = self.backward_op(grad_out, grads[1], *self._primals(args, results))
+        found = self.backward_op.fitting(args)(grad_out, grads[1], *self._primals(args, results))
         return {x: grad for x, grad in zip(self._inputs, found, strict=True) if args[x] is not None}
 
     def _jvp(self, args: dict[str, Any], results: Sequence[Any], tangents: dict[str, Any]) -> list[Any]:
         along = [tangents[x] if x in self._optional else _or_zeros(tangents[x], args[x]) for x in self._inputs]
-        return [*self.jvp_op(*along, *self._primals(args, results)), *[None] * len(self.constant)]
+        found = self.jvp_op.fitting(args)(*along, *self._primals(args, results))
+        return [*found, *[None] * len(self.constant)]
 
     def _flops(self, products: int) -> Callable[..., int] | None:
         if self.pairs is None:

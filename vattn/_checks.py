@@ -14,6 +14,8 @@ from vattn._library import compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
+PLAIN = {"DTensor": "a local tensor, see DTensor.to_local", "MaskedTensor": "a tensor without a mask"}
+"""What must be there instead, by the names of subclasses whose numbers are not all there is to them."""
 
 
 def tensor(op: str, name: str, x: object) -> None:
@@ -22,6 +24,16 @@ def tensor(op: str, name: str, x: object) -> None:
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {name}={type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {name}.dtype={x.dtype}")
+    dense(op, name, x)
+
+
+def dense(op: str, name: str, x: Tensor) -> None:
+    """All numbers of `x` are here, in memory with strides: neither nested, sparse, distributed nor masked."""
+    if x.layout is not torch.strided or x.is_nested:
+        got = f"{name}=nested tensor" if x.is_nested else f"{name}.layout={x.layout}"
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {got}")
+    if type(x) is not Tensor and (must := PLAIN.get(type(x).__name__)):
+        raise TypeError(f"{op}: {name} must be {must}, got {name}={type(x).__name__}")
 
 
 def rank(op: str, name: str, x: Tensor, axes: str) -> None:
@@ -70,12 +82,14 @@ def integer(op: str, name: str, value: object, least: int) -> None:
         raise ValueError(f"{op}: {name} must be at least {least}, got {name}={value}")
 
 
-def dropout(op: str, dropout_p: object) -> None:
-    """`dropout_p` is a probability."""
+def dropout(op: str, dropout_p: object) -> float:
+    """`dropout_p` as a float, which is a probability."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
         raise TypeError(f"{op}: dropout_p must be a float, got dropout_p={dropout_p!r}")
-    if not 0.0 <= float(dropout_p) <= 1.0:
+    probability = float(dropout_p)
+    if not 0.0 <= probability <= 1.0:
         raise ValueError(f"{op}: dropout_p must be between 0 and 1, got dropout_p={dropout_p}")
+    return probability
 
 
 def scale(op: str, value: object, head_dim: int) -> float:
@@ -84,9 +98,10 @@ def scale(op: str, value: object, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: scale must be a float or None, got scale={value!r}")
-    if not math.isfinite(value):
+    factor = float(value)
+    if not -math.inf < factor < math.inf:  # which compiles, where math.isfinite does not
         raise ValueError(f"{op}: scale must be finite, got scale={value}")
-    return float(value)
+    return factor
 
 
 def sequence(op: str, name: str, value: object) -> list[Tensor]:
@@ -116,6 +131,7 @@ def index_tensor(op: str, name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
         got = f"{name}.dtype={x.dtype}" if isinstance(x, Tensor) else f"{name}={x!r}"
         raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, got {got}")
+    dense(op, name, x)
     return x
 
 
@@ -124,11 +140,12 @@ def positions(op: str, value: object, like: Tensor, batch: int, length: int) -> 
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = f"positions.dtype={value.dtype}" if isinstance(value, Tensor) else f"positions={value!r}"
         raise TypeError(f"{op}: positions must be an int64 tensor, got {got}")
+    dense(op, "positions", value)
     if value.device != like.device:
         raise ValueError(
             f"{op}: positions must be on the device of the tokens ({like.device}), got positions.device={value.device}"
         )
-    if value.shape not in ((length,), (batch, length)):
+    if value.shape != ((length,) if value.dim() == 1 else (batch, length)):
         raise ValueError(
             f"{op}: positions must have shape ({length},) or ({batch}, {length}), "
             f"got positions.shape={tuple(value.shape)}"

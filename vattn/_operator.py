@@ -13,7 +13,6 @@ Autograd key.
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,16 +21,13 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from vattn import _flops
 from vattn._library import AUTOCAST_DEVICES, _with_cuda_cpp, compute_dtype, library, note_compiled_kernels
 from vattn._vmap import vmap_rule
 
 OPERATORS: dict[str, "Operator"] = {}
 """The operators that have a public function of the same name, in the order in which they are defined."""
-
-
-_uncounted: list[tuple[Any, Callable[..., int]]] = []  # ops whose formulas PyTorch's counter does not know yet
 
 
 class Operator:
@@ -44,6 +40,7 @@ class Operator:
         backward: of (arguments by name, results, gradients of the results or None): gradients of arguments, by name.
         jvp: of (arguments by name, results, tangents of arguments by name, or None): tangents of the results.
         keeps: the tensors among arguments and results that `backward` and `jvp` read; others come as None.
+        sizes_of: tensors among arguments of which they read no more than the shape; this comes in their place.
         constant: results that have no derivative.
         autocast: arguments, tensors or lists of them, that are cast under autocast.
         autocast_to: the dtype that they are cast to, if not that of autocast.
@@ -51,7 +48,13 @@ class Operator:
         any_axes: whether those may begin with any axes at all, instead of one of samples.
         flops: of the arguments, by their names: how many floating-point operations it takes; None where nobody counts.
         public: whether it belongs to :data:`OPERATORS`.
+
+    Attributes:
+        traced: the same with tensors for its settings that are floats. A graph that is compiled holds it where these
+            differ from call to call: PyTorch compiles an op anew for every value of a float.
     """
+
+    traced: "Operator | None" = None
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class Operator:
         backward: Callable[..., Mapping[str, Any]] | None = None,
         jvp: Callable[..., Sequence[Any]] | None = None,
         keeps: Sequence[str] = (),
+        sizes_of: Sequence[str] = (),
         constant: Sequence[str] = (),
         autocast: Sequence[str] = (),
         autocast_to: torch.dtype | None = None,
@@ -73,17 +77,17 @@ class Operator:
         library.define(schema)
         self.name = schema.split("(")[0]
         self.arguments, self.results = (declared(part) for part in schema.split(" -> "))
-        self.op = getattr(torch.ops.vattn, self.name).default
+        packet, _, overload = self.name.partition(".")
+        self.op = getattr(getattr(torch.ops.vattn, packet), overload or "default")
         self.backward, self.jvp, self.keeps, self.constant = backward, jvp, keeps, constant
         self.autocast, self.autocast_to, self.shared, self.any_axes = autocast, autocast_to, shared, any_axes
         self._has_lists = "Tensor[]" in self.arguments.values()
+        self.sizes_of = [list(self.arguments).index(name) for name in sizes_of]  # without lists, also among flat ones
         # A class of its own, whose name profilers and errors show.
         self._function: type[torch.autograd.Function] = type(self.name.title().replace("_", ""), (_Differentiable,), {})
         # Function.apply inspects the signature of `forward` in every call, for a third of the time of a small one.
         self._apply_at_once = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
-        note_compiled_kernels(self.name, self.arguments.values())
-        if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
-            library.impl(self.name, functools.partial(_launch, launch or f"{self.name}.forward"), "CUDA")
+        self._add_kernels(launch or f"{self.name}.forward")
         library.impl(self.name, self._differentiate_op, "Autograd")
         for device_type in AUTOCAST_DEVICES if autocast else ():
             rule = functools.partial(self._run_autocast, self.op, device_type)
@@ -91,16 +95,28 @@ class Operator:
         qualified = f"vattn::{self.name}"
         torch.library.register_fake(qualified, fake, lib=library)
         torch.library.register_vmap(qualified, functools.partial(vmap_rule, self, self.op), lib=library)
+        self._floats = floats = [name for name, kind in self.arguments.items() if kind == "float"]
+        if floats:
+            self.traced = _Traced(
+                self, schema.replace("(", ".traced(", 1).replace("float ", "Tensor "), fake=fake, backward=backward,
+                jvp=jvp, keeps=[*keeps, *floats], sizes_of=sizes_of, constant=constant, autocast=autocast,
+                autocast_to=autocast_to, shared=[*shared, *floats], any_axes=any_axes, public=False,
+            )  # fmt: skip
         if flops is not None:
-            _uncounted.append((self.op.overloadpacket, functools.partial(self._count, flops)))
+            _flops.register(self.op.overloadpacket, functools.partial(self._count, flops))
         if public:
             OPERATORS[self.name] = self
+
+    def _add_kernels(self, launch: str) -> None:
+        note_compiled_kernels(self.name, self.arguments.values())
+        if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
+            library.impl(self.name, functools.partial(_launch, launch), "CUDA")
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             if forward_ad._current_level >= 0:  # that of any thread
-                raise RuntimeError(f"{self.name}: there is no forward mode inside a function that is compiled")
-            return self.op(*args)
+                raise RuntimeError(f"{self.public_name}: there is no forward mode inside a function that is compiled")
+            return self._trace(*args)
         if torch.jit.is_tracing():
             return self.op(*args)
         if self.autocast:
@@ -108,6 +124,16 @@ class Operator:
             if device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
                 return self._run_autocast(self._differentiate, device_type, *args)
         return self._differentiate(*args)
+
+    def _trace(self, *args: Any) -> Any:
+        """Put it into the graph of a function that is compiled."""
+        if self.traced is None or all(map(_is_static, args, self.arguments.values())):
+            return self.op(*args)
+        return self.traced.op(*map(_as_tensor, args, self.arguments.values()))
+
+    def fitting(self, args: Mapping[str, Any]) -> "Operator":
+        """The one of both that `args`, those of a call by their names, are for: itself, or :attr:`traced`."""
+        return self.traced if self.traced is not None and isinstance(args[self._floats[0]], Tensor) else self
 
     def flat(self, args: Sequence[Any]) -> Sequence[Any]:
         """Arguments with the elements of lists of tensors in place of the lists."""
@@ -127,12 +153,10 @@ class Operator:
     @property
     def public_name(self) -> str:
         """The name of the public function that it belongs to."""
-        return self.name.removesuffix("_backward").removesuffix("_jvp")
+        return self.name.removesuffix(".traced").removesuffix("_backward").removesuffix("_jvp")
 
     def run(self, *args: Any) -> Any:
         """The kernel, without derivatives. Its results are no views, whatever it does to lay them out."""
-        if _uncounted and "torch.utils.flop_counter" in sys.modules:
-            _count_all()
         if self._has_lists and any(map(torch._C._functorch.is_legacy_batchedtensor, self.tensors(args))):
             raise RuntimeError(
                 f"{self.public_name}: batched gradients (is_grads_batched, vectorize) cannot go through tensor lists; "
@@ -146,7 +170,7 @@ class Operator:
         tensors = self.tensors(args)
         in_forward_mode = forward_ad._current_level >= 0
         if in_forward_mode and self.jvp and torch.is_inference_mode_enabled() and any(map(_loses_tangent, tensors)):
-            raise RuntimeError(f"{self.name}: inference mode turns forward mode off, which would lose a tangent")
+            raise RuntimeError(f"{self.public_name}: inference mode turns forward mode off, which would lose a tangent")
         transform = peek_interpreter_stack() if torch._C._are_functorch_transforms_active() else None
         if transform is not None and transform.key() == TransformType.Functionalize:
             return self.op(*args)
@@ -181,8 +205,24 @@ class Operator:
         with torch.autocast(device_type, enabled=False):
             return run(*args)
 
-    def _count(self, flops: Callable[..., int], *args: Any, out_val: Any = None) -> int:
-        return flops(**dict(zip(self.arguments, args, strict=True)))
+    def _count(self, flops: Callable[..., int], *args: Any, out_val: Any = None, **named: Any) -> int:
+        return flops(**dict(zip(self.arguments, args, strict=False)), **named)
+
+
+class _Traced(Operator):
+    """See :attr:`Operator.traced`. Its kernel reads the tensors, which are on the CPU, and runs the operator's."""
+
+    def __init__(self, of: Operator, schema: str, **settings: Any) -> None:
+        self._of = of
+        super().__init__(schema, **settings)
+
+    def _add_kernels(self, launch: str) -> None:
+        kinds = self._of.arguments.values()
+
+        def run(*args: Any) -> Any:
+            return self._of.op(*(x.item() if kind == "float" else x for x, kind in zip(args, kinds, strict=True)))
+
+        library.impl(self.name, run, "CompositeExplicitAutograd")
 
 
 class _Differentiable(torch.autograd.Function):
@@ -198,6 +238,8 @@ class _Differentiable(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, ctx.sizes, *flat = inputs
         ctx.others = [None if isinstance(x, Tensor) else x for x in flat]
+        for i in ctx.op.sizes_of:
+            ctx.others[i] = flat[i].shape
         keeps = _flags(ctx.op, ctx.sizes)
         kept = [x if keep and isinstance(x, Tensor) else None for keep, x in zip(keeps, [*flat, *output], strict=True)]
         ctx.save_for_backward(*kept)
@@ -237,16 +279,6 @@ class _Differentiable(torch.autograd.Function):
         return flat_results, tuple(y for x in out_dims for y in (x if isinstance(x, list) else [x]))
 
 
-def _count_all() -> None:
-    """Tell PyTorch's counter of operations the formulas. It is not imported for that: it would bring Triton."""
-    counter = sys.modules["torch.utils.flop_counter"]
-    formulas = {op: counter.register_flop_formula(op, get_raw=True)(formula) for op, formula in _uncounted}
-    _uncounted.clear()
-    for mode in _get_current_dispatch_mode_stack():  # what counts already has a copy of the formulas
-        if hasattr(mode, "counter"):
-            mode.counter.flop_registry |= {op: counter.flop_registry[op] for op in formulas}
-
-
 def nested(kinds: Mapping[str, str], flat: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
     """The values of arguments or results of these `kinds`, with lists of `sizes` where a kind is ``Tensor[]``."""
     if "Tensor[]" not in kinds.values():
@@ -281,6 +313,20 @@ def declared(part: str) -> dict[str, str]:
     inside = part.partition("(")[2] if "(" in part else part
     kinds = (item.rsplit(" ", 1) for item in inside.removesuffix(")").split(", "))
     return {name: kind for kind, name in kinds}
+
+
+def _is_static(x: Any, kind: str) -> bool:
+    """Whether `x` is no float that differs from call to call of a function that is compiled."""
+    if kind != "float":
+        return True
+    return not isinstance(x, Tensor) and torch.fx.experimental.symbolic_shapes.has_static_value(x)
+
+
+def _as_tensor(x: Any, kind: str) -> Any:
+    """A float as a tensor: the product, because PyTorch makes a constant of what goes into ``torch.scalar_tensor``."""
+    if kind != "float" or isinstance(x, Tensor):
+        return x
+    return torch.ones((), dtype=torch.float64, device="cpu") * x
 
 
 def _launch(path: str, *args: Any) -> Any:

@@ -186,6 +186,9 @@ class BlockLayout:
             num_local_blocks: how many blocks before a block it reads, and, unless `causal`, how many from itself on.
             causal: a block reads only blocks that are not behind it.
 
+        Returns:
+            A layout on the CPU, whatever the default device is.
+
         Source:
             Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers", whose code has this layout; its
             blocks are those of Child et al., "Generating Long Sequences with Sparse Transformers".
@@ -204,7 +207,7 @@ class BlockLayout:
         op = "BlockLayout.strided"
         blocks = _grid_of_blocks(op, grid, block_size)
         _checks.integer(op, "num_local_blocks", num_local_blocks, least=0)
-        rows = torch.arange(math.prod(blocks))
+        rows = torch.arange(math.prod(blocks), device="cpu")
         distance = rows[:, None] - rows  # of the query's block from the key's
         reads = (distance <= num_local_blocks) & (distance >= 0 if causal else distance > -num_local_blocks)
         if len(blocks) > 1:
@@ -217,9 +220,10 @@ class BlockLayout:
 
     @classmethod
     def dense(cls, num_tokens: int, block_size: int, *, num_global: int = 0) -> "BlockLayout":
-        """Every block reads every block."""
+        """Every block reads every block; on the CPU."""
         M = _count_blocks("BlockLayout.dense", num_tokens, block_size, num_global)
-        offsets, columns = torch.arange(M + 1) * M, torch.arange(M).repeat(M)
+        blocks = torch.arange(M + 1, device="cpu")
+        offsets, columns = blocks * M, blocks[:M].repeat(M)
         return cls(num_tokens, block_size, offsets, columns, num_global=num_global, check_values=False)
 
     @classmethod

@@ -145,6 +145,7 @@ def check_bias(op: str, bias: object, query: Tensor, num_global: int, positions:
     if not isinstance(bias, RelativePositionBias3D):
         got = type(bias).__name__
         raise TypeError(f"{op}: position_bias must be a RelativePositionBias3D, got position_bias={got}")
+    _checks.dense(op, "position_bias.table", bias.table)
     for name, own, wanted in (
         ("num_heads", bias.num_heads, query.shape[1]),
         ("num_global", bias.num_global, num_global),

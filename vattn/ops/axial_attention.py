@@ -74,7 +74,7 @@ def axial_attention(
     _checks.integer(op, "dim", dim, least=-len(grid))
     if dim >= len(grid):
         raise ValueError(f"{op}: dim must be less than the axes of the grid ({len(grid)}), got dim={dim}")
-    _checks.dropout(op, dropout_p)
+    dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None

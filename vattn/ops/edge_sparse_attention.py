@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._attention import Attention
+from vattn._flops import values
 from vattn._library import empty_rows, runs_reference
 from vattn.layout import BlockLayout
 from vattn.position_bias import RelativePositionBias3D, check_bias
@@ -92,7 +93,7 @@ def edge_sparse_attention(
         _checks.positions(op, positions, query, query.shape[0], layout.num_tokens)
     if position_bias is not None:
         check_bias(op, position_bias, query, layout.num_global, positions)
-    _checks.dropout(op, dropout_p)
+    dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
     if return_importance and layout.num_global == 0:
         raise ValueError(f"{op}: return_importance needs a global token, got layout.num_global=0")
@@ -155,13 +156,26 @@ def _fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _pairs(query: Tensor, columns: Tensor, row_offsets: Tensor, block_size: int, num_global: int, **others: Any) -> int:
     B, H, length, _ = query.shape
-    blocks = columns.numel() * block_size**2 // row_offsets.shape[0]  # of a head; the last block counts as a whole one
-    return B * H * (blocks + num_global * (2 * length - num_global))
+    blocks = columns.numel() * block_size**2 - _missing(columns, row_offsets, block_size, length - num_global)
+    return B * (H * blocks // row_offsets.shape[0] + H * num_global * (2 * length - num_global))
+
+
+def _missing(columns: Tensor, row_offsets: Tensor, block_size: int, num_tokens: int) -> int:
+    """How many pairs the last block lacks, as queries and as keys; none where a layout holds no values."""
+    lacks = -num_tokens % block_size
+    if lacks == 0 or values(columns) is None:
+        return 0
+    last = row_offsets.shape[1] - 2
+    ends = row_offsets[:, -2:]
+    as_keys = columns == last
+    as_queries = int(ends.diff().sum())
+    as_both = sum(int(as_keys[start:end].sum()) for start, end in ends.tolist())
+    return lacks * block_size * (as_queries + int(as_keys.sum())) - lacks**2 * as_both
 
 
 _attend = Attention(
     "edge_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor row_offsets, Tensor columns, "
-    "Tensor? column_offsets, Tensor? rows, int block_size, int num_global, Tensor? bias_table, int[] window, "
+    "Tensor? column_offsets, Tensor? rows, SymInt block_size, SymInt num_global, Tensor? bias_table, int[] window, "
     "Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
     "-> (Tensor out, Tensor lse, Tensor importance)",
     inputs=("query", "key", "value", "bias_table"),

@@ -11,7 +11,6 @@ Transformers" (CVPR 2023). The modes of its blocks differ in who reads whom::
     latent_dec     targets <- latents               thousands of queries, 256 keys
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._attention import Attention
+from vattn._flops import keys_read
 from vattn._library import runs_reference
 from vattn.reference.dropout import random_seed
 
@@ -98,7 +98,7 @@ def latent_attention(
         _checks.key_lengths(op, key_lengths, query)
         if len(keys) > 1:
             raise ValueError(f"{op}: key_lengths must come with one key tensor, got len(key)={len(keys)}")
-    _checks.dropout(op, dropout_p)
+    dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None
@@ -111,8 +111,9 @@ def latent_attention(
     return (out, lse) if return_lse else out
 
 
-def _pairs(query: Tensor, keys: list[Tensor], **others: Any) -> int:
-    return math.prod(query.shape[:-1]) * sum(key.shape[2] for key in keys)  # whatever key_lengths say
+def _pairs(query: Tensor, keys: list[Tensor], key_lengths: Tensor | None, **others: Any) -> int:
+    B, H, queries, _ = query.shape
+    return H * queries * keys_read(key_lengths, B, sum(key.shape[2] for key in keys))
 
 
 _attend = Attention(

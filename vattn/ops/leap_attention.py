@@ -78,7 +78,7 @@ def leap_attention(
     _checks.integer(op, "leap", leap, least=1)
     _checks.integer(op, "group_size", group_size, least=1)
     _checks.integer(op, "fold_div", fold_div, least=0)
-    _checks.dropout(op, dropout_p)
+    dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None
@@ -105,7 +105,7 @@ def _pairs(query: Tensor, leap: int, group_size: int, **others: Any) -> int:
 
 
 _attend = Attention(
-    "leap_attention(Tensor query, Tensor key, Tensor value, SymInt leap, SymInt group_size, int fold_div, "
+    "leap_attention(Tensor query, Tensor key, Tensor value, SymInt leap, SymInt group_size, SymInt fold_div, "
     "float dropout_p, Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
     pairs=_pairs,
     autocast=("query", "key", "value"),

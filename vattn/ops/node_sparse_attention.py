@@ -71,7 +71,7 @@ def node_sparse_attention(
     _checks.same(op, "key", key, "value", value)
     _checks.head_dim(op, query)
     _check_kept(op, kept, query)
-    _checks.dropout(op, dropout_p)
+    dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None
@@ -89,6 +89,7 @@ def _check_kept(op: str, kept: object, query: Tensor) -> None:
     if not isinstance(kept, Tensor) or kept.dtype != torch.int64:
         got = f"kept.dtype={kept.dtype}" if isinstance(kept, Tensor) else f"kept={kept!r}"
         raise TypeError(f"{op}: kept must be an int64 tensor, got {got}")
+    _checks.dense(op, "kept", kept)
     if kept.dim() != 2 or kept.shape[0] != query.shape[0]:
         raise ValueError(f"{op}: kept must have shape ({query.shape[0]}, K), got kept.shape={tuple(kept.shape)}")
     if kept.device != query.device:

@@ -116,7 +116,7 @@ def _gather(tokens: Tensor | None, kept_index: Tensor, num_global: int) -> Tenso
 def _backward(args: dict[str, Any], results: list[Any], grads: list[Any]) -> dict[str, Any]:
     if grads[0] is None:
         return {}
-    return {"tokens": _put_back(grads[0], results[2], args["importance"].shape[1], args["num_global"])}
+    return {"tokens": _put_back(grads[0], results[2], args["importance"][1], args["num_global"])}
 
 
 # The selection is linear in the tokens: the tangent of the kept ones is that of those, at the same indices, and the
@@ -137,6 +137,7 @@ _select = Operator(
     fake=_fake,
     backward=_backward,
     jvp=lambda args, results, tangents: (_gather(tangents["tokens"], results[2], args["num_global"]), None, None),
-    keeps=("importance", "kept_index"),
+    keeps=("kept_index",),
+    sizes_of=("importance",),
     constant=("kept_positions", "kept_index"),
 )

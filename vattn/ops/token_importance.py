@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks, reference
+from vattn._flops import keys_read
 from vattn._library import runs_reference
 from vattn._operator import Operator
 from vattn.position_bias import RelativePositionBias3D, check_bias
@@ -102,13 +103,15 @@ def _check_self_attention(
     return num_global
 
 
-def _flops(query: Tensor, key: Tensor, **others: Any) -> int:
-    return 2 * 2 * query.numel() * key.shape[2]  # scores for the sums of their powers, and again for the weights
+def _flops(query: Tensor, key: Tensor, key_lengths: Tensor | None, **others: Any) -> int:
+    B, H, queries, D = query.shape
+    pairs = H * queries * keys_read(key_lengths, B, key.shape[2])
+    return 2 * 2 * pairs * D  # scores for the sums of their powers, and again for the weights
 
 
 _importance = Operator(
-    "token_importance(Tensor query, Tensor key, Tensor? bias_table, int[] window, int num_global, Tensor? positions, "
-    "Tensor? key_lengths, float scale) -> Tensor importance",
+    "token_importance(Tensor query, Tensor key, Tensor? bias_table, int[] window, SymInt num_global, "
+    "Tensor? positions, Tensor? key_lengths, float scale) -> Tensor importance",
     fake=lambda query, key, *others: query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32),
     constant=("importance",),
     autocast=("query", "key"),

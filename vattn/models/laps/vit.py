@@ -147,7 +147,7 @@ class LapsViT(FrameModel, PretrainedModel):
                 f"{' x '.join(map(str, self.grid))}, got video.shape={tuple(video.shape)}"
             )
         x = x.flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
         return self.per_frame(self.norm(self.blocks(x)[:, 0]))
 
     def forward_frames(self, video: Tensor) -> Tensor:

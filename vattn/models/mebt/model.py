@@ -194,15 +194,14 @@ class MeBT(PretrainedModel):
 
     def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
         require_part("MeBT", self.grid, codes)
-        codes = codes.flatten(1)
+        codes = codes.reshape(codes.shape[0], math.prod(codes.shape[1:]))
         for name, positions in (("context", context), ("target", target)):
-            if positions.dim() != 2 or len(positions) != len(codes):
-                raise ValueError(
-                    f"MeBT: {name} must have shape ({len(codes)}, tokens), got {name}.shape={tuple(positions.shape)}"
-                )
+            if positions.dim() != 2 or positions.shape[0] != codes.shape[0]:
+                must = f"have shape ({codes.shape[0]}, tokens)"
+                raise ValueError(f"MeBT: {name} must {must}, got {name}.shape={tuple(positions.shape)}")
         contexts = self.tok_emb(codes.gather(1, context)) + F.embedding(context, self.pos_emb[0])
         targets = self.mask_emb + F.embedding(target, self.pos_emb[0])
-        return self.transformer(self.sos_emb.expand(len(codes), -1, -1), contexts, targets)
+        return self.transformer(self.sos_emb.expand(codes.shape[0], -1, -1), contexts, targets)
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}"
@@ -240,7 +239,7 @@ class MeBT(PretrainedModel):
                 f"got codes.shape={tuple(codes.shape)}"
             )
         (context, target), num_tokens = draw_partition(
-            len(codes), self.grid, schedule=schedule, budget=budget, prior=prior, step=step, generator=generator,
+            codes.shape[0], self.grid, schedule=schedule, budget=budget, prior=prior, step=step, generator=generator,
             device=codes.device,
         )  # fmt: skip
         return masked_loss(

@@ -131,7 +131,7 @@ class VideoAnswers(PretrainedModel):
     ) -> Tensor:
         states = self.states(video, question, question_mask, generator=generator)
         mask = None if question_mask is None else question_mask[of]
-        return -(weights * self.log_probability(states[of], mask, answers, answers_mask)).sum() / max(len(video), 1)
+        return -(weights * self.log_probability(states[of], mask, answers, answers_mask)).sum() / max(video.shape[0], 1)
 
     def training_loss(
         self,

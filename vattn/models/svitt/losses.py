@@ -17,12 +17,14 @@ from torch import Tensor
 
 from vattn import _checks
 from vattn.models.draws import Randomness, draws_of
+from vattn.models.results import exportable
 from vattn.models.settings import probabilities
 
 IGNORED = -100
 """The label of words that no loss asks for, as in :func:`torch.nn.functional.cross_entropy`."""
 
 
+@exportable
 class Losses(NamedTuple):
     """The losses of one training step, scalars; `masked_words` is 0 without a head for words."""
 
@@ -35,6 +37,7 @@ class Losses(NamedTuple):
         return self.contrastive + self.matching + self.masked_words
 
 
+@exportable
 class Negatives(NamedTuple):
     """For each text a video that is not its own, and for each video a text, ``(N,)`` int64 each."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel, heads_or_default
 from vattn.models.layers import init_linear, named
+from vattn.models.results import exportable
 from vattn.models.settings import Config, number, official_settings, override, probabilities
 from vattn.models.svitt.weights import text_weights
 from vattn.nn import merge_heads, split_heads
@@ -35,6 +36,7 @@ from vattn.ops.token_importance import token_importance
 KEEP_BY = ("cls_attn", "avg_attn")
 
 
+@exportable
 class Fused(NamedTuple):
     """Text that has read a video: its tokens ``(B, L, C)``, and for each pruning the video tokens that were kept.
 
@@ -182,13 +184,13 @@ class TextEncoder(PretrainedModel):
                 texts: then it is projected only once.
             video_mask: ``(B, 1 + N)`` or ``(1, 1 + N)``, 0 for padding, or None.
         """
-        if video.dim() != 3 or video.shape[0] not in (1, len(text)):
+        if video.dim() != 3 or video.shape[0] not in (1, text.shape[0]):
             raise ValueError(
-                f"{type(self).__name__}: video must have shape ({len(text)} or 1, 1 + N, C), "
+                f"{type(self).__name__}: video must have shape ({text.shape[0]} or 1, 1 + N, C), "
                 f"got video.shape={tuple(video.shape)}"
             )
         visible = self._visible(mask, text)
-        readable = None if video_mask is None else video_mask.bool().expand(len(text), -1)[:, None, None]
+        readable = None if video_mask is None else video_mask.bool().expand(text.shape[0], -1)[:, None, None]
         kept: list[Tensor] = []
         for i, layer in list(enumerate(self.layers))[self.fusion_layer :]:
             last = kept[-1] if kept else None
@@ -273,7 +275,7 @@ class TextAttention(nn.Module):
     def heads(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, ``(B, H, tokens, D)``; one source for all samples is projected once."""
         query, key, value = (
-            split_heads(y, self.num_heads).expand(len(x), -1, -1, -1)
+            split_heads(y, self.num_heads).expand(x.shape[0], -1, -1, -1)
             for y in (self.query(x), self.key(source), self.value(source))
         )
         return query, key, value

@@ -28,15 +28,18 @@ from vattn.models.checkpoints import LARGEST, Model, PretrainedModel, count_bloc
 from vattn.models.draws import Draws, Randomness
 from vattn.models.layers import init_linear, named
 from vattn.models.pixels import NORMALISED, require_frames, warn_of_bytes
+from vattn.models.results import exportable
 from vattn.models.seeded_draws import draws_in
 from vattn.models.settings import Config, number, official_settings, override, probabilities
 from vattn.models.svitt.orders import token_order
 from vattn.models.svitt.sparsity import Sparsity, official_sparsity
 from vattn.models.svitt.weights import video_weights
+from vattn.models.tables import Table
 from vattn.nn import SparseSelfAttention
 from vattn.ops.select_tokens import select_tokens
 
 
+@exportable
 class VideoTokens(NamedTuple):
     """What a video is to a transformer.
 
@@ -163,7 +166,6 @@ class VideoEncoder(PretrainedModel):
         True
     """
 
-    order_of_tokens: Tensor | None
     added_settings = frozenset({"eval_seed"})
 
     def __init__(
@@ -249,9 +251,9 @@ class VideoEncoder(PretrainedModel):
                 f"VideoEncoder: layouts must be one for each of {len(self.blocks)} layers, "
                 f"got len(layouts)={len(layouts)}"
             )
-        x, positions = self._embed(video), self.order_of_tokens
-        if positions is not None:
-            positions = positions.to(x.device)
+        x, positions = self._embed(video), None
+        if self._order is not None:
+            positions = self._order.on(x.device)
             x = torch.cat([x[:, :1], x[:, 1:][:, positions]], 1)
         kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -262,6 +264,11 @@ class VideoEncoder(PretrainedModel):
         x = self.norm(x)
         pooled = self.pool_norm(x[:, 1:].mean(1)) if self.mean_pooling else x[:, 0]
         return VideoTokens(x, pooled, tuple(kept))
+
+    @property
+    def order_of_tokens(self) -> Tensor | None:
+        """The raster indices of the tokens in the order in which they are read, ``(N,)``; None for raster order."""
+        return None if self._order is None else self._order.made
 
     def _embed(self, video: Tensor) -> Tensor:
         """``(B, T, 3, height, width)`` to ``(B, 1 + N, dim)``, in raster order."""
@@ -287,7 +294,8 @@ class VideoEncoder(PretrainedModel):
         self.window = window
         self.sparsity = sparsity
         self._reconfigure(num_frames=window[0], sparsity=sparsity)
-        self.register_buffer("order_of_tokens", token_order(self.order, window), persistent=False)
+        order = token_order(self.order, window)
+        self._order = None if order is None else Table(order)
         for i, block in enumerate(self.blocks):
             cast(SparseBlock, block).sparsify(sparsity, sparsity.keep if i in sparsity.prune_after else 1.0)
 

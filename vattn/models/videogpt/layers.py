@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.layout import BlockLayout
+from vattn.models.tables import Table
 from vattn.nn.axial import MultiHeadAttention
 from vattn.nn.sdpa import scaled_dot_product_attention
 from vattn.ops.edge_sparse_attention import edge_sparse_attention
@@ -98,7 +99,7 @@ class RightShift(nn.Module):
         self.sos = nn.Parameter(0.02 * torch.randn(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        start = self.sos.to(x.dtype).expand(len(x), 1, -1)
+        start = self.sos.to(x.dtype).expand(x.shape[0], 1, -1)
         return torch.cat([start, x[:, :-1]], 1)
 
 
@@ -131,7 +132,7 @@ class GridEmbedding(nn.Module):
     def forward(self, position: int | None = None) -> Tensor:
         tables = [self.emb[f"d_{i}"] for i in range(len(self.grid))]
         if position is not None:
-            indices = torch.unravel_index(torch.tensor(position), self.grid)
+            indices = torch.unravel_index(torch.tensor(position, device="cpu"), self.grid)
             return torch.cat([table[index] for table, index in zip(tables, indices, strict=True)])
         last = len(self.grid) - 1
         wide = [table.view(-1, *[1] * (last - i), table.shape[1]) for i, table in enumerate(tables)]
@@ -190,7 +191,7 @@ class CausalAttention(MultiHeadAttention):
         if visible is None:
             key, value = (x[:, :, : cache.length] for x in (cache.key, cache.value))
             return self.merge(scaled_dot_product_attention(query, key, value))
-        out = node_sparse_attention(query, cache.key, cache.value, visible.expand(len(x), -1))
+        out = node_sparse_attention(query, cache.key, cache.value, visible.expand(x.shape[0], -1))
         return self.merge(cast(Tensor, out))
 
 
@@ -322,15 +323,16 @@ class AttentionStack(nn.Module):
         _checks.integer("AttentionStack", "block_size", block_size, least=1)
         self.grid, self.attention = tuple(grid), attention
         self.block_size, self.num_local_blocks = block_size, num_local_blocks
-        self.layout = None
+        self.layout: BlockLayout | None = None
+        self._layout: Table[BlockLayout] | None = None
         if attention == "sparse":
             num_blocks = math.prod(self.grid) // block_size
             if num_blocks > MOST_BLOCKS:  # a layout begins as a matrix of them
                 raise ValueError(
                     f"AttentionStack: grid must have at most {MOST_BLOCKS} blocks, got {grid=}, {block_size=}"
                 )
-            with torch.device("cpu"):  # also where a checkpoint is loaded into a model without memory
-                self.layout = BlockLayout.strided(self.grid, block_size, num_local_blocks=num_local_blocks)
+            self.layout = BlockLayout.strided(self.grid, block_size, num_local_blocks=num_local_blocks)
+            self._layout = Table(self.layout)
             self._visible_blocks = _rows(self.layout)
         self.right_shift = RightShift(dim)
         self.pos_embd = GridEmbedding(self.grid, dim)
@@ -343,11 +345,10 @@ class AttentionStack(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, classes: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
-        if self.layout is not None and self.layout.device != x.device:
-            self.layout = self.layout.to(x.device)
+        layout = None if self._layout is None else self._layout.on(x.device)
         x = self.right_shift(x) + self.pos_embd()
         for net in self._blocks:
-            x = net(x, classes, memory, self.layout)
+            x = net(x, classes, memory, layout)
         return x
 
     def extra_repr(self) -> str:
@@ -379,7 +380,7 @@ class AttentionStack(nn.Module):
         """The tokens ``(K,)`` that the one at `position` reads: in the blocks of its row, and not after it."""
         assert self.layout is not None
         size = self.layout.block_size
-        tokens = (self._visible_blocks[position // size][:, None] * size + torch.arange(size)).flatten()
+        tokens = (self._visible_blocks[position // size][:, None] * size + torch.arange(size, device="cpu")).flatten()
         return tokens[tokens <= position]
 
 

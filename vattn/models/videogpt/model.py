@@ -189,7 +189,7 @@ class VideoGPT(PretrainedModel):
                 f"VideoGPT: codes must have shape (B, {', '.join(map(str, self.grid))}), "
                 f"got codes.shape={tuple(codes.shape)}"
             )
-        weights, memory = self._conditions(len(codes), classes, frames)
+        weights, memory = self._conditions(codes.shape[0], classes, frames)
         x = self.attn_stack(self._embed(codes.flatten(1)), weights, memory)
         return self.fc_out(self.norm(x, weights)).unflatten(1, self.grid)
 

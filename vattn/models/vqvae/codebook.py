@@ -20,10 +20,12 @@ from vattn import _checks
 from vattn.models.draws import Draws, Randomness, draws_of
 from vattn.models.layers import reduction
 from vattn.models.recomputation import Run, Runs, in_backward, unseen
+from vattn.models.results import exportable
 from vattn.models.settings import number
 from vattn.ops.nearest_code import nearest_code
 
 
+@exportable
 class Quantized(NamedTuple):
     """What a codebook makes of vectors: their codes, these as vectors, how far off they are, how many are in use."""
 

@@ -1,0 +1,82 @@
+"""What people do with each model of the zoo, as functions of tensors that all begin with the batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tests.model_zoo import MODELS
+
+
+class Program(nn.Module):
+    """What is called of a model, as a module that takes tensors alone."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.call(self.model, *inputs)
+
+
+class Entry(NamedTuple):
+    """What is called of a model, with inputs for a batch of a size; `model` is its name if that is not the entry's."""
+
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    call: Callable[..., Any] = lambda model, *inputs: model(*inputs)
+    model: str = ""
+
+
+def _video(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
+    return lambda batch: (torch.randn(batch, *shape),)
+
+
+def _words(batch: int) -> Tensor:
+    return torch.randint(2, 29, (batch, 6))
+
+
+def _places(batch: int) -> Tensor:
+    return torch.arange(12).repeat(batch, 1)
+
+
+def _answer(model: Any, video: Tensor, question: Tensor) -> Tensor:
+    return model.states(video, question, None)
+
+
+def _match(model: Any, video: Tensor, words: Tensor) -> Any:
+    seen, text = model.encode_video(video), model.text(words)
+    return model.similarity(seen.pooled, text[:, 0]), model.match(seen.tokens, text)
+
+
+PROGRAMS: dict[str, Entry] = {
+    "LapsViT": Entry(_video(4, 3, 8, 12)),
+    "LapsVisformer": Entry(_video(4, 3, 32, 32)),
+    "VideoEncoder": Entry(_video(4, 3, 8, 12)),
+    "TextEncoder": Entry(lambda batch: (_words(batch), torch.ones(batch, 6, dtype=torch.int64))),
+    "fusion": Entry(
+        lambda batch: (_words(batch), torch.randn(batch, 9, 16)),
+        lambda model, words, video: model.fuse(model(words), None, video),
+        "TextEncoder",
+    ),
+    "SViTT": Entry(lambda batch: (torch.randn(batch, 4, 3, 8, 12), _words(batch)), _match),
+    "VideoAnswers": Entry(lambda batch: (torch.randn(batch, 4, 3, 8, 12), _words(batch)), _answer),
+    "VQVAE": Entry(_video(3, 4, 16, 16)),
+    "VQGAN": Entry(_video(3, 4, 16, 16)),
+    "encoding": Entry(_video(3, 4, 16, 16), lambda model, video: model.encode(video), "VQGAN"),
+    "MeBT": Entry(
+        lambda batch: (torch.randint(7, (batch, 3, 2, 2)), _places(batch)[:, :5], _places(batch)[:, 5:]),
+    ),
+    "VideoGPT": Entry(
+        lambda batch: (torch.randint(7, (batch, 2, 4, 4)), torch.randint(3, (batch,)), torch.randn(batch, 3, 1, 8, 8)),
+        lambda model, codes, classes, frames: model(codes, classes=classes, frames=frames),
+    ),
+    "ResNet3d": Entry(_video(3, 2, 8, 8)),
+}
+
+
+def make(name: str) -> Program:
+    """The program of an entry, in evaluation mode."""
+    entry = PROGRAMS[name]
+    return Program(MODELS[entry.model or name].make(), entry.call).eval()
