@@ -510,7 +510,7 @@ def test_kernels_called_directly_check_what_they_need():
     op = torch.ops.vattn.leap_attention
     with pytest.raises(TypeError, match="float32, bfloat16 and float16"):
         op(*[Q.double()] * 3, 1, 2, 0, 0.0, None, 1.0)
-    with pytest.raises(ValueError, match="one shape and dtype"):
+    with pytest.raises(ValueError, match="key must have shape"):
         op(Q, Q[:, :, :2], Q, 1, 2, 0, 0.0, None, 1.0)
     with pytest.raises(ValueError, match="leap must be at least 1"):
         op(Q, Q, Q, 0, 2, 0, 0.0, None, 1.0)
