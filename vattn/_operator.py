@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from vattn._library import AUTOCAST_DEVICES, _with_cuda_cpp, compute_dtype, library, note_compiled_kernels
+from vattn._signature import Signature
 from vattn._vmap import vmap_rule
 
 OPERATORS: dict[str, "Operator"] = {}
@@ -39,7 +40,9 @@ class Operator:
 
     Args:
         schema: as ``torch.library`` has it, with a name for every result.
+        takes: what its arguments must be, see :mod:`vattn._signature`.
         fake: of the arguments: results of the right shape, dtype and strides.
+        also: of the arguments by their names: raises where they do not fit each other.
         launch: its CUDA kernel, as "<module of vattn.kernels>.<function>"; None is ``<name>.forward``.
         backward: of (arguments by name, results, gradients of the results or None): gradients of arguments, by name.
         jvp: of (arguments by name, results, tangents of arguments by name, or None): tangents of the results.
@@ -57,6 +60,8 @@ class Operator:
         self,
         schema: str,
         *,
+        takes: Mapping[str, str],
+        also: Callable[..., None] | None = None,
         fake: Callable[..., Any],
         launch: str | None = None,
         backward: Callable[..., Mapping[str, Any]] | None = None,
@@ -74,6 +79,7 @@ class Operator:
         self.name = schema.split("(")[0]
         self.arguments, self.results = (declared(part) for part in schema.split(" -> "))
         self.op = getattr(torch.ops.vattn, self.name).default
+        self.signature = Signature(self.public_name, self.arguments, takes, also)
         self.backward, self.jvp, self.keeps, self.constant = backward, jvp, keeps, constant
         self.autocast, self.autocast_to, self.shared, self.any_axes = autocast, autocast_to, shared, any_axes
         self._has_lists = "Tensor[]" in self.arguments.values()
@@ -83,7 +89,7 @@ class Operator:
         self._apply_at_once = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
         note_compiled_kernels(self.name, self.arguments.values())
         if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
-            library.impl(self.name, functools.partial(_launch, launch or f"{self.name}.forward"), "CUDA")
+            library.impl(self.name, functools.partial(_launch, self, launch or f"{self.name}.forward"), "CUDA")
         library.impl(self.name, self._differentiate_op, "Autograd")
         for device_type in AUTOCAST_DEVICES if autocast else ():
             rule = functools.partial(self._run_autocast, self.op, device_type)
@@ -283,8 +289,9 @@ def declared(part: str) -> dict[str, str]:
     return {name: kind for kind, name in kinds}
 
 
-def _launch(path: str, *args: Any) -> Any:
+def _launch(op: Operator, path: str, *args: Any) -> Any:
     """A function of ``vattn.kernels``, which need Triton: only a GPU does."""
+    op.signature.check(dict(zip(op.arguments, args, strict=True)))
     module, function = path.split(".")
     return getattr(importlib.import_module(f"vattn.kernels.{module}"), function)(*args)
 

@@ -14,6 +14,7 @@ blocks, each of which reads itself and a random one::
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._library import empty_rows, runs_reference
 from vattn.layout import BlockLayout
-from vattn.position_bias import RelativePositionBias3D, check_bias
+from vattn.position_bias import RelativePositionBias3D, check_bias, check_table
 from vattn.reference.dropout import random_seed
 
 
@@ -159,11 +160,42 @@ def _pairs(query: Tensor, columns: Tensor, row_offsets: Tensor, block_size: int,
     return B * H * (blocks + num_global * (2 * length - num_global))
 
 
+def _check_blocks(
+    query: Tensor, row_offsets: Tensor, block_size: int, num_global: int, bias_table: Tensor | None,
+    window: Sequence[int], importance: bool, table_tangent: Tensor | None = None, **others: Any,
+) -> None:  # fmt: skip
+    op = "edge_sparse_attention"
+    blocks = -(-(query.shape[2] - num_global) // block_size)
+    if row_offsets.shape[1] != blocks + 1:
+        raise ValueError(
+            f"{op}: row_offsets must have an entry for each of {blocks} blocks and one more, "
+            f"got row_offsets.shape={tuple(row_offsets.shape)}"
+        )
+    check_table(op, bias_table, window, num_global)
+    if table_tangent is not None and bias_table is None:
+        raise ValueError(f"{op}: table_tangent must come with a bias_table, got bias_table=None")
+    if importance and num_global == 0:
+        raise ValueError(f"{op}: importance needs a global token, got num_global=0")
+
+
 _attend = Attention(
     "edge_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor row_offsets, Tensor columns, "
     "Tensor? column_offsets, Tensor? rows, int block_size, int num_global, Tensor? bias_table, int[] window, "
     "Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
     "-> (Tensor out, Tensor lse, Tensor importance)",
+    takes={
+        **dict.fromkeys(("query", "key", "value"), "B H G+N D"),
+        "row_offsets": "1 M+1 | H M+1: int",
+        "columns": "nnz: int",
+        "column_offsets": "1 M+1 | H M+1: int",
+        "rows": "nnz: int",
+        "block_size": ">= 1",
+        "num_global": "G",
+        "bias_table": "R H: float32",
+        "window": ">= 1",
+        "positions": "N | B N: int64",
+    },
+    also=_check_blocks,
     inputs=("query", "key", "value", "bias_table"),
     fake=_fake,
     pairs=_pairs,
