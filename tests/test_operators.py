@@ -23,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vattn
 from benchmarks.registry import load_operator, operator_names
 from tests.calls import DIFFERENTIABLE, OPERATORS, WITH_LSE, as_tuple, calls, leaves
+from tests.kernels.operators import OPERATORS as KERNELS_UNDER_TEST
+from tests.kernels.operators import over
 from tests.utils import assert_within_budget, magnitude
 from vattn import _library, reference
 
@@ -366,6 +368,16 @@ def test_any_leap_attention(data):
         intermediate["dk"] = max(gradients, magnitude(delta) * magnitude(q))
     for name, a, t, p in zip(("out", "lse", "dq", "dk", "dv"), actual, truth, plain, strict=True):
         assert_within_budget(a, t, p, name, intermediate.get(name, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@over("empty", [op for op in KERNELS_UNDER_TEST if op.differentiable])
+def test_what_is_empty_has_a_gradient(operator, sizes, dtype):
+    """Of every input, where an axis of it is empty, or one of another."""
+    case = operator.make("cpu", **sizes)
+    leaves = {name: x.to(dtype).requires_grad_() for name, x in case.tensors.items()}
+    found = operator.reference(leaves, case.settings)
+    torch.autograd.grad([found[name].sum() for name in operator.results], list(leaves.values()))
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
