@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="th
 
 SIZES = (-1, 0, 2**31, 2**62, 2**63 - 1)
 NUMBERS = (float("nan"), float("inf"), 7.0, -1.0)
-INDICES = (-1, 2**31, 2**32, 2**32 + 1, -(2**63))
+INDICES = (-1, 2**31 - 1, 2**31, 2**32, 2**32 + 1, -(2**63))
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.bool, torch.uint8,
     torch.complex64, torch.float8_e4m3fn,
@@ -54,9 +54,10 @@ def bad_tensors(x: Tensor) -> Iterator[tuple[str, Any]]:
     if x.dtype in (torch.int32, torch.int64) and x.numel() > 0:
         for value in (*INDICES, int(x.max()) + 1, x.numel()):
             for at in (0, -1):
-                wide = x.long().flatten().clone()
-                wide[at] = value
-                yield f"{value} at {at}", wide.view(x.shape)
+                fits = torch.iinfo(x.dtype).min <= value <= torch.iinfo(x.dtype).max
+                changed = x.to(x.dtype if fits else torch.int64).flatten().clone()
+                changed[at] = value
+                yield f"{value} at {at}", changed.view(x.shape)
 
 
 def bad_lists(tensors: list[Tensor]) -> Iterator[tuple[str, Any]]:

@@ -26,6 +26,7 @@ from vattn._checks import MAX_HEAD_DIM
 DTYPES = {
     "": (torch.float32, torch.bfloat16, torch.float16),
     "float32": (torch.float32,),
+    "int32": (torch.int32,),
     "int64": (torch.int64,),
     "int": (torch.int32, torch.int64),
 }

@@ -225,23 +225,18 @@ constexpr int64_t CACHED_FLOATS = 1 << 16;  // what an item keeps in the second-
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Numbers of argument `name` from 0 to `limit`, as int64 or int32: compared as they come, for a cast might wrap.
+// Numbers of argument `name` from 0 to `most`, which is `limit`: int32, or int64 for either.
 template <class Int>
 Tensor checked_numbers(const char* op, Name name, const Tensor& x, Sizes sizes, const char* limit, int64_t most) {
-  constexpr bool LONG = std::is_same_v<Int, int64_t>;
+  constexpr ScalarType dtype = std::is_same_v<Int, int64_t> ? ScalarType::Long : ScalarType::Int;
   check_here(op, name, x);
-  const bool is_int = x.scalar_type() == ScalarType::Int;
-  check_tensor(op, name, x, sizes, is_int ? ScalarType::Int : ScalarType::Long);
-  const Tensor given = contiguous(x, x.scalar_type());
-  most = std::min<int64_t>(most, std::numeric_limits<Int>::max());
-  auto check = [&](const auto* numbers) {
-    for (int64_t i = 0, end = given.numel(); i < end; ++i)
-      check_value(0 <= numbers[i] && numbers[i] <= most, op, ": ", name, " must be between 0 and ", limit, " (", most,
-                  "), got ", Name(name.name, i), "=", numbers[i]);
-  };
-  if (is_int) check(given.const_data_ptr<int32_t>());
-  else check(given.const_data_ptr<int64_t>());
-  return contiguous(given, LONG ? ScalarType::Long : ScalarType::Int);
+  check_tensor(op, name, x, sizes, x.scalar_type() == ScalarType::Int ? ScalarType::Int : dtype);
+  const Tensor numbers = contiguous(x, dtype);
+  const Int* number = numbers.const_data_ptr<Int>();
+  for (int64_t i = 0, end = numbers.numel(); i < end; ++i)
+    check_value(0 <= number[i] && number[i] <= most, op, ": ", name, " must be between 0 and ", limit, " (", most,
+                "), got ", Name(name.name, i), "=", number[i]);
+  return numbers;
 }
 
 // The lengths of each sample's keys.

@@ -66,7 +66,9 @@ def test_unknown_instruction_set_is_an_error():
         text=True,
     )
     assert finished.returncode != 0
-    assert "VATTN_CPU_CAPABILITY must be one of" in finished.stderr and "got VATTN_CPU_CAPABILITY=avx3" in finished.stderr
+    assert (
+        "VATTN_CPU_CAPABILITY must be one of" in finished.stderr and "got VATTN_CPU_CAPABILITY=avx3" in finished.stderr
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
