@@ -26,7 +26,8 @@ ARCHITECTURES ?= sm90
 HEAD_DIMS ?=
 CAPABILITIES ?= avx512 avx2 generic
 # Of the kernels those of the CPU, and all that draws its inputs at random. One test starts another Python: not that.
-SANITIZE_TESTS ?= tests -k "(cpp or direct_calls or hypothesis) and not instruction_set"
+SANITIZE_TESTS ?= tests/kernels tests/test_direct_calls.py $(shell grep -l hypothesis tests/test_*.py) \
+	-k "(cpp or direct_calls or hypothesis) and not instruction_set"
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)

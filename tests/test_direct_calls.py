@@ -119,20 +119,20 @@ def with_everything() -> list[Callable[..., Any]]:
         lengths = torch.tensor([3, 6])
         return vattn.token_importance(query, query, position_bias=bias, positions=positions, key_lengths=lengths)
 
-    def leap(*qkv: Tensor) -> Any:
-        return vattn.leap_attention(*qkv, 1, dropout_p=0.3, return_lse=True)
+    def leap(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return vattn.leap_attention(query, key, value, 1, dropout_p=0.3, return_lse=True)
 
-    def axial(*qkv: Tensor) -> Any:
-        return vattn.axial_attention(*qkv, dim=1, dropout_p=0.3, return_lse=True)
+    def axial(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return vattn.axial_attention(query, key, value, dim=1, dropout_p=0.3, return_lse=True)
 
-    def nodes(*qkv: Tensor) -> Any:
+    def nodes(query: Tensor, key: Tensor, value: Tensor) -> Any:
         kept = torch.tensor([[2, 0, 2], [3, 1, 0]])
-        return vattn.node_sparse_attention(*qkv, kept, dropout_p=0.3, return_lse=True)
+        return vattn.node_sparse_attention(query, key, value, kept, dropout_p=0.3, return_lse=True)
 
     def select(tokens: Tensor) -> Any:
         return vattn.select_tokens(tokens, torch.rand(2, 5), keep=2, positions=positions)[0]
 
-    shapes = {
+    shapes: dict[Callable[..., Any], list[tuple[int, ...]]] = {
         edges: [(2, 2, 6, 3)] * 3, latent: [(2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5)], importance: [(2, 2, 6, 3)],
         leap: [(1, 2, 3, 2, 4)] * 3, axial: [(1, 2, 3, 2, 4)] * 3, nodes: [(2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5)],
         select: [(2, 6, 3)],
