@@ -5,6 +5,7 @@
 #   make tokens     a VQ-VAE learns from real clips, VideoGPT and MeBT from its codes: outputs/tokens_*.gif
 #   make retrieval  a SViTT learns to find clips by their captions: outputs/svitt_*.png
 #   make test       all tests and doctests, and which ten took longest
+#   make fuzz       $(EXAMPLES) random inputs for every operator (or OPERATORS="leap_attention or axial_attention"), others each time
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
 #   make sanitize   the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, and its tests, for each instruction
 #                   set; a part of it: `make sanitize CAPABILITIES=avx2 SANITIZE_TESTS=tests/test_direct_calls.py`
@@ -28,6 +29,8 @@ CAPABILITIES ?= avx512 avx2 generic
 # Of the kernels those of the CPU, and all that draws its inputs at random. One test starts another Python: not that.
 SANITIZE_TESTS ?= tests/kernels tests/test_direct_calls.py $(shell grep -l hypothesis tests/test_*.py) \
 	-k "(cpp or direct_calls or hypothesis) and not instruction_set"
+EXAMPLES ?= 10000
+OPERATORS ?=
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)
@@ -45,7 +48,7 @@ endif
 BUILT := vattn/_build.json
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video tokens retrieval test test-gpu sanitize kernels lint bench docs clean
+.PHONY: demo video tokens retrieval test fuzz test-gpu sanitize kernels lint bench docs clean
 
 demo: $(BUILT)
 	$(RUN) -m examples.demo
@@ -64,6 +67,10 @@ retrieval: $(BUILT)
 test: $(BUILT)
 	$(RUN) -m pytest --durations=10
 
+fuzz: $(BUILT)
+	EXAMPLES=$(EXAMPLES) $(RUN) -m pytest tests/test_any_input.py --hypothesis-profile=fuzz --durations=0 -v \
+		$(if $(OPERATORS),-k "$(OPERATORS)")
+
 test-gpu: $(BUILT)
 	$(RUN) -m pytest -m gpu
 
@@ -71,7 +78,7 @@ test-gpu: $(BUILT)
 # must come before all that allocates, nor with the C++ library, whose exceptions it watches: both are preloaded.
 sanitize: $(INSTALLED)
 	rm -rf build/sanitize/lib
-	VATTN_SANITIZE=1 VATTN_BUILD_CPP=1 $(RUN) setup.py --quiet \
+	VATTN_SANITIZE=1 VATTN_BUILD_CPP=1 VATTN_BUILD_CUDA=0 $(RUN) setup.py --quiet \
 		build --build-base build/sanitize --build-lib build/sanitize/lib
 	cp -r tests benchmarks conftest.py pyproject.toml build/sanitize/lib
 	for capability in $(CAPABILITIES); do \

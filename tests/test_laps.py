@@ -479,6 +479,42 @@ def test_masks_and_weights_are_refused() -> None:
     attention(x, None, output_attentions=False, output_hidden_states=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "got"),
+    [
+        ("VideoMAE", {"num_frames": 4, "image_size": 16, "patch_size": 8}, "which has num_frames"),
+        ("Vivit", {"num_frames": 4, "image_size": 16, "tubelet_size": [2, 8, 8]}, "which has num_frames"),
+        ("Bert", {"vocab_size": 9}, "which takes input_ids"),
+        ("AST", {"max_length": 32, "num_mel_bins": 32}, "which takes input_values"),
+    ],
+)
+def test_models_of_something_else_are_refused(name: str, settings: dict[str, Any], got: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    settings |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
+    with pytest.raises(ValueError, match=f"^video_from_image: model must be a model of images, got {name}Model, {got}"):
+        video_from_image(model, 4, levels=(1,))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_converted_model_is_exported(classes: bool, strict: bool) -> None:
+    model = video_from_image(randomize(transformers_vit(classes=classes)), 4, levels=(1, 2)).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(
+        model, (torch.randn(2, 4, 3, 8, 8),), dynamic_shapes=({0: batch},), strict=strict
+    ).module()
+    for size in (2, 3):
+        video = torch.randn(size, 4, 3, 8, 8)
+        torch.testing.assert_close(exported(video), model(video))
+
+
+def test_a_mask_for_the_whole_model_is_refused() -> None:
+    model = video_from_image(transformers_vit(classes=False), 4, levels=(1,))
+    with pytest.raises(ValueError, match=r"^video_from_image: leap attention has no masks, got attention_mask$"):
+        model.image_model(torch.zeros(4, 3, 8, 8), attention_mask=torch.ones(4, 5))
+
+
 def test_unknown_models_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^video_from_image: .*, got TransformerEncoderLayer with MultiheadAttention \(out_proj\)$"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from typing import Any
 
 import pytest
 
@@ -20,15 +21,7 @@ SOURCES = ("csrc", "kernels", "vattn", "LICENSE", "README.md", "pyproject.toml",
 
 def build_wheel(folder: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Build a wheel in `folder` from a copy of the sources, in which an earlier build has left an extension."""
-    source = folder / "source"
-    source.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
-            )
-        else:
-            shutil.copy(ROOT / name, source)
+    source = copy_sources(folder / "source")
     earlier = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "vattn"
     earlier.mkdir(parents=True)
     (earlier / "_C.earlier.so").touch()
@@ -37,6 +30,19 @@ def build_wheel(folder: pathlib.Path, **environment: str) -> subprocess.Complete
     command += ["--wheel-dir", str(folder), str(source)]
     environment = {**os.environ, **environment}
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def copy_sources(source: pathlib.Path) -> pathlib.Path:
+    """What a build needs of this tree, in the new folder `source`."""
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(
+                ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+            )
+        else:
+            shutil.copy(ROOT / name, source)
+    return source
 
 
 def unpack(folder: pathlib.Path) -> pathlib.Path:
@@ -135,3 +141,112 @@ def test_the_build_can_be_left_out(tmp_path):
     installed = unpack(tmp_path)
     assert json.loads((installed / "vattn" / "_build.json").read_text())["error"] == "VATTN_BUILD_CPP=0 was set"
     assert list(installed.rglob("*.so")) == []
+
+
+@pytest.mark.slow
+def test_a_script_beside_an_editable_clone(tmp_path):
+    """The clone, a folder named vattn without an __init__.py, is no package: the one in it is."""
+    clone = copy_sources(tmp_path / "vattn")
+    program = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
+    environment = {**os.environ, "VATTN_BUILD_CPP": "0"}
+    subprocess.run([sys.executable, "-c", program], cwd=clone, env=environment, capture_output=True, check=True)
+    installed = unpack(tmp_path)
+    program = f"""
+import site, sys
+sys.path.insert(0, {str(tmp_path)!r})
+site.addsitedir({str(installed)!r})
+import vattn, vattn.kernels.flash
+print(vattn.__file__, vattn.kernels.flash.__file__, vattn.leap_attention.__name__)
+"""
+    said = python(installed, "-W", "ignore", "-c", program).stdout.split()
+    assert said == [str(clone / "vattn/__init__.py"), str(clone / "kernels/flash.py"), "leap_attention"]
+
+
+# A build with a PyTorch that has CUDA, and a compiler that is not there or does not work: setup.py of this tree over
+# sources of a few lines, with the stand-in nvcc that a test writes.
+SETUP = """
+import runpy, sys, torch
+torch.version.cuda = "13.0"
+from torch.utils import cpp_extension
+cpp_extension.CUDA_HOME = "{home}"
+torch.cuda.is_available = lambda: False
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+NVCC = """#!/bin/sh
+echo "$@" >> {home}/calls
+case "$*" in
+  *--version*) echo "release {release}.0, V{release}.0.0" ;;
+  *--dryrun*) echo "#$ TOP={home}" >&2 ;;
+  *--list-gpu-arch*) echo compute_80; echo compute_90 ;;
+  *) {compile} ;;
+esac
+"""
+
+
+def build_with_cuda(folder: pathlib.Path, compile: str = "", release: int = 13, **environment: str) -> Any:
+    """Run setup.py beside an nvcc that runs `compile`: what it printed, and the record of the build."""
+    home, source = folder / "cuda", folder / "source"
+    (home / "bin").mkdir(parents=True)
+    for name in ("csrc/cuda", "vattn", "kernels"):
+        (source / name).mkdir(parents=True)
+    (source / "csrc/bindings.cpp").write_text('extern "C" int PyInit__C() { return 0; }')
+    (source / "csrc/cuda/kernel.cu").write_text("")
+    (source / "vattn/__init__.py").touch()
+    (source / "vattn/_version.py").write_text('__version__ = "0"')
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    if compile:
+        (home / "bin/nvcc").write_text(NVCC.format(home=home, release=release, compile=compile))
+        (home / "bin/nvcc").chmod(0o755)
+    removed = ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "VATTN_BUILD_CPP", "VATTN_BUILD_CUDA")
+    environment = {name: x for name, x in os.environ.items() if name not in removed} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP.format(home=home)], cwd=source, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if done.returncode == 0:
+        assert list(source.glob("vattn/_C.*so")), done.stdout  # the CPU's, whatever becomes of CUDA's
+        return done, json.loads((source / "vattn/_build.json").read_text())
+    return done, None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_library._C is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("compile", "release", "error"),
+    [
+        ("", 13, "nvcc was not found: install the toolkit of CUDA 13.0"),
+        ("echo 'cuda_runtime.h: No such file' >&2; exit 1", 13, "fails (cuda_runtime.h: No such file): install the"),
+        ("case $1 in -E) ;; *) exit 1 ;; esac", 13, "the CUDA compiler failed"),
+        ("true", 12, "The detected CUDA version"),  # in the words of PyTorch
+    ],
+    ids=["no compiler", "no headers", "an error", "another release"],
+)
+def test_the_cpu_kernels_are_built_whatever_becomes_of_those_of_cuda(compile, release, error, tmp_path):
+    done, record = build_with_cuda(tmp_path, compile, release)
+    assert done.returncode == 0, done.stdout
+    assert record["error"] is None
+    assert error in record["cuda_error"]
+    assert "vattn is installed without CUDA C++ kernels" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_library._C is None, reason="no C++ compiler")
+def test_architectures_where_no_gpu_is_in_sight(tmp_path):
+    """Those of the table of kernels, as far as the compiler knows them."""
+    build_with_cuda(tmp_path, "true")
+    calls = (tmp_path / "cuda/calls").read_text()
+    assert set(re.findall(r"-gencode=\S+", calls)) == {
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_library._C is None, reason="no C++ compiler")
+def test_the_cuda_part_can_be_required(tmp_path):
+    done, _ = build_with_cuda(tmp_path, VATTN_BUILD_CUDA="1")
+    assert done.returncode != 0
+    assert "VATTN_BUILD_CUDA=1 was set, but nvcc was not found" in done.stdout

@@ -6,13 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import vattn
-from tests.utils import assert_within_budget
-from vattn import RelativePositionBias3D, _library, reference
+from vattn import RelativePositionBias3D, _library
 
 needs_kernels = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
 NAN, INF = float("nan"), float("inf")
@@ -69,31 +66,6 @@ def test_importance_of_nothing_and_for_nobody(dtype):
     assert (none[0] == 0).all() and torch.isclose(none[1].sum(), tokens.new_ones(()))
 
 
-@needs_kernels
-@settings(deadline=None, max_examples=40)
-@given(data=st.data())
-def test_any_importance(data):
-    draw = data.draw
-    B, H = draw(st.integers(0, 3), label="B"), draw(st.integers(1, 3), label="H")
-    D = draw(st.sampled_from([1, 7, 16, 33, 64, 72, 129, 256]), label="D")
-    queries, keys = draw(st.integers(0, 150), label="queries"), draw(st.integers(0, 150), label="keys")
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), label="dtype")
-    settings: dict[str, Any] = {"scale": draw(st.sampled_from([None, 0.0, -0.3]), label="scale")}
-    if draw(st.booleans(), label="with position_bias"):
-        num_global = draw(st.integers(0, 2), label="num_global")
-        settings["position_bias"] = random_bias((3, 7, 8), H, num_global)
-        queries = keys = max(queries, num_global)
-        if draw(st.booleans(), label="with positions"):
-            settings["positions"] = torch.randint(0, 168, (B, keys - num_global))
-    if draw(st.booleans(), label="with key_lengths"):
-        settings["key_lengths"] = torch.randint(0, keys + 1, (B,))
-    query, key = torch.randn(B, queries, H, D).transpose(1, 2).to(dtype), torch.randn(B, H, keys, D).to(dtype)
-    actual = vattn.token_importance(query, key, **settings)
-    truth = reference.token_importance(query.double(), key.double(), **settings)
-    plain = reference.token_importance(query, key, **settings)
-    assert_within_budget(actual, truth, plain)
-
-
 def picked(importance: list[float], keep: float, dtype: torch.dtype = torch.float32) -> list[int]:
     """The tokens that stay; all ways to say so agree."""
     scores = torch.tensor([importance], dtype=torch.float64).to(dtype)
@@ -133,27 +105,6 @@ def test_a_share_rounds_up_in_float64(share, count, expected):
     """Of 0.55 * 100, which is above 55 in float64, 56 stay."""
     _, positions = vattn.select_tokens(torch.randn(1, 1 + count, 2), torch.rand(1, count), share)
     assert positions.shape == (1, expected)
-
-
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_any_selection(data):
-    draw = data.draw
-    B, N, C = (draw(st.integers(0, most), label=name) for name, most in (("B", 3), ("N", 300), ("C", 9)))
-    num_global, keep = draw(st.integers(0, 3), label="num_global"), draw(st.integers(0, N), label="keep")
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), label="dtype")
-    scores = torch.randint(-3, 4, (B, N)) / draw(
-        st.sampled_from([0.0, 1.0]), label="divisor"
-    )  # many ties, NaN, infinities
-    shape = draw(st.sampled_from([None, (N,), (B, N)]), label="shape of positions")
-    positions = None if shape is None else torch.randint(0, 1000, shape)
-    tokens = torch.randn(C, num_global + N, B).permute(2, 1, 0).to(dtype).requires_grad_()
-    kept, at = vattn.select_tokens(tokens, scores, keep, positions=positions, num_global=num_global)
-    expected, expected_at = reference.select_tokens(tokens, scores, keep, positions=positions, num_global=num_global)
-    assert torch.equal(kept, expected) and torch.equal(at, expected_at)
-    gradient = torch.randn_like(kept)
-    (actual,), (truth,) = (torch.autograd.grad(x, tokens, gradient) for x in (kept, expected))
-    assert torch.equal(actual, truth)
 
 
 def test_selecting_twice_composes_positions():

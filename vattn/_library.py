@@ -29,19 +29,19 @@ def build_record() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _load_extension(name: str = "vattn._C") -> tuple[Any, str | None]:
+def _load_extension(name: str = "vattn._C", error_name: str = "error") -> tuple[Any, str | None]:
     """A compiled extension, which registers kernels as it loads; or None, and why there is none."""
     try:
         return importlib.import_module(name), None
     except ModuleNotFoundError:
-        return None, build_record().get("error") or f"the extension {name} was never built"
+        return None, build_record().get(error_name) or f"the extension {name} was never built"
     except ImportError as error:
         built_with = build_record().get("torch")
         return None, f"the extension was built with torch {built_with}, this is torch {torch.__version__}: {error}"
 
 
 _C, extension_error = _load_extension()
-_load_extension("vattn._C_cuda")
+_C_cuda, cuda_error = _load_extension("vattn._C_cuda", "cuda_error")
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 KERNEL_DEVICES = {"meta"}

@@ -15,6 +15,7 @@ import vattn
 from vattn import _library
 
 DEVICES = ("cpu", "cuda")
+IN_CUDA_CPP = ("select_tokens",)  # operators whose kernel for a GPU is not Triton
 
 
 def collect() -> dict[str, Any]:
@@ -65,14 +66,16 @@ def main() -> None:
 
 def _extension() -> dict[str, Any]:
     record = _library.build_record()
+    cuda = _library._C_cuda.__file__ if _library._C_cuda else f"none: {_library.cuda_error}"
     if _library._C is None:
-        return {"path": None, "error": _library.extension_error, "flags": record.get("flags")}
+        return {"path": None, "error": _library.extension_error, "flags": record.get("flags"), "CUDA C++": cuda}
     return {
         "path": _library._C.__file__,
         "instructions": _library._C.cpu_capability(),
         "compiler": record.get("compiler"),
         "flags": record.get("flags"),
         "built with": f"torch {record.get('torch')}",
+        "CUDA C++": cuda,
     }
 
 
@@ -83,6 +86,8 @@ def _runs(name: str, device: str) -> str:
             return "no device: " + ("no GPU is visible" if torch.version.cuda else "this torch has no CUDA")
         if name in _library._with_cuda_cpp:
             return "kernel: CUDA C++"
+        if name in IN_CUDA_CPP:
+            return f"operations of PyTorch: {_library.cuda_error}"
         if device not in _library.KERNEL_DEVICES:
             return "reference: Triton is not installed"
         return f"kernel: Triton {_version('triton')}"

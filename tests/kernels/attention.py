@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.cases import Case, Operator, Sizes, Tensors, grouped
+from tests.kernels.cases import Case, Draw, Operator, Sizes, Tensors, grouped
 from tests.utils import magnitude
 from vattn import reference
 
 SEED = 0x123456789ABCDEF
+HEAD_DIMS = (1, 2, 7, 8, 16, 24, 31, 33, 64, 72, 129, 256)
 
 
 class Attention(Operator):
@@ -35,8 +37,18 @@ class Attention(Operator):
         }
         return Case(self, tensors, grads, settings)
 
-    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
-        function = getattr(reference, self.name)
+    def draw(self, draw: Draw) -> Sizes:
+        """What all have: samples and heads, dropout and scale."""
+        return {
+            "B": draw(st.integers(0, 3), label="B"),
+            "H": draw(st.integers(1, 3), label="H"),
+            "D": draw(st.sampled_from(HEAD_DIMS), label="D"),
+            "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.3]), label="dropout_p"),
+            "scale": draw(st.sampled_from([None, None, 0.0, -0.2]), label="scale"),
+        }
+
+    def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
+        function = getattr(functions, self.name)
         found = function(*grouped(tensors), **settings, return_lse=True)
         return dict(zip(self.results, found, strict=True))
 

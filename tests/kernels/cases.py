@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from tests.kernels.backends import Launchers
+from vattn import reference
 
 HEAD_DIMS = (1, 16, 33, 64, 72, 80, 96, 120, 128, 144, 256)  # whole, split and masked columns
 
 Sizes = dict[str, Any]
 Tensors = dict[str, Tensor]
+Draw = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,12 @@ class Operator:
         found = launchers.jvp(*grouped(tangents), *grouped(case.tensors), *outs, *self._settings(case))
         return dict(zip(self.results, found, strict=True))
 
-    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
+    def draw(self, draw: Draw) -> Sizes:
+        """Any sizes and settings, but for a seed; `draw` takes a strategy of hypothesis and a label."""
+        raise NotImplementedError
+
+    def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
+        """What the operator of `functions`, or its definition, makes of them. Without a seed, dropout draws one."""
         raise NotImplementedError
 
     def intermediate(self, case: Case, truth: Tensors, gradients: Tensors) -> dict[str, float]:

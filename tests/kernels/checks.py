@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from tests.kernels.backends import Backend
 from tests.kernels.cases import Case, Tensors
 from tests.utils import assert_within_budget
+from vattn import reference
 
 
 def run(backend: Backend, case: Case) -> Tensors:
@@ -20,13 +22,16 @@ def run(backend: Backend, case: Case) -> Tensors:
     return results | _gradients(case.operator.backward(launchers, case, results))
 
 
-def formula(case: Case, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
-    """The results and the gradients by the reference in `dtype`; what is float32 in any call stays as wide."""
+def formula(case: Case, dtype: torch.dtype, functions: Any = reference) -> tuple[Tensors, Tensors]:
+    """The results and the gradients by the reference, or the public functions of vattn, in `dtype`.
+
+    What is float32 in any call stays as wide.
+    """
     tensors = {name: x.detach().to(torch.promote_types(dtype, x.dtype)) for name, x in case.tensors.items()}
     if not case.operator.differentiable:
-        return case.operator.reference(tensors, case.settings), {}
+        return case.operator.reference(tensors, case.settings, functions), {}
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    results = case.operator.reference(leaves, case.settings)
+    results = case.operator.reference(leaves, case.settings, functions)
     grads = torch.autograd.grad(
         [results[name] for name in case.grads],
         list(leaves.values()),
@@ -56,12 +61,14 @@ def run_jvp(backend: Backend, case: Case, tangents: Tensors) -> Tensors:
     return case.operator.jvp(launchers, case, case.operator.forward(launchers, case), tangents)
 
 
-def formula_jvp(case: Case, tangents: Tensors, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
-    """The results and their tangents by forward mode through the reference in `dtype`."""
+def formula_jvp(
+    case: Case, tangents: Tensors, dtype: torch.dtype, functions: Any = reference
+) -> tuple[Tensors, Tensors]:  # fmt: skip
+    """The results and their tangents by forward mode through the reference, or the public functions, in `dtype`."""
     names = list(case.tensors)
 
     def results(*tensors: Tensor) -> Tensors:
-        found = case.operator.reference(dict(zip(names, tensors, strict=True)), case.settings)
+        found = case.operator.reference(dict(zip(names, tensors, strict=True)), case.settings, functions)
         return {name: found[name] for name in case.operator.results}
 
     def wide(x: Tensor) -> Tensor:  # copied, because a dual tensor allocates all that a view's strides span

@@ -4,13 +4,15 @@ import functools
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import vattn
 from tests.calls import Call, leaves
 from tests.kernels.attention import Attention, batch_heads, showing
-from tests.kernels.cases import Case, Sizes, Tensors
+from tests.kernels.cases import Case, Draw, Sizes, Tensors
 from tests.kernels.sizes import BLOCK_K, BLOCK_Q, CPP_ROWS, CPP_TILE, around, without
+from vattn import reference
 from vattn.reference.dropout import dropout_keep
 
 
@@ -26,8 +28,14 @@ class AxialAttention(Attention):
         shapes = dict.fromkeys(("query", "key", "value"), (B, H, outer, line, inner, D))
         return self.random(device, dtype, shapes, **common)
 
-    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
-        return super().reference(tensors, settings | {"dim": 1})
+    def draw(self, draw: Draw) -> Sizes:
+        grid = {
+            name: draw(st.integers(0, most), label=name) for name, most in (("outer", 5), ("line", 40), ("inner", 5))
+        }
+        return super().draw(draw) | grid
+
+    def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
+        return super().reference(tensors, settings | {"dim": 1}, functions)
 
     def show_dropout(self, device: str, seed: int, line: int = 4) -> tuple[Case, Tensor, Tensor]:
         """Tokens count through the grid in raster order."""

@@ -1,20 +1,22 @@
 """Edge-sparse attention: how the tests make its inputs and call it, and which sizes they try."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import vattn
 from tests.calls import Call, leaves
 from tests.kernels.attention import Attention, batch_heads, showing
 from tests.kernels.backends import CppLaunchers, Launchers
-from tests.kernels.cases import Case, Sizes, Tensors
+from tests.kernels.cases import Case, Draw, Sizes, Tensors
 from tests.kernels.sizes import BLOCK_K, BLOCK_Q, LONG_EDGES, around, without
-from tests.layouts import bias_without_table, layout_of
+from tests.layouts import bias_without_table, layout_of, layouts
 from tests.utils import magnitude
-from vattn import reference
+from vattn import BlockLayout, reference
 from vattn.position_bias import num_offsets
 from vattn.reference.dropout import dropout_keep
 
@@ -29,11 +31,16 @@ class EdgeSparseAttention(Attention):
         self, device: str, dtype: torch.dtype = torch.float32, *, rows: list[list[int]] | None = None,
         more: Sequence[list[list[int]]] = (), block_size: int = 5, B: int = 1, H: int = 1, G: int = 1, N: int = 4,
         D: int = 16, window: tuple[int, ...] = WINDOW, positions: Tensor | None = None, causal: bool = False,
-        deterministic: bool = False, **common: Any,
+        deterministic: bool = False, layout: BlockLayout | None = None, **common: Any,
     ) -> Case:  # fmt: skip
-        """`rows` are what the blocks of all heads read, or those of the first and `more`. No window means no bias."""
+        """`rows` are what the blocks of all heads read, or those of the first and `more`, or all is in `layout`.
+
+        No window means no bias.
+        """
         lists = [[0]] if rows is None else rows
-        layout = layout_of([*lists, *(row for head in more for row in head)], N, block_size, G, 1 + len(more))
+        if layout is None:
+            layout = layout_of([*lists, *(row for head in more for row in head)], N, block_size, G, 1 + len(more))
+        G, N = layout.num_global, layout.num_tokens
         shapes = dict.fromkeys(("query", "key", "value"), (B, H, G + N, D))
         case = self.random(
             device, dtype, shapes, layout=layout.to(device), window=window, positions=positions, causal=causal,
@@ -85,22 +92,62 @@ class EdgeSparseAttention(Attention):
         )  # fmt: skip
         return dict(zip(self.results, found, strict=True))
 
-    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
-        taken = {name: settings[name] for name in ("layout", "positions", "causal", "dropout_p", "scale", "seed")}
+    def draw(self, draw: Draw) -> Sizes:
+        sizes = super().draw(draw)
+        layout = draw(
+            layouts(sizes["H"], max_block_size=draw(st.sampled_from([3, 20, 70]), label="largest")), label="layout"
+        )
+        B, N = sizes["B"], layout.num_tokens
+        sizes |= {"layout": layout, "causal": draw(st.booleans(), label="causal")}
+        window = draw(st.sampled_from([(), (), (1, 1, 1), (2, 3, 5), (8, 7, 9)]), label="window")
+        shape = draw(st.sampled_from([(N,), (B, N), None]), label="shape of positions") if window else None
+        if shape is not None:
+            sizes["positions"] = torch.randint(0, math.prod(window), shape)
+        return sizes | {"window": window if shape is not None or math.prod(window) >= N else ()}
+
+    def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
+        names: tuple[str, ...] = ("layout", "positions", "causal", "dropout_p", "scale", "seed")
+        taken = {name: settings[name] for name in names if name in settings}
         if "table" in tensors:
             heads, num_global = tensors["query"].shape[1], settings["layout"].num_global
             bias = taken["position_bias"] = bias_without_table(settings["window"], max(heads, 1), num_global)
             bias.table = tensors["table"]  # type: ignore[assignment]
         names = (*self.results, "importance") if settings["layout"].num_global > 0 else self.results
-        found = reference.edge_sparse_attention(
+        found = functions.edge_sparse_attention(
             tensors["query"], tensors["key"], tensors["value"], **taken, return_lse=True,
             return_importance="importance" in names,
         )  # fmt: skip
         return dict(zip(names, found, strict=True))
 
     def intermediate(self, case: Case, truth: Tensors, gradients: Tensors) -> dict[str, float]:
-        # Importance, too, is exp(s - lse) of a rounded lse.
-        return {"importance": magnitude(truth["lse"], torch.ones(1)), **super().intermediate(case, truth, gradients)}
+        # Importance, too, is exp(s - lse) of a rounded lse. A row of the table sums as many terms as it has pairs, of
+        # both signs.
+        found = super().intermediate(case, truth, gradients)
+        if "dtable" in found:
+            rounded = torch.finfo(case.dtype).eps / torch.finfo(torch.float32).eps / 4  # of the out in delta
+            factor = max(magnitude(truth["lse"], torch.ones(1)), rounded)
+            found["dtable"] = max(found["dtable"], factor * magnitude(self.absolute_terms(case), torch.zeros(1)))
+        return {"importance": magnitude(truth["lse"], torch.ones(1)), **found}
+
+    def absolute_terms(self, case: Case) -> Tensor:
+        """For each row of the table, the sum of p (|dout . value| + |dout . out| + 1) over its pairs of tokens."""
+        tensors, layout = {name: x.detach().double() for name, x in case.tensors.items()}, case.settings["layout"]
+        table = tensors.pop("table").requires_grad_()
+        bias = bias_without_table(case.settings["window"], max(table.shape[1], 1), layout.num_global)
+        bias.table = table  # type: ignore[assignment]
+        positions = case.settings["positions"]
+        dense = bias(torch.arange(layout.num_tokens) if positions is None else positions)
+        dense = dense.expand(*tensors["query"].shape[:2], -1, -1)
+        leaf = dense.detach().requires_grad_()
+        taken: dict[str, Any] = {name: case.settings[name] for name in ("layout", "causal", "scale")}
+        taken["position_bias"] = lambda _: leaf
+        _, lse = reference.edge_sparse_attention(
+            tensors["query"], tensors["key"], tensors["value"], **taken, return_lse=True
+        )  # fmt: skip
+        (p,) = torch.autograd.grad(lse, leaf, torch.ones_like(lse), materialize_grads=True)
+        products = case.grads["out"].double().abs() @ tensors["value"].abs().mT
+        terms = p * (products + (p * products).sum(-1, keepdim=True) + 1)
+        return torch.autograd.grad(dense, table, terms)[0]
 
     def show_dropout(self, device: str, seed: int) -> tuple[Case, Tensor, Tensor]:
         """Tokens count from the first global one."""

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import vattn
 from tests.calls import Call, leaves
 from tests.kernels.attention import Attention, batch_heads, showing
-from tests.kernels.cases import Case
+from tests.kernels.cases import Case, Draw, Sizes
 from tests.kernels.sizes import BLOCK_K, BLOCK_Q, CPP_TILE, LONG, WALK, around, without
 from vattn.reference.dropout import dropout_keep
 
@@ -26,6 +27,14 @@ class LatentAttention(Attention):
         shapes = {f"{name}[{i}]": (B, H, n, D) for name in ("keys", "values") for i, n in enumerate(keys)}
         shapes = {"query": (B, H, queries, D), **shapes}
         return self.random(device, dtype, shapes, key_lengths=key_lengths, **common)
+
+    def draw(self, draw: Draw) -> Sizes:
+        sizes = super().draw(draw) | {"queries": draw(st.integers(0, 300), label="queries")}
+        keys = sizes["keys"] = draw(st.lists(st.integers(0, 300), min_size=1, max_size=4), label="keys")
+        if len(keys) == 1 and draw(st.booleans(), label="with key_lengths"):
+            of_samples = st.lists(st.integers(0, keys[0]), min_size=sizes["B"], max_size=sizes["B"])
+            sizes["key_lengths"] = torch.tensor(draw(of_samples, label="key_lengths"), dtype=torch.int64)
+        return sizes
 
     def show_dropout(self, device: str, seed: int, keys: Sequence[int] = (10, 0, 30)) -> tuple[Case, Tensor, Tensor]:
         """Keys count through the segments."""

@@ -4,12 +4,13 @@ import functools
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import vattn
 from tests.calls import Call, leaves
 from tests.kernels.attention import Attention, batch_heads, showing
-from tests.kernels.cases import Case, Tensors
+from tests.kernels.cases import Case, Draw, Sizes, Tensors
 from tests.kernels.sizes import BLOCK_K, BLOCK_Q, CPP_TILE, around, without
 from tests.utils import magnitude
 from vattn import reference
@@ -26,6 +27,12 @@ class LeapAttention(Attention):
     ) -> Case:  # fmt: skip
         shapes = dict.fromkeys(("query", "key", "value"), (B, H, T, N, D))
         return self.random(device, dtype, shapes, leap=leap, group_size=group_size, fold_div=fold_div, **common)
+
+    def draw(self, draw: Draw) -> Sizes:
+        sizes = super().draw(draw)
+        T, N = draw(st.integers(0, 7), label="T"), draw(st.integers(0, 70), label="N")
+        numbers = {name: draw(st.integers(1, T + 1), label=name) for name in ("leap", "group_size")}
+        return {**sizes, "T": T, "N": N, **numbers, "fold_div": draw(st.integers(0, sizes["D"] + 1), label="fold_div")}
 
     def intermediate(self, case: Case, truth: Tensors, gradients: Tensors) -> dict[str, float]:
         largest = magnitude(*gradients.values(), torch.zeros(1))

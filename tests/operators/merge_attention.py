@@ -1,11 +1,14 @@
 """The merge of attention over parts: how the tests make its inputs and call it, and which sizes they try."""
 
+from typing import Any
+
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import vattn
 from tests.calls import Call, leaves
-from tests.kernels.cases import Case, Operator, Sizes, Tensors, grouped
+from tests.kernels.cases import Case, Draw, Operator, Sizes, Tensors, grouped
 from tests.utils import magnitude
 from vattn import reference
 from vattn.kernels.merge_attention import MAX_PARTS
@@ -25,8 +28,15 @@ class MergeAttention(Operator):
         grads = {"out": torch.randn_like(outs["outs[0]"]), "lse": torch.randn(shape, device=device)}
         return Case(self, outs | lses, grads, {})
 
-    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
-        return dict(zip(self.results, reference.merge_attention(*grouped(tensors)), strict=True))
+    def draw(self, draw: Draw) -> Sizes:
+        return {
+            "count": draw(st.integers(1, 5), label="count"),
+            "shape": tuple(draw(st.lists(st.integers(0, 6), max_size=4), label="shape")),
+            "D": draw(st.integers(1, 256), label="D"),
+        }
+
+    def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
+        return dict(zip(self.results, functions.merge_attention(*grouped(tensors)), strict=True))
 
     def intermediate(self, case: Case, truth: Tensors, gradients: Tensors) -> dict[str, float]:
         # A gradient of lse is w_i <g, out_i - out>: the difference of sums, one over the out that forward has rounded

@@ -1,10 +1,13 @@
 """The nearest code: how the tests make its inputs and call it, and which sizes they try."""
 
+from typing import Any
+
 import torch
+from hypothesis import strategies as st
 
 import vattn
 from tests.calls import Call, leaves
-from tests.kernels.cases import Case, Operator, Sizes, Tensors
+from tests.kernels.cases import Case, Draw, Operator, Sizes, Tensors
 from tests.kernels.sizes import BLOCK_K, BLOCK_Q, CPP_TILE, around, one_long, without
 from vattn import reference
 
@@ -23,8 +26,12 @@ class NearestCode(Operator):
         x, codebook = torch.randn(B, H, D, device=device), torch.randn(codes, D, device=device)
         return Case(self, {"x": x.to(dtype), "codebook": codebook.to(dtype)}, {}, {})
 
-    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
-        return {"index": reference.nearest_code(*tensors.values())}
+    def draw(self, draw: Draw) -> Sizes:
+        sizes = {"B": (0, 200), "H": (1, 3), "D": (1, 300), "codes": (1, 200)}
+        return {name: draw(st.integers(*ends), label=name) for name, ends in sizes.items()}
+
+    def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
+        return {"index": functions.nearest_code(*tensors.values())}
 
 
 OPERATOR = NearestCode(

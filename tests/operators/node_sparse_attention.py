@@ -4,12 +4,13 @@ import functools
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import vattn
 from tests.calls import Call, leaves
 from tests.kernels.attention import Attention, batch_heads, showing
-from tests.kernels.cases import Case
+from tests.kernels.cases import Case, Draw, Sizes
 from tests.kernels.sizes import LONG, without
 from vattn.reference.dropout import dropout_keep
 
@@ -28,6 +29,12 @@ class NodeSparseAttention(Attention):
             kept = torch.randint(0, keys, (B, count), device=device)
         shapes = {"query": (B, H, queries, D), **dict.fromkeys(("key", "value"), (B, H, keys, D))}
         return self.random(device, dtype, shapes, kept=kept, **common)
+
+    def draw(self, draw: Draw) -> Sizes:
+        names = (("queries", 200), ("keys", 300), ("count", 200))
+        sizes = super().draw(draw) | {name: draw(st.integers(0, most), label=name) for name, most in names}
+        sizes["duplicates"] = sizes["keys"] > 0 and draw(st.booleans(), label="duplicates")
+        return sizes | {"count": sizes["count"] if sizes["duplicates"] else min(sizes["count"], sizes["keys"])}
 
     def show_dropout(self, device: str, seed: int) -> tuple[Case, Tensor, Tensor]:
         """Keys count as they are numbered, not as they are listed."""

@@ -1,13 +1,15 @@
 """The periodic shift: how the tests make its inputs and call it, and which sizes they try."""
 
 import functools
+from typing import Any
 
 import torch
+from hypothesis import strategies as st
 
 import vattn
 from tests.calls import Call, leaves
 from tests.kernels.backends import Launchers
-from tests.kernels.cases import Case, Operator, Sizes, Tensors
+from tests.kernels.cases import Case, Draw, Operator, Sizes, Tensors
 from tests.kernels.sizes import without
 from vattn import reference
 
@@ -34,8 +36,13 @@ class PeriodicShift(Operator):
     def jvp(self, launchers: Launchers, case: Case, results: Tensors, tangents: Tensors) -> Tensors:
         return {"out": launchers.forward(tangents["x"], *self._settings(case))}
 
-    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
-        return {"out": reference.periodic_shift(tensors["x"], **settings)}
+    def draw(self, draw: Draw) -> Sizes:
+        sizes = {"B": (0, 3), "H": (1, 3), "T": (0, 6), "N": (0, 9), "D": (0, 70), "fold_div": (1, 80)}
+        return {name: draw(st.integers(*ends), label=name) for name, ends in sizes.items()}
+
+    def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
+        settings = {name: x for name, x in settings.items() if x}  # no public function has a transpose
+        return {"out": functions.periodic_shift(tensors["x"], **settings)}
 
 
 OPERATOR = PeriodicShift(

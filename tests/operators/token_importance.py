@@ -1,11 +1,15 @@
 """Token importance: how the tests make its inputs and call it, and which sizes they try."""
 
+from typing import Any
+
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import vattn
 from tests.calls import Call, leaves
-from tests.kernels.cases import Case, Operator, Sizes, Tensors
+from tests.kernels.attention import HEAD_DIMS
+from tests.kernels.cases import Case, Draw, Operator, Sizes, Tensors
 from tests.kernels.sizes import BLOCK_K, BLOCK_Q, LONG, around, one_long, without
 from tests.layouts import bias_without_table
 from tests.utils import magnitude
@@ -30,13 +34,26 @@ class TokenImportance(Operator):
         settings = {"table": table, "window": window, "num_global": G, "positions": positions}
         return Case(self, {"query": query, "key": key}, {}, settings | {"key_lengths": key_lengths, "scale": scale})
 
-    def reference(self, tensors: Tensors, settings: Sizes) -> Tensors:
+    def draw(self, draw: Draw) -> Sizes:
+        limits = {"B": (0, 3), "H": (1, 3), "queries": (0, 150), "keys": (0, 150)}
+        sizes = {name: draw(st.integers(*ends), label=name) for name, ends in limits.items()}
+        sizes |= {"D": draw(st.sampled_from(HEAD_DIMS), label="D"), "scale": draw(st.sampled_from([None, 0.0, -0.3]))}
+        if draw(st.booleans(), label="with a bias"):
+            sizes |= {"window": (3, 7, 8), "G": draw(st.integers(0, 2), label="G")}
+            sizes["queries"] = sizes["keys"] = max(sizes["queries"], sizes["G"])
+            if draw(st.booleans(), label="with positions"):
+                sizes["positions"] = torch.randint(0, 168, (sizes["B"], sizes["keys"] - sizes["G"]))
+        if draw(st.booleans(), label="with key_lengths"):
+            sizes["key_lengths"] = torch.randint(0, sizes["keys"] + 1, (sizes["B"],))
+        return sizes
+
+    def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
         taken = {name: settings[name] for name in ("positions", "key_lengths", "scale")}
         if settings["window"]:
             heads = tensors["query"].shape[1]
             bias = taken["position_bias"] = bias_without_table(settings["window"], heads, settings["num_global"])
             bias.table = settings["table"].to(torch.promote_types(tensors["query"].dtype, torch.float32))
-        return {"importance": reference.token_importance(*tensors.values(), **taken)}
+        return {"importance": functions.token_importance(*tensors.values(), **taken)}
 
     def intermediate(self, case: Case, truth: Tensors, gradients: Tensors) -> dict[str, float]:
         # As in the backward of attention, exp(s - lse) carries the rounding of a score and of lse, which are larger.

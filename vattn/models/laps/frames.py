@@ -48,7 +48,7 @@ class FrameModel(nn.Module):
 
     def per_frame(self, x: Tensor) -> Tensor:
         """``(B * T, ...)`` to ``(B, T, ...)``."""
-        return x.unflatten(0, (len(x) // self.num_frames, self.num_frames))
+        return x.unflatten(0, (x.shape[0] // self.num_frames, self.num_frames))
 
 
 class Block(nn.Module):

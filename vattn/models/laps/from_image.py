@@ -133,8 +133,8 @@ def video_from_image(
         `forward_frames` gives them for every frame.
 
     Raises:
-        ValueError: `model` has no attention layer that is known, or one with parameters that leap attention
-            would leave out; a level that does not fit.
+        ValueError: `model` takes something else than images; it has no attention layer that is known, or one with
+            parameters that leap attention would leave out; a level that does not fit.
 
     Source:
         Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on
@@ -148,6 +148,7 @@ def video_from_image(
         >>> video_model(torch.randn(2, 8, 3, 32, 32)).shape
         torch.Size([2, 5])
     """
+    _require_image_model(model)
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     image_model = copy.deepcopy(model, cast("dict[int, Any]", shared))
     found = {name: change for name, module in image_model.named_modules() if (change := _leaping(module))}
@@ -160,7 +161,29 @@ def video_from_image(
     for (name, change), leap in zip(found.items(), leaps, strict=True):
         parent, _, child = name.rpartition(".")
         setattr(image_model.get_submodule(parent), child, change(num_frames, leap, fold_div))
+    config: Any = getattr(image_model, "config", None)
+    if hasattr(config, "_attn_implementation"):
+        # For an implementation that it knows, transformers makes a mask of ones while PyTorch traces, and for another
+        # one it leaves out the mask that somebody gives.
+        config._attn_implementation = "vattn"
+        image_model.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
     return VideoFromImage(image_model, num_frames).train(model.training)
+
+
+def _require_image_model(model: nn.Module) -> None:
+    """Raise for a model of text, sound, pairs or video, as far as it tells; a plain module does not."""
+    config = getattr(model, "config", None)
+    takes = getattr(model, "main_input_name", "pixel_values")
+    of_video = [name for name in ("num_frames", "tubelet_size", "frames_per_clip") if hasattr(config, name)]
+    of_video += [name for name, module in model.named_modules() if isinstance(module, nn.Conv3d)]
+    got = f"which has {of_video[0]}" if of_video else f"which takes {takes}"
+    if of_video or takes != "pixel_values":
+        raise ValueError(f"video_from_image: model must be a model of images, got {type(model).__name__}, {got}")
+
+
+def _refuse_mask(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    if options.get("attention_mask") is not None:
+        raise ValueError("video_from_image: leap attention has no masks, got attention_mask")
 
 
 def _leaping(attention: nn.Module) -> Callable[[int, int | None, int], nn.Module] | None:

@@ -1,0 +1,81 @@
+"""The public functions at sizes, settings, strides and dtypes that nobody thought of: results, gradients, tangents.
+
+Each run of the tests tries the same few. `make fuzz` tries others every time, thousands for each operator.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vattn
+from tests.kernels.checks import assert_agree, formula, formula_jvp
+from tests.kernels.operators import OPERATORS
+from tests.kernels.strides import STRIDES, STRIDES_OF_GRADIENTS, restrided
+from vattn import _library, reference
+
+pytestmark = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
+BY_NAME = {operator.name: operator for operator in OPERATORS}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+@given(data=st.data())
+def test_any_input(name, data):
+    """As close to the definition in float64 as the definition in the same dtype is, but for rounding."""
+    operator = BY_NAME[name]
+    seed = data.draw(st.integers(0, 2**31), label="seed")
+    torch.manual_seed(seed)
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    case = operator.make("cpu", dtype, **operator.draw(data.draw))
+    is_large = all(x.numel() > 0 for x in case.tensors.values()) and next(iter(case.tensors.values())).ndim >= 3
+    if is_large and data.draw(st.booleans(), label="as views"):
+        strides = data.draw(st.sampled_from(list(STRIDES)), label="strides")
+        case = dataclasses.replace(
+            case,
+            tensors=restrided(case.tensors, STRIDES[strides]),
+            grads=restrided(case.grads, STRIDES_OF_GRADIENTS[strides]),
+        )
+    case = dataclasses.replace(case, settings={name: x for name, x in case.settings.items() if name != "seed"})
+
+    def at_seed(compute, *args):
+        torch.manual_seed(seed)
+        return compute(*args)
+
+    actual, actual_gradients = at_seed(formula, case, dtype, vattn)
+    truth, gradients = at_seed(formula, case, torch.float64)
+    plain, plain_gradients = at_seed(formula, case, dtype)
+    intermediate = operator.intermediate(case, truth, gradients)
+    assert_agree(case, actual | actual_gradients, truth | gradients, plain | plain_gradients, intermediate)
+    if operator.differentiable:
+        case = case.replace(**{name: x.contiguous() for name, x in case.tensors.items()})
+        tangents = case.random_tangents()
+        _, actual = at_seed(formula_jvp, case, tangents, dtype, vattn)
+        results, truth = at_seed(formula_jvp, case, tangents, torch.float64)
+        _, plain = at_seed(formula_jvp, case, tangents, dtype)
+        intermediate = operator.intermediate_of_tangents(case, results, truth)
+        assert_agree(case, actual, truth, plain, intermediate)
+
+
+@pytest.mark.slow
+@given(data=st.data())
+def test_any_selection(data):
+    """The rows of select_tokens, and which they are; ties, NaN and infinities among the scores."""
+    draw = data.draw
+    B, N, C = (draw(st.integers(0, most), label=name) for name, most in (("B", 3), ("N", 300), ("C", 9)))
+    num_global, keep = draw(st.integers(0, 3), label="num_global"), draw(st.integers(0, N), label="keep")
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), label="dtype")
+    divisor = draw(st.sampled_from([0.0, 1.0]), label="divisor")  # makes NaN and infinities, or many ties
+    scores = torch.randint(-3, 4, (B, N)) / divisor
+    shape = draw(st.sampled_from([None, (N,), (B, N)]), label="shape of positions")
+    positions = None if shape is None else torch.randint(0, 1000, shape)
+    tokens = torch.randn(C, num_global + N, B).permute(2, 1, 0).to(dtype).requires_grad_()
+    kept, at = vattn.select_tokens(tokens, scores, keep, positions=positions, num_global=num_global)
+    expected, expected_at = reference.select_tokens(tokens, scores, keep, positions=positions, num_global=num_global)
+    assert torch.equal(kept, expected) and torch.equal(at, expected_at)
+    gradient = torch.randn_like(kept)
+    (actual,), (truth,) = (torch.autograd.grad(x, tokens, gradient) for x in (kept, expected))
+    assert torch.equal(actual, truth)
