@@ -30,6 +30,7 @@ DTYPES = {
     "int64": (torch.int64,),
     "int": (torch.int32, torch.int64),
 }
+MOST_LOOKS = 1024  # of one op, remembered
 
 
 class Signature:
@@ -46,9 +47,19 @@ class Signature:
         self.tensors = {x: words[x] for x, kind in kinds.items() if kind.startswith("Tensor")}
         self.numbers = {x: words[x] for x, kind in kinds.items() if not kind.startswith("Tensor") and kind != "bool"}
         self.optional = {x for x, kind in kinds.items() if kind == "Tensor?"}
+        self._right: set[Any] = set()  # how calls looked that were found right: most look like one before
 
     def check(self, args: Mapping[str, Any]) -> None:
         """Raise unless `args`, by their names, are what the op takes."""
+        look = tuple(map(_look, args.values()))
+        if look in self._right:
+            return
+        self._check(args)
+        if len(self._right) >= MOST_LOOKS:
+            self._right.clear()
+        self._right.add(look)
+
+    def _check(self, args: Mapping[str, Any]) -> None:
         sizes = {word: args[x] for x, word in self.numbers.items() if word.isalpha() and word != "finite"}
         lists = [len(args[x]) for x in self.tensors if isinstance(args[x], (list, tuple))]
         for x, words in self.tensors.items():
@@ -90,6 +101,13 @@ class Signature:
         if x.dtype not in allowed or (not dtype and x.dtype != first.dtype):
             must = first.dtype if not dtype and x is not first else " or ".join(map(str, allowed))
             raise TypeError(f"{self.name}: {name} must have dtype {must}, got {name}.dtype={x.dtype}")
+
+
+def _look(x: Any) -> Any:
+    """All of an argument that is checked."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device
+    return tuple(map(_look, x)) if isinstance(x, (list, tuple)) else x
 
 
 def _fits(axes: Sequence[str], shape: Sequence[int], sizes: dict[str, int]) -> bool:
