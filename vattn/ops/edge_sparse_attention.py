@@ -56,7 +56,7 @@ def edge_sparse_attention(
             offset between two positions. Its gradient is computed there too, and is deterministic under
             ``torch.use_deterministic_algorithms(True)``.
         positions: ``(N,)`` or ``(B, N)`` int64, the raster index of each token that is not global in the full grid
-            ``position_bias.window``; None for 0 .. N-1.
+            ``position_bias.window``, or, without a bias, any numbers; None for 0 .. N-1.
         causal: a token reads another only if the position of that one is not greater. Global tokens have no position:
             they still read everything, and are read by everything.
         dropout_p: probability of dropping an attention weight; the seed comes from torch's generator. The copies of a
