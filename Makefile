@@ -7,6 +7,8 @@
 #   make test       all tests and doctests, and which ten took longest
 #   make fuzz       $(EXAMPLES) random inputs for every operator (or OPERATORS="leap_attention or axial_attention"), others each time
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
+#   make sanitize   the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, and its tests, for each instruction
+#                   set; a part of it: `make sanitize CAPABILITIES=avx2 SANITIZE_TESTS=tests/test_direct_calls.py`
 #   make kernels    what the compiler makes of every Triton kernel, without a GPU; with another Triton than the installed
 #                   one, in an environment of its own: `make kernels TRITON=3.6.0 ARCHITECTURES="sm90 gfx942"`
 #   make lint       ruff and mypy
@@ -23,6 +25,10 @@ OPERATOR ?= leap_attention
 TRITON ?=
 ARCHITECTURES ?= sm90
 HEAD_DIMS ?=
+CAPABILITIES ?= avx512 avx2 generic
+# Of the kernels those of the CPU, and all that draws its inputs at random. One test starts another Python: not that.
+SANITIZE_TESTS ?= tests/kernels tests/test_direct_calls.py $(shell grep -l hypothesis tests/test_*.py) \
+	-k "(cpp or direct_calls or hypothesis) and not instruction_set"
 EXAMPLES ?= 10000
 OPERATORS ?=
 
@@ -42,7 +48,7 @@ endif
 BUILT := vattn/_build.json
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video tokens retrieval test fuzz test-gpu kernels lint bench docs clean
+.PHONY: demo video tokens retrieval test fuzz test-gpu sanitize kernels lint bench docs clean
 
 demo: $(BUILT)
 	$(RUN) -m examples.demo
@@ -67,6 +73,20 @@ fuzz: $(BUILT)
 
 test-gpu: $(BUILT)
 	$(RUN) -m pytest -m gpu
+
+# In a tree of its own, with the tests, so that these import this build. Python is not linked with the sanitizer, which
+# must come before all that allocates, nor with the C++ library, whose exceptions it watches: both are preloaded.
+sanitize: $(INSTALLED)
+	rm -rf build/sanitize/lib
+	VATTN_SANITIZE=1 VATTN_BUILD_CPP=1 VATTN_BUILD_CUDA=0 $(RUN) setup.py --quiet \
+		build --build-base build/sanitize --build-lib build/sanitize/lib
+	cp -r tests benchmarks conftest.py pyproject.toml build/sanitize/lib
+	for capability in $(CAPABILITIES); do \
+		(cd build/sanitize/lib && VATTN_CPU_CAPABILITY=$$capability ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		$(if $(VENV),$(CURDIR)/)$(RUN) -m pytest -q $(SANITIZE_TESTS)) || exit 1; \
+	done
 
 kernels: $(COMPILER)
 	$(COMPILE) -m benchmarks.kernel_report --architectures $(ARCHITECTURES) $(if $(HEAD_DIMS),--head-dims $(HEAD_DIMS))

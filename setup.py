@@ -35,6 +35,9 @@ CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")  # where no GPU is visible, nor TORC
 # Contracted multiply-adds, and vectorised loops without errno or traps; sums keep the order they are written in.
 FLAGS = ["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wall", "-Wextra", "-fvisibility=hidden"]
+SANITIZERS = ["-fsanitize=address,undefined"] if os.environ.get("VATTN_SANITIZE") == "1" else []  # `make sanitize`
+if SANITIZERS:
+    FLAGS += [*SANITIZERS, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g1"]
 TORCH_TARGET = (2, 11)  # the oldest PyTorch that pyproject.toml promises
 STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
 # To compile only: linked in, it might bring a second OpenMP beside the one that torch carries.
@@ -152,7 +155,8 @@ def extensions() -> list[Extension]:
     if torch is not None:  # of its libraries, those that have the stable ABI
         options |= {"library_dirs": cpp_extension.library_paths(), "libraries": ["torch_cpu"]}
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-    found = [Extension("vattn._C", sources, extra_compile_args=flags + OPENMP, **options)]
+    built = flags + OPENMP
+    found = [Extension("vattn._C", sources, extra_compile_args=built, extra_link_args=SANITIZERS, **options)]
     if NO_CUDA is None:
         sources = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
         by_compiler = {"cxx": [*flags, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++20"]}

@@ -401,13 +401,13 @@ class Call(attention.Call):
     ) -> None:  # fmt: skip
         super().__init__(query, [key], [value], dropout_p, seed, scale)
         bias_table, window, positions, self.causal = bias
-        self.block_size, self.num_global, self.tokens = block_size, num_global, query.shape[2] - num_global
+        self.num_global, self.tokens = num_global, query.shape[2] - num_global
+        self.block_size = block_size = min(block_size, max(self.tokens, 1))
         order = None if bias_table is None and not self.causal else positions  # all that positions are asked for
         self.table, codes, (code_step, _, S) = position_bias.arguments(bias_table, window, order, self.tokens, query)
         self.pointers = Pointers(self.table, codes, row_offsets, columns)
         layout_step = 0 if row_offsets.shape[0] == 1 else row_offsets.stride(0)
-        # Of no tokens at all, no size divides: it is never asked.
-        inverse = launch.reciprocal(max(block_size, 1))
+        inverse = launch.reciprocal(block_size)
         self.numbers = layout_step, code_step, S, num_global, self.tokens, block_size, inverse
 
     def parts(

@@ -111,10 +111,6 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, kept: Tensor, dropout_p: float, seed: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B, H, Lq, D), in memory as (B, Lq, H, D), and the float32 lse (B, H, Lq)."""
-    Lk = key.shape[2]
-    if kept.device.type != "meta":
-        message = f"node_sparse_attention: kept must be from 0 to below the number of keys ({Lk})"
-        torch._assert_async(((kept >= 0) & (kept < Lk)).all(), message)
     call = Call(query, key, value, kept, dropout_p, seed, scale)
     return call.forward_splits(call.queries("forward"))
 
@@ -161,6 +157,10 @@ class Call(SplitCall):
         scale: float,
     ) -> None:  # fmt: skip
         super().__init__(query, [key], [value], dropout_p, seed, scale)
+        Lk = key.shape[2]
+        if kept.device.type != "meta":
+            message = f"node_sparse_attention: kept must be from 0 to below the number of keys ({Lk})"
+            torch._assert_async(((kept >= 0) & (kept < Lk)).all(), message)
         self.kept = kept.contiguous()
         self.K = kept.shape[1] if key.shape[2] > 0 else 0
 

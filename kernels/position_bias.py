@@ -53,12 +53,12 @@ def code_kernel(position_ptr, code_ptr, count, T, H, W, TILE: tl.constexpr):
 
 
 def codes(window: Sequence[int], positions: Tensor | None, tokens: int, like: Tensor) -> Tensor:
-    """The codes of `tokens` tokens, int32 ``(N,)`` or, like `positions`, ``(B, N)``; without a window the positions."""
+    """The codes of `tokens` tokens, int32 ``(N,)`` or, like `positions`, ``(B, N)``; without a window their ranks."""
     if positions is None:
         positions = torch.arange(tokens, device=like.device)
-    if len(window) == 0:
-        return positions.to(torch.int32).contiguous()
     positions = positions.contiguous()
+    if len(window) == 0:  # who comes first is all that is asked: any position has a rank of 32 bits
+        return torch.searchsorted(positions.sort(-1).values.contiguous(), positions, out_int32=True)
     code = positions.new_empty(positions.shape, dtype=torch.int32)
     if code.numel() > 0:
         programs = triton.cdiv(code.numel(), TILE)

@@ -364,6 +364,24 @@ def test_errors(build, arguments, error, must):
         call(**arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("block_size", [10, 2**31, 2**62, 2**63 - 1])
+def test_a_block_of_any_size_is_all_tokens(block_size, dtype):
+    layout, whole = (BlockLayout.dense(9, size, num_global=1) for size in (block_size, 9))
+    assert torch.equal(layout.to_mask(), whole.to_mask()) and layout.density == whole.density == 1
+    assert layout.transpose() == layout
+    assert BlockLayout.from_mask(whole.to_mask(), block_size, num_global=1) == layout
+    query = torch.randn(1, 2, 10, 4, dtype=dtype, requires_grad=True)
+    out, expected = (vattn.edge_sparse_attention(query, query, query, x) for x in (layout, whole))
+    assert torch.equal(out, expected)
+    assert torch.equal(*(torch.autograd.grad(x.sum(), query)[0] for x in (out, expected)))
+
+
+def test_a_block_must_be_countable():
+    with pytest.raises(ValueError, match=r"^BlockLayout.dense: block_size must be less than 2\*\*63, got block_size="):
+        BlockLayout.dense(9, 2**63)
+
+
 @pytest.mark.parametrize(
     ("batch", "queries", "block", "must"),
     [

@@ -21,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vattn
 from benchmarks.registry import load_operator, operator_names
 from tests.calls import DIFFERENTIABLE, OPERATORS, WITH_LSE, as_tuple, calls, leaves
+from tests.kernels.operators import OPERATORS as KERNELS_UNDER_TEST
+from tests.kernels.operators import over
 from vattn import _library, reference
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -316,6 +318,16 @@ def test_a_wrong_tensor_is_explained(op):
                 function(*tensors[:i], wrong, *tensors[i + 1 :])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@over("empty", [op for op in KERNELS_UNDER_TEST if op.differentiable])
+def test_what_is_empty_has_a_gradient(operator, sizes, dtype):
+    """Of every input, where an axis of it is empty, or one of another."""
+    case = operator.make("cpu", **sizes)
+    leaves = {name: x.to(dtype).requires_grad_() for name, x in case.tensors.items()}
+    found = operator.reference(leaves, case.settings)
+    torch.autograd.grad([found[name].sum() for name in operator.results], list(leaves.values()))
+
+
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_twice_the_same_bits(op):
     function, tensors = calls(torch.float32)[op]
@@ -458,7 +470,7 @@ def test_kernels_called_directly_check_what_they_need():
     op = torch.ops.vattn.leap_attention
     with pytest.raises(TypeError, match="float32, bfloat16 and float16"):
         op(*[Q.double()] * 3, 1, 2, 0, 0.0, None, 1.0)
-    with pytest.raises(ValueError, match="one shape and dtype"):
+    with pytest.raises(ValueError, match="key must have shape"):
         op(Q, Q[:, :, :2], Q, 1, 2, 0, 0.0, None, 1.0)
     with pytest.raises(ValueError, match="leap must be at least 1"):
         op(Q, Q, Q, 0, 2, 0, 0.0, None, 1.0)

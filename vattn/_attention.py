@@ -7,7 +7,7 @@ Its kernels are three ops, whose schemas follow from the first::
     <op>_jvp(the tangent of each input, *inputs, out, lse, *settings) -> (out_tangent, lse_tangent)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class Attention(Operator):
 
     Args:
         schema: of the forward. Its first arguments are `inputs`; one that is optional may stand among the settings.
+        takes: as for :class:`Operator`, of the arguments of the forward but for what every attention takes.
         inputs: the arguments that have a gradient.
         pairs: of the arguments, by their names: how many pairs of a query and a key meet. In a product of matrices, a
             pair takes a multiplication and an addition for each channel. The forward has two products, the others five.
@@ -34,6 +35,7 @@ class Attention(Operator):
         self,
         schema: str,
         *,
+        takes: Mapping[str, str],
         inputs: Sequence[str] = ("query", "key", "value"),
         pairs: Callable[..., int] | None = None,
         fake: Callable[..., Any] | None = None,
@@ -49,17 +51,23 @@ class Attention(Operator):
         self._rest = [x for x in kinds if x not in self._leading]
         self.pairs, self._empty = pairs, like or _like_rows
         kept = [x for x, kind in kinds.items() if kind.startswith("Tensor")]
+        takes = {**takes, "dropout_p": "0 .. 1", "seed": "1: int64", "scale": "finite"}
         super().__init__(
-            schema, fake=fake or _fake, backward=self._backward, jvp=self._jvp, keeps=[*kept, "out", "lse"],
-            constant=list(results)[2:], flops=self._flops(products=2), autocast=autocast, shared=[*shared, "seed"],
-            **settings,
+            schema, takes=takes, fake=fake or _fake, backward=self._backward, jvp=self._jvp,
+            keeps=[*kept, "out", "lse"], constant=list(results)[2:], flops=self._flops(products=2), autocast=autocast,
+            shared=[*shared, "seed"], **settings,
         )  # fmt: skip
 
         grads = {x: f"grad_{x}" for x in inputs}
         tangents = {x: f"{x[:-1]}_tangents" if kinds[x] == "Tensor[]" else f"{x}_tangent" for x in inputs}
         of_optional = [names[x] for names in (grads, tangents) for x in self._optional]
+        rows = takes[self._leading[0]]
+        takes |= dict.fromkeys(("out", "grad_out"), rows)
+        takes |= dict.fromkeys(("lse", "grad_lse"), f"{rows.rpartition(' ')[0]}: float32")
+        takes |= {named: takes[x] for names in (grads, tangents) for x, named in names.items()}
         derived: dict[str, Any] = settings | {
-            "flops": self._flops(products=5), "shared": [*shared, "seed", *of_optional], "public": False,
+            "takes": takes, "flops": self._flops(products=5), "shared": [*shared, "seed", *of_optional],
+            "public": False,
         }  # fmt: skip
         primals = [f"{kinds[x]} {x}" for x in self._leading] + ["Tensor out", "Tensor lse"]
         primals += [f"{kinds[x]} {x}" for x in self._rest]

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 
 from vattn import _flops
 from vattn._library import AUTOCAST_DEVICES, _with_cuda_cpp, compute_dtype, library, note_compiled_kernels
+from vattn._signature import Signature
 from vattn._vmap import vmap_rule
 
 OPERATORS: dict[str, "Operator"] = {}
@@ -35,7 +36,9 @@ class Operator:
 
     Args:
         schema: as ``torch.library`` has it, with a name for every result.
+        takes: what its arguments must be, see :mod:`vattn._signature`.
         fake: of the arguments: results of the right shape, dtype and strides.
+        also: of the arguments by their names: raises where they do not fit each other.
         launch: its CUDA kernel, as "<module of vattn.kernels>.<function>"; None is ``<name>.forward``.
         backward: of (arguments by name, results, gradients of the results or None): gradients of arguments, by name.
         jvp: of (arguments by name, results, tangents of arguments by name, or None): tangents of the results.
@@ -60,6 +63,8 @@ class Operator:
         self,
         schema: str,
         *,
+        takes: Mapping[str, str],
+        also: Callable[..., None] | None = None,
         fake: Callable[..., Any],
         launch: str | None = None,
         backward: Callable[..., Mapping[str, Any]] | None = None,
@@ -79,6 +84,7 @@ class Operator:
         self.arguments, self.results = (declared(part) for part in schema.split(" -> "))
         packet, _, overload = self.name.partition(".")
         self.op = getattr(getattr(torch.ops.vattn, packet), overload or "default")
+        self.signature = Signature(self.public_name, self.arguments, takes, also)
         self.backward, self.jvp, self.keeps, self.constant = backward, jvp, keeps, constant
         self.autocast, self.autocast_to, self.shared, self.any_axes = autocast, autocast_to, shared, any_axes
         self._has_lists = "Tensor[]" in self.arguments.values()
@@ -98,8 +104,8 @@ class Operator:
         self._floats = floats = [name for name, kind in self.arguments.items() if kind == "float"]
         if floats:
             self.traced = _Traced(
-                self, schema.replace("(", ".traced(", 1).replace("float ", "Tensor "), fake=fake, backward=backward,
-                jvp=jvp, keeps=[*keeps, *floats], sizes_of=sizes_of, constant=constant, autocast=autocast,
+                self, schema.replace("(", ".traced(", 1).replace("float ", "Tensor "), takes=takes, fake=fake,
+                backward=backward, jvp=jvp, keeps=[*keeps, *floats], sizes_of=sizes_of, constant=constant, autocast=autocast,
                 autocast_to=autocast_to, shared=[*shared, *floats], any_axes=any_axes, public=False,
             )  # fmt: skip
         if flops is not None:
@@ -110,7 +116,7 @@ class Operator:
     def _add_kernels(self, launch: str) -> None:
         note_compiled_kernels(self.name, self.arguments.values())
         if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
-            library.impl(self.name, functools.partial(_launch, launch), "CUDA")
+            library.impl(self.name, functools.partial(_launch, self, launch), "CUDA")
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -329,8 +335,9 @@ def _as_tensor(x: Any, kind: str) -> Any:
     return torch.ones((), dtype=torch.float64, device="cpu") * x
 
 
-def _launch(path: str, *args: Any) -> Any:
+def _launch(op: Operator, path: str, *args: Any) -> Any:
     """A function of ``vattn.kernels``, which need Triton: only a GPU does."""
+    op.signature.check(dict(zip(op.arguments, args, strict=True)))
     module, function = path.split(".")
     return getattr(importlib.import_module(f"vattn.kernels.{module}"), function)(*args)
 

@@ -255,8 +255,9 @@ class BlockLayout:
         if not (mask[..., :num_global, :].all() and mask[..., :num_global].all()):
             raise ValueError(f"{op}: mask must be True for global tokens, got num_global={num_global}")
         local = per_head[:, num_global:, num_global:]
-        blocks = (local.shape[0], M, block_size, M, block_size)
-        rest = M * block_size - N
+        size = min(block_size, max(N, 1))
+        blocks = (local.shape[0], M, size, M, size)
+        rest = M * size - N
         some, every = (
             torch.nn.functional.pad(local, (0, rest, 0, rest), value=value).view(blocks) for value in (False, True)
         )
@@ -447,6 +448,8 @@ def _count_blocks(op: str, num_tokens: int, block_size: int, num_global: int) ->
     _checks.integer(op, "num_tokens", num_tokens, least=0)
     _checks.integer(op, "block_size", block_size, least=1)
     _checks.integer(op, "num_global", num_global, least=0)
+    if block_size >= 2**63:
+        raise ValueError(f"{op}: block_size must be less than 2**63, got block_size={block_size}")
     return -(-num_tokens // block_size)
 
 

@@ -161,6 +161,19 @@ def check_bias(op: str, bias: object, query: Tensor, num_global: int, positions:
         )
 
 
+def check_table(op: str, table: Tensor | None, window: Sequence[int], num_global: int) -> None:
+    """`window` has three sizes if there is a `table`, which then has their rows, and none if there is not."""
+    if len(window) != (0 if table is None else 3):
+        raise ValueError(
+            f"{op}: window must be (T, H, W) with a bias_table, and () without, got window={tuple(window)}"
+        )
+    rows = 0 if table is None else num_offsets(window) + num_global * (2 + num_global)
+    if table is not None and (table.shape[0] != rows or rows >= 2**31):
+        raise ValueError(
+            f"{op}: bias_table must have {rows} rows, fewer than 2**31, got bias_table.shape={tuple(table.shape)}"
+        )
+
+
 def num_offsets(window: Sequence[int]) -> int:
     """How many offsets two tokens of the grid can have: the rows of the table that come first."""
     return math.prod([2 * size - 1 for size in window])

@@ -21,34 +21,31 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
                  const Tensor& columns_, const MaybeTensor&, const MaybeTensor&, int64_t block_size, int64_t num_global,
                  const MaybeTensor& bias_table, const Ints& window, const MaybeTensor& positions_, bool causal,
                  double dropout_p, const MaybeTensor& seed, double scale, bool importance)
-      : AttentionCall("edge_sparse_attention", kernels().edge_sparse_attention, 4, query_, key, value, dropout_p, seed,
-                      scale),
-        row_offsets(contiguous(row_offsets_, ScalarType::Int)), columns(contiguous(columns_, ScalarType::Int)),
-        N(query.size(2) - num_global), positions(op, a.B, a.H, N, num_global, bias_table, window, positions_, causal),
-        importance(importance) {
-    check_one_shape();
-    check_value(block_size >= 1 && num_global >= 0 && N >= 0, op, ": the layout does not fit the query");
-    a.Lq = query.size(2), a.G = num_global, a.block_size = block_size, a.blocks = parts(N, block_size);
-    set_layout();
-    a.max_queries = std::max(a.G, std::min(block_size, N)), a.max_keys = a.Lq;
+      : AttentionCall("edge_sparse_attention", kernels().edge_sparse_attention, 4, Tokens::OfQuery, query_, key, value,
+                      dropout_p, seed, scale),
+        N(other_tokens(op, query.size(2), num_global)),
+        positions(op, a.B, a.H, N, num_global, bias_table, window, positions_, causal), importance(importance) {
+    check_range(op, "block_size", block_size, 1);
+    a.Lq = query.size(2), a.G = num_global;
+    a.block_size = std::min(block_size, std::max<int64_t>(N, 1)), a.blocks = parts(N, a.block_size);
+    set_layout(row_offsets_, columns_);
+    a.max_queries = std::max(a.G, std::min(a.block_size, N)), a.max_keys = a.Lq;
     a.components = a.B * a.H * a.units();
     a.positions = positions.args;
     a.slices = 1;
   }
 
-  void set_layout() {
-    check_value(row_offsets.dim() == 2 && row_offsets.size(1) == a.blocks + 1 &&
-                    (row_offsets.size(0) == 1 || row_offsets.size(0) == a.H),
-                op, ": row_offsets must have shape (1 or ", a.H, ", ", a.blocks + 1, "), got ", row_offsets.sizes());
-    a.layouts = row_offsets.size(0);
+  void set_layout(const Tensor& row_offsets_, const Tensor& columns_) {
+    check_here(op, "columns", columns_), check_here(op, "row_offsets", row_offsets_);
+    const int64_t entries = columns_.numel();
+    columns = checked_numbers<int32_t>(op, "columns", columns_, {entries}, "the last block", a.blocks - 1);
+    a.layouts = row_offsets_.dim() == 2 && row_offsets_.size(0) == 1 ? 1 : a.H;
+    row_offsets = checked_numbers<int32_t>(op, "row_offsets", row_offsets_, {a.layouts, a.blocks + 1},
+                                           "the number of columns", entries);
     a.row_offsets = row_offsets.const_data_ptr<int32_t>(), a.columns = columns.const_data_ptr<int32_t>();
-    const int64_t offsets = row_offsets.numel(), entries = columns.numel();
-    for (int64_t i = 0, last = 0; i < offsets; last = a.row_offsets[i++])
-      check_value(last <= a.row_offsets[i] && a.row_offsets[i] <= entries, op,
-                  ": row_offsets must not fall, nor pass the end of columns");
-    for (int64_t i = 0; i < entries; ++i)
-      check_value(0 <= a.columns[i] && a.columns[i] < a.blocks, op, ": columns must be from 0 to below ", a.blocks,
-                  ", got ", a.columns[i]);
+    for (int64_t i = 1, offsets = row_offsets.numel(); i < offsets; ++i)
+      check_value(a.row_offsets[i - 1] <= a.row_offsets[i], op, ": row_offsets must not fall, got row_offsets[", i,
+                  "]=", a.row_offsets[i], " after ", a.row_offsets[i - 1]);
   }
 
   // With the probability (B, N) that the first global query gives each key, averaged over heads, or with nothing.
@@ -106,7 +103,7 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
   void set_table_tangent(const MaybeTensor& tangent, const MaybeTensor& table) {
     if (!tangent.has_value()) return;
     check_value(table.has_value(), op, ": table_tangent must come with a bias_table, got bias_table=None");
-    check_like(op, "table_tangent", *tangent, "bias_table", table->sizes(), table->scalar_type());
+    check_tensor(op, "table_tangent", *tangent, table->sizes(), ScalarType::Float);
     positions.set_tangent(*tangent);
     a.positions = positions.args;
   }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -25,13 +26,30 @@ using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
+// The name of an argument, or of an element of a list.
+struct Name {
+  const char* name;
+  int64_t index = -1;
+  Name(const char* name, int64_t index = -1) : name(name), index(index) {}
+};
+
+constexpr int64_t ANY = -1;  // a size that may be any
+
 template <class T>
 void print(std::ostream& to, const T& x) { to << x; }
 inline void print(std::ostream& to, ScalarType dtype) { to << torch::headeronly::toString(dtype); }
 inline void print(std::ostream& to, Sizes sizes) {
   const char* before = "[";
-  for (int64_t size : sizes) to << before << size, before = ", ";
+  for (int64_t size : sizes) {
+    to << before, before = ", ";
+    if (size == ANY) to << "any";
+    else to << size;
+  }
   to << (sizes.empty() ? "[]" : "]");
+}
+inline void print(std::ostream& to, Name x) {
+  to << x.name;
+  if (x.index >= 0) to << '[' << x.index << ']';
 }
 template <class... Parts>
 std::string text(const Parts&... parts) {
@@ -52,19 +70,46 @@ void check_type(bool holds, const Parts&... parts) {
   if (!holds) raise_type_error(text(parts...));
 }
 
-// Argument `name` must have the shape and the dtype of argument `of`, or those that it would have.
-inline void check_like(const char* op, const std::string& name, const Tensor& x, const std::string& of, Sizes sizes,
-                       ScalarType dtype) {
-  check_value(x.sizes().equals(sizes), op, ": ", name, " must have the shape of ", of, " (", sizes, "), got ", name,
-              ".shape=", x.sizes());
+// Argument `name` must be a tensor, which a schema does not see to, and lie on the CPU.
+inline void check_here(const char* op, Name name, const Tensor& x) {
+  check_value(x.defined() && x.is_cpu(), op, ": ", name, " must be a tensor on the CPU, got ",
+              x.defined() ? "one on another device" : "None");
+}
+
+// What every tensor that comes from outside is held against, in forward, backward and tangent: argument `name` must have
+// these sizes and this dtype. `torch.ops` bypasses the public functions and their checks.
+inline void check_tensor(const char* op, Name name, const Tensor& x, Sizes sizes, ScalarType dtype) {
+  check_here(op, name, x);
+  const Sizes own = x.sizes();
+  bool fits = own.size() == sizes.size();
+  for (size_t axis = 0; fits && axis < sizes.size(); ++axis) fits = sizes[axis] == ANY || sizes[axis] == own[axis];
+  check_value(fits, op, ": ", name, " must have shape ", sizes, ", got ", name, ".shape=", own);
   check_type(x.scalar_type() == dtype, op, ": ", name, " must have dtype ", dtype, ", got ", name,
              ".dtype=", x.scalar_type());
 }
 
-inline Dtype dtype_of(const char* op, const Tensor& x) {
+// Setting `name` must be from `least` to `most`.
+inline void check_range(const char* op, Name name, int64_t value, int64_t least,
+                        int64_t most = std::numeric_limits<int64_t>::max()) {
+  check_value(value >= least, op, ": ", name, " must be at least ", least, ", got ", name, "=", value);
+  check_value(value <= most, op, ": ", name, " must be at most ", most, ", got ", name, "=", value);
+}
+
+// A product of sizes, where zeros count as ones: so many things must be countable, were there any.
+inline int64_t checked_product(const char* op, Name name, Sizes sizes) {
+  int64_t product = 1;
+  for (int64_t size : sizes)
+    check_value(!__builtin_mul_overflow(product, std::max<int64_t>(size, 1), &product), op, ": ", name,
+                " must have fewer than 2**63 elements, got ", name, "=", sizes);
+  return product;
+}
+
+// That of the first argument, which others share.
+inline Dtype dtype_of(const char* op, Name name, const Tensor& x) {
+  check_here(op, name, x);
   const ScalarType dtype = x.scalar_type();
   check_type(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-             ": the kernels take float32, bfloat16 and float16, got dtype=", dtype);
+             ": the kernels take float32, bfloat16 and float16, got ", name, ".dtype=", dtype);
   return dtype == ScalarType::Float ? Dtype::Float32 : dtype == ScalarType::Half ? Dtype::Float16 : Dtype::BFloat16;
 }
 
@@ -76,7 +121,8 @@ inline Tensor contiguous(const Tensor& x, ScalarType dtype) {
 
 // The kernels read rows whose last axis is contiguous; any other tensor is copied.
 inline Tensor with_rows(const Tensor& x) {
-  return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
+  const Sizes sizes = x.sizes();
+  return sizes.empty() || sizes.back() <= 1 || x.strides().back() == 1 ? x : torch::stable::contiguous(x);
 }
 
 inline float* floats(const Tensor& x) { return x.mutable_data_ptr<float>(); }
@@ -179,14 +225,31 @@ constexpr int64_t CACHED_FLOATS = 1 << 16;  // what an item keeps in the second-
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// The lengths of each sample's keys, int64 and contiguous, where they fit.
-inline const int64_t* checked_key_lengths(const char* op, const Tensor& lengths, int64_t B, int64_t keys) {
-  check_value(lengths.numel() == B, op, ": key_lengths must have shape (", B, ",), got ", lengths.sizes());
-  const int64_t* length = lengths.const_data_ptr<int64_t>();
-  for (int64_t b = 0; b < B; ++b)
-    check_value(0 <= length[b] && length[b] <= keys, op, ": key_lengths must be between 0 and the number of keys (",
-                keys, "), got key_lengths[", b, "]=", length[b]);
-  return length;
+// Numbers of argument `name` from 0 to `most`, which is `limit`: int32, or int64 for either.
+template <class Int>
+Tensor checked_numbers(const char* op, Name name, const Tensor& x, Sizes sizes, const char* limit, int64_t most) {
+  constexpr ScalarType dtype = std::is_same_v<Int, int64_t> ? ScalarType::Long : ScalarType::Int;
+  check_here(op, name, x);
+  check_tensor(op, name, x, sizes, x.scalar_type() == ScalarType::Int ? ScalarType::Int : dtype);
+  const Tensor numbers = contiguous(x, dtype);
+  const Int* number = numbers.const_data_ptr<Int>();
+  for (int64_t i = 0, end = numbers.numel(); i < end; ++i)
+    check_value(0 <= number[i] && number[i] <= most, op, ": ", name, " must be between 0 and ", limit, " (", most,
+                "), got ", Name(name.name, i), "=", number[i]);
+  return numbers;
+}
+
+// The lengths of each sample's keys.
+inline Tensor checked_key_lengths(const char* op, const Tensor& lengths, int64_t B, int64_t keys) {
+  return checked_numbers<int64_t>(op, "key_lengths", lengths, {B}, "the number of keys", keys);
+}
+
+// Positions of the N tokens, (N,) or (B, N).
+inline Tensor checked_positions(const char* op, const Tensor& positions, int64_t B, int64_t N) {
+  check_here(op, "positions", positions);
+  const int64_t sizes[] = {B, N};
+  check_tensor(op, "positions", positions, Sizes(sizes + (positions.dim() == 1), sizes + 2), ScalarType::Long);
+  return contiguous(positions, ScalarType::Long);
 }
 
 // Attention over a union of key sets from attention over its parts; an operator itself.

@@ -2,6 +2,8 @@
 // checks and settings, and says where it does something else.
 #pragma once
 
+#include <cmath>
+
 #include "host.h"
 
 namespace vattn {
@@ -46,26 +48,32 @@ void run_backward(const AttentionKernels<Args>& kernel, Args& a) {
   }
 }
 
-// What every attention takes, of a query (B, H, tokens, D) with `axes` axes.
-inline void set_attention(const char* op, Attention& a, const Tensor& query, int64_t axes, double dropout_p,
-                          const MaybeTensor& seed, double scale) {
+// What every attention takes, of a query (B, H, tokens, D) with `axes` axes, which it returns as the kernels read it.
+inline Tensor set_attention(const char* op, Attention& a, const Tensor& query_, int64_t axes, double dropout_p,
+                            const MaybeTensor& seed, double scale) {
+  a.dtype = dtype_of(op, "query", query_);
+  Tensor query = with_rows(query_);
   check_value(query.dim() == axes, op, ": query must have ", axes, " axes, got query.shape=", query.sizes());
-  a.dtype = dtype_of(op, query);
   a.B = query.size(0), a.H = query.size(1), a.D = query.size(-1);
   check_value(a.D >= 1 && a.D <= 256, op, ": head_dim must be between 1 and 256, got head_dim=", a.D);
+  checked_product(op, "query.shape", query.sizes());
+  check_value(0 <= dropout_p && dropout_p <= 1, op, ": dropout_p must be between 0 and 1, got dropout_p=", dropout_p);
   check_value(dropout_p == 0 || seed.has_value(), op, ": dropout needs a seed, got seed=None");
+  check_value(std::isfinite(scale), op, ": scale must be finite, got scale=", scale);
   a.scale = (float)scale;
   a.dropout_p = (float)dropout_p;
-  if (seed.has_value()) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(seed->get(), &a.seed));
+  if (seed.has_value()) {
+    check_tensor(op, "seed", *seed, {1}, ScalarType::Long);
+    a.seed = *seed->const_data_ptr<int64_t>();
+  }
   a.query = strided(query);
+  return query;
 }
 
 // The start of delta: minus the gradient of lse, or 0.
-inline Tensor start_delta(const char* op, const Tensor& lse, const MaybeTensor& grad_lse) {
+inline Tensor start_delta(const Tensor& lse, const MaybeTensor& grad_lse) {
   Tensor delta = empty(lse.sizes(), ScalarType::Float);
   if (!grad_lse.has_value()) return torch::stable::zero_(delta);
-  check_value(grad_lse->sizes().equals(lse.sizes()), op, ": grad_lse must have the shape of lse (", lse.sizes(),
-              "), got grad_lse.shape=", grad_lse->sizes());
   Tensor grad = contiguous(*grad_lse, ScalarType::Float);
   std::transform(floats(grad), floats(grad) + grad.numel(), floats(delta), [](float x) { return -x; });
   return delta;
@@ -87,26 +95,28 @@ void for_each(const Tensors& list, F f) {
   for (const Tensor& x : list) f(x);
 }
 
-// The tangents `name` of the arguments `of`, as the kernels read them.
-inline Tensor tangent_rows(const char* op, const std::string& name, const Tensor& x, const std::string& of,
-                           const Tensor& primal) {
-  check_like(op, name, x, of, primal.sizes(), primal.scalar_type());
+// Argument `name`, which belongs to `primal`, as the kernels read it.
+inline Tensor rows_like(const char* op, Name name, const Tensor& x, const Tensor& primal) {
+  check_tensor(op, name, x, primal.sizes(), primal.scalar_type());
   return with_rows(x);
 }
-inline Tensors tangent_rows(const char* op, const std::string& name, const Tensors& x, const std::string& of,
-                            const Tensors& primals) {
+inline Tensors rows_like(const char* op, Name name, const Tensors& list, const Tensors& primals) {
+  check_value(list.size() == primals.size(), op, ": ", name, " must have ", primals.size(), " elements, got ",
+              list.size());
   Tensors results;
-  for (size_t i = 0; i < primals.size(); ++i) {
-    const std::string index = "s[" + std::to_string(i) + "]";
-    results.push_back(tangent_rows(op, name + index, x[i], of + index, primals[i]));
-  }
+  for (size_t i = 0; i < list.size(); ++i)
+    results.push_back(rows_like(op, {name.name, (int64_t)i}, list[i], primals[i]));
   return results;
 }
+
+// Which keys there are: those of the tokens of the query, or of any number of other tokens.
+enum class Tokens { OfQuery, Others };
 
 // One call of an attention operator: the arguments of its kernels, and the tensors that they point to. Keys is Tensor,
 // or Tensors where keys and values come in lists.
 template <class Args, class Keys = Tensor>
 class AttentionCall {
+  static constexpr bool LISTS = std::is_same_v<Keys, Tensors>;
   std::vector<std::vector<Strided>> lists;  // that `a` points to
 
  protected:
@@ -117,14 +127,11 @@ class AttentionCall {
   Keys key, value;
   bool leaves_keys = false;  // whether there may be keys that no query reads
 
-  AttentionCall(const char* op, const AttentionKernels<Args>& kernel, int64_t axes, const Tensor& query_,
-                const Keys& key_, const Keys& value_, double dropout_p, const MaybeTensor& seed, double scale)
-      : op(op), kernel(kernel), query(with_rows(query_)), key(each(key_, with_rows)), value(each(value_, with_rows)) {
-    set_attention(op, a, query, axes, dropout_p, seed, scale);
-    auto check = [&](const Tensor& x) {
-      check_value(x.dim() == axes, op, ": keys and values must have ", axes, " axes, got ", x.sizes());
-    };
-    for_each(key, check), for_each(value, check);
+  AttentionCall(const char* op, const AttentionKernels<Args>& kernel, int64_t axes, Tokens tokens,
+                const Tensor& query_, const Keys& key_, const Keys& value_, double dropout_p, const MaybeTensor& seed,
+                double scale)
+      : op(op), kernel(kernel), query(set_attention(op, a, query_, axes, dropout_p, seed, scale)),
+        key(checked_keys("key", key_, tokens)), value(rows_like(op, LISTS ? "values" : "value", value_, key)) {
     a.key = view(key), a.value = view(value);
   }
   AttentionCall(const AttentionCall&) = delete;  // `a` points into this object
@@ -136,16 +143,17 @@ class AttentionCall {
     return views.data();
   }
 
-  void check_one_shape() const {
-    for (const Tensor* x : {&key, &value})
-      check_value(x->sizes().equals(query.sizes()) && x->scalar_type() == query.scalar_type(), op,
-                  ": query, key and value must have one shape and dtype");
+  Tensor checked_keys(Name name, const Tensor& x, Tokens tokens) const {
+    if (tokens == Tokens::OfQuery) return rows_like(op, name, x, query);
+    check_tensor(op, name, x, {a.B, a.H, ANY, a.D}, query.scalar_type());
+    checked_product(op, name, x.sizes());
+    return with_rows(x);
   }
-  void check_one_shape_but_tokens(const Tensor& key, const Tensor& value, const char* names) const {
-    check_value(key.dim() == 4 && key.size(0) == a.B && key.size(1) == a.H && key.size(3) == a.D &&
-                    key.scalar_type() == query.scalar_type() && value.sizes().equals(key.sizes()) &&
-                    value.scalar_type() == query.scalar_type(),
-                op, ": ", names, " must fit the query in all but their length");
+  Tensors checked_keys(Name, const Tensors& list, Tokens tokens) const {
+    check_value(!list.empty(), op, ": keys must have at least one element, got none");
+    Tensors keys;
+    for (const Tensor& x : list) keys.push_back(checked_keys({"keys", (int64_t)keys.size()}, x, tokens));
+    return keys;
   }
 
   // All is set but where the results go.
@@ -176,14 +184,17 @@ class AttentionCall {
 
   std::tuple<Tensor, Keys, Keys> backward(const Tensor& grad_out_, const MaybeTensor& grad_lse, const Tensor& out_,
                                           const Tensor& lse_) {
-    Tensor grad_out = tangent_rows(op, "grad_out", grad_out_, "query", query);
-    Tensor out = tangent_rows(op, "out", out_, "query", query), lse = contiguous(lse_, ScalarType::Float);
+    Tensor grad_out = rows_like(op, "grad_out", grad_out_, query), out = rows_like(op, "out", out_, query);
+    const Sizes numbers = query.sizes().slice(0, query.dim() - 1);
+    check_tensor(op, "lse", lse_, numbers, ScalarType::Float);
+    if (grad_lse.has_value()) check_tensor(op, "grad_lse", *grad_lse, numbers, ScalarType::Float);
+    Tensor lse = contiguous(lse_, ScalarType::Float);
     Tensor grad_query = empty_rows(query);
     Keys grad_key = each(key, empty_rows), grad_value = each(value, empty_rows);
     auto zero = [](Tensor x) { torch::stable::zero_(x); };
     if (leaves_keys || query.numel() == 0) for_each(grad_key, zero), for_each(grad_value, zero);
     if (query.numel() == 0) return {grad_query, grad_key, grad_value};
-    Tensor delta = start_delta(op, lse, grad_lse);
+    Tensor delta = start_delta(lse, grad_lse);
     a.out = strided(out), a.grad_out = strided(grad_out), a.grad_query = strided(grad_query);
     a.lse = floats(lse), a.delta = floats(delta);
     run_backward(grad_key, grad_value);
@@ -192,13 +203,13 @@ class AttentionCall {
 
   std::tuple<Tensor, Tensor> tangent(const Tensor& query_tangent_, const Keys& key_tangent_,
                                      const Keys& value_tangent_, const Tensor& out_, const Tensor& lse_) {
-    Tensor query_tangent = tangent_rows(op, "query_tangent", query_tangent_, "query", query);
-    Tensor out = tangent_rows(op, "out", out_, "query", query);
+    Tensor query_tangent = rows_like(op, "query_tangent", query_tangent_, query);
+    Keys key_tangent = rows_like(op, LISTS ? "key_tangents" : "key_tangent", key_tangent_, key);
+    Keys value_tangent = rows_like(op, LISTS ? "value_tangents" : "value_tangent", value_tangent_, value);
+    Tensor out = rows_like(op, "out", out_, query);
     Tensor out_tangent = empty_rows(query), lse_tangent = empty_numbers(query);
-    check_like(op, "lse", lse_, "query without its last axis", lse_tangent.sizes(), ScalarType::Float);
+    check_tensor(op, "lse", lse_, lse_tangent.sizes(), ScalarType::Float);
     Tensor lse = contiguous(lse_, ScalarType::Float);
-    Keys key_tangent = tangent_rows(op, "key_tangent", key_tangent_, "key", key);
-    Keys value_tangent = tangent_rows(op, "value_tangent", value_tangent_, "value", value);
     if (query.numel() > 0) {
       a.query_tangent = strided(query_tangent), a.out = strided(out), a.lse = floats(lse);
       a.key_tangent = view(key_tangent), a.value_tangent = view(value_tangent);

@@ -1,30 +1,44 @@
 // From a table of biases, a window and positions to what the kernels read of them.
 #pragma once
 
+#include <numeric>
+
 #include "host.h"
 
 namespace vattn {
+
+// How many tokens are not global.
+inline int64_t other_tokens(const char* op, int64_t tokens, int64_t num_global) {
+  check_range(op, "num_global", num_global, 0, tokens);
+  return tokens - num_global;
+}
 
 class HostPositions {
   static constexpr int64_t PAD = 32;  // floats before and after a table, which vectors at its ends read or write
   std::vector<int32_t> causal, codes;
   Tensor table, table_tangent;
 
-  // The position of each of N tokens, (N,) or (B, N), checked; default 0 .. N-1.
-  static std::vector<int64_t> checked(const char* op, const MaybeTensor& positions, int64_t B, int64_t N,
-                                      int64_t cells) {
-    std::vector<int64_t> place;
-    if (!positions.has_value()) {
-      for (int64_t i = 0; i < N; ++i) place.push_back(i);
-    } else {
-      Tensor x = contiguous(*positions, ScalarType::Long);
-      check_value((x.dim() == 1 && x.size(0) == N) || (x.dim() == 2 && x.size(0) == B && x.size(1) == N), op,
-                  ": positions must have shape (", N, ",) or (", B, ", ", N, "), got ", x.sizes());
-      place.assign(x.const_data_ptr<int64_t>(), x.const_data_ptr<int64_t>() + x.numel());
+  // The position of each of N tokens; default 0 .. N-1.
+  static std::vector<int64_t> places(const MaybeTensor& positions, int64_t N) {
+    if (positions.has_value()) {
+      const int64_t* first = positions->const_data_ptr<int64_t>();
+      return {first, first + positions->numel()};
     }
-    for (int64_t at : place)
-      check_value(0 <= at && at < cells, op, ": positions must be from 0 to below ", cells, ", got a position of ", at);
+    std::vector<int64_t> place(N);
+    std::iota(place.begin(), place.end(), 0);
     return place;
+  }
+
+  // Who comes first is all that causality asks of positions: of those that do not fit 32 bits, their ranks.
+  static std::vector<int32_t> order(const std::vector<int64_t>& place) {
+    auto fits = [](int64_t at) { return 0 <= at && at < INT32_MAX; };
+    if (std::all_of(place.begin(), place.end(), fits)) return {place.begin(), place.end()};
+    std::vector<int64_t> sorted = place;
+    std::sort(sorted.begin(), sorted.end());
+    std::vector<int32_t> ranks;
+    for (int64_t at : place)
+      ranks.push_back((int32_t)(std::lower_bound(sorted.begin(), sorted.end(), at) - sorted.begin()));
+    return ranks;
   }
 
   // Where entry i of a table is once its differences are turned around, and back.
@@ -49,21 +63,29 @@ class HostPositions {
   HostPositions(const char* op, int64_t B, int64_t H, int64_t N, int64_t num_global, const MaybeTensor& bias,
                 const std::vector<int64_t>& window, const MaybeTensor& positions, bool is_causal) {
     args.G = num_global;
+    MaybeTensor given;
+    if (positions.has_value()) given = checked_positions(op, *positions, B, N);
+    check_value(window.size() == (bias.has_value() ? 3 : 0), op,
+                ": window must have three sizes with a bias_table, and none without, got window=", Sizes(window));
     if (!bias.has_value() && !is_causal) return;
-    check_value(!bias.has_value() || window.size() == 3, op, ": a bias needs a window of three sizes");
-    const int64_t cells = bias.has_value() ? window[0] * window[1] * window[2] : INT32_MAX;
-    const std::vector<int64_t> place = checked(op, positions, B, N, cells);
+    const std::vector<int64_t> place = places(given, N);
     const int64_t batch = positions.has_value() && positions->dim() == 2 ? N : 0;
     if (is_causal) {
-      causal.assign(place.begin(), place.end());
+      causal = order(place);
       args.causal = causal.data(), args.causal_batch = batch;
     }
     if (!bias.has_value()) return;
-    const int64_t h = 2 * window[1] - 1, w = 2 * window[2] - 1;
-    args.differences = (2 * window[0] - 1) * h * w, args.middle = args.differences / 2;
+    for (int64_t size : window) check_range(op, "a size of window", size, 1, INT32_MAX);
+    const int64_t h = 2 * window[1] - 1, w = 2 * window[2] - 1, cells = checked_product(op, "window", window);
+    args.differences = checked_product(op, "window", {2 * window[0] - 1, h, w}), args.middle = args.differences / 2;
+    check_range(op, "the offsets of window", args.differences, 1, INT32_MAX);
+    for (int64_t at : place)
+      check_value(0 <= at && at < cells, op, ": positions must be from 0 to below ", cells, ", got a position of ", at);
+    check_range(op, "num_global", num_global, 0, 1 << 15);
     const int64_t entries = args.differences + 2 * num_global + num_global * num_global;
-    check_value(bias->dim() == 2 && bias->size(0) == entries && bias->size(1) == H, op,
-                ": the bias table must have shape (", entries, ", ", H, "), got ", bias->sizes());
+    check_range(op, "the rows of bias_table", entries, 1, INT32_MAX);
+    check_tensor(op, "bias_table", *bias, {entries, H}, ScalarType::Float);
+    checked_product(op, "bias_table.shape", bias->sizes());
     args.table_head = entries + 2 * PAD;
     constexpr float LOG2E = 1.44269504088896340736f;
     table = turned(*bias, LOG2E), args.table = floats(table) + PAD;

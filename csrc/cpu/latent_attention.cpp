@@ -10,16 +10,12 @@ struct LatentCall : AttentionCall<LatentAttention, Tensors> {
 
   LatentCall(const Tensor& query, const Tensors& keys, const Tensors& values, const MaybeTensor& key_lengths,
              double dropout_p, const MaybeTensor& seed, double scale)
-      : AttentionCall("latent_attention", kernels().latent_attention, 4, query, keys, values, dropout_p, seed, scale) {
-    check_value(keys.size() == values.size() && !keys.empty(), op,
-                ": keys and values must be as many, and at least one");
-    for (size_t i = 0; i < keys.size(); ++i) {
-      check_one_shape_but_tokens(keys[i], values[i], "keys and values");
-      ends.push_back(a.max_keys += keys[i].size(2));
-    }
+      : AttentionCall("latent_attention", kernels().latent_attention, 4, Tokens::Others, query, keys, values,
+                      dropout_p, seed, scale) {
+    for (const Tensor& x : key) ends.push_back(a.max_keys += x.size(2));
     if (key_lengths.has_value()) {
-      lengths = contiguous(*key_lengths, ScalarType::Long);
-      a.key_lengths = checked_key_lengths(op, lengths, a.B, a.max_keys);
+      lengths = checked_key_lengths(op, *key_lengths, a.B, a.max_keys);
+      a.key_lengths = lengths.const_data_ptr<int64_t>();
       leaves_keys = true;
     }
     a.Lq = a.max_queries = query.size(2);
@@ -69,14 +65,6 @@ struct LatentCall : AttentionCall<LatentAttention, Tensors> {
       lse_tangent = torch::stable::sum(lses, first_axis);
     });
     if (!split) AttentionCall::run_tangent(out_tangent, lse_tangent);
-  }
-
-  std::tuple<Tensor, Tensor> tangent(const Tensor& query_tangent, const Tensors& key_tangents,
-                                     const Tensors& value_tangents, const Tensor& out, const Tensor& lse) {
-    check_value(key_tangents.size() == key.size() && value_tangents.size() == key.size(), op,
-                ": key_tangents and value_tangents must be as many as keys (", key.size(), "), got ",
-                key_tangents.size(), " and ", value_tangents.size());
-    return AttentionCall::tangent(query_tangent, key_tangents, value_tangents, out, lse);
   }
 };
 

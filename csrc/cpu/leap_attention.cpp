@@ -7,10 +7,10 @@ namespace {
 struct LeapCall : AttentionCall<LeapAttention> {
   LeapCall(const Tensor& query, const Tensor& key, const Tensor& value, int64_t leap, int64_t group_size,
            int64_t fold_div, double dropout_p, const MaybeTensor& seed, double scale)
-      : AttentionCall("leap_attention", kernels().leap_attention, 5, query, key, value, dropout_p, seed, scale) {
-    check_value(leap >= 1, op, ": leap must be at least 1, got leap=", leap);
-    check_value(group_size >= 1, op, ": group_size must be at least 1, got group_size=", group_size);
-    check_one_shape();
+      : AttentionCall("leap_attention", kernels().leap_attention, 5, Tokens::OfQuery, query, key, value, dropout_p,
+                      seed, scale) {
+    check_range(op, "leap", leap, 1), check_range(op, "group_size", group_size, 1);
+    check_range(op, "fold_div", fold_div, 0);
     a.T = query.size(2), a.N = query.size(3);
     a.leap = std::min(leap, std::max<int64_t>(a.T, 1));
     a.group_size = std::min(group_size, std::max<int64_t>(a.T, 1));

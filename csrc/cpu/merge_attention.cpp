@@ -4,18 +4,28 @@
 namespace vattn {
 namespace {
 
+constexpr const char* OP = "merge_attention";
+
+// The rows of x as the kernels find them: of a view or a copy, where it has more axes than they know.
+Tensor with_few_axes(const Tensor& x) {
+  if (x.dim() - 1 <= Rows::MAX_AXES) return with_rows(x);
+  int64_t rows = 1;
+  for (int64_t size : x.sizes().slice(0, x.dim() - 1)) rows *= size;
+  return with_rows(torch::stable::reshape(x, {rows, x.size(-1)}));
+}
+
 Rows rows(const Tensor& x) {
-  check_value(x.dim() - 1 <= Rows::MAX_AXES, "merge_attention: outs must have at most ", Rows::MAX_AXES + 1,
-              " axes, got ", x.sizes());
   Rows r;
   r.data = x.data_ptr();
   for (int64_t axis = 0; axis < x.dim() - 1; ++axis) r.strides[axis] = x.stride(axis);
   return r;
 }
 
-// What was written to the rows of x, which are in a copy if those of x are not contiguous.
+// What was written to the rows of x, which are in a copy if it is not laid out as the kernels want it.
 void copy_back(Tensor& x, const Tensor& written) {
-  if (x.data_ptr() != written.data_ptr()) torch::stable::copy_(x, written);
+  if (x.data_ptr() == written.data_ptr()) return;
+  const Sizes sizes = x.sizes();
+  torch::stable::copy_(x, torch::stable::reshape(written, {sizes.begin(), sizes.end()}));
 }
 
 // The tensors of a list, kept alive beside what the kernels take of them.
@@ -23,7 +33,7 @@ struct Outs {
   Tensors tensors;
   std::vector<Rows> parts;
   explicit Outs(const Tensors& list) {
-    for (const Tensor& x : list) parts.push_back(rows(tensors.emplace_back(with_rows(x))));
+    for (const Tensor& x : list) parts.push_back(rows(tensors.emplace_back(with_few_axes(x))));
   }
 };
 struct Lses {
@@ -34,22 +44,33 @@ struct Lses {
   }
 };
 
+// List `name` must have `size` elements, each of these sizes and this dtype.
+void check_list(Name name, const Tensors& list, size_t size, Sizes sizes, ScalarType dtype) {
+  check_value(list.size() == size, OP, ": ", name, " must have ", size, " elements, got ", list.size());
+  for (size_t i = 0; i < size; ++i) check_tensor(OP, {name.name, (int64_t)i}, list[i], sizes, dtype);
+}
+
+inline Sizes of_rows(const Tensor& out) { return out.sizes().slice(0, out.dim() - 1); }
+
+void check_parts(const Tensors& outs, const Tensors& lses) {
+  check_value(!outs.empty(), OP, ": outs must have at least one element, got none");
+  const Tensor& first = outs[0];
+  dtype_of(OP, "outs[0]", first);
+  check_value(first.dim() >= 1 && first.size(-1) <= MergeAttention::MAX_D, OP,
+              ": head_dim must be at most ", MergeAttention::MAX_D, ", got outs[0].shape=", first.sizes());
+  checked_product(OP, "outs[0].shape", first.sizes());
+  check_list("outs", outs, outs.size(), first.sizes(), first.scalar_type());
+  check_list("lses", lses, outs.size(), of_rows(first), ScalarType::Float);
+}
+
 MergeAttention arguments(const Outs& outs, const Lses& lses) {
-  check_value(!outs.parts.empty() && outs.parts.size() == lses.parts.size(),
-              "merge_attention: outs and lses must be as many, and at least one");
   const Tensor& first = outs.tensors[0];
   MergeAttention a{};
-  a.dtype = dtype_of("merge_attention", first);
+  a.dtype = dtype_of(OP, "outs[0]", first);
   a.parts = (int64_t)outs.parts.size();
   a.rows = lses.tensors[0].numel();
   a.D = first.size(-1);
   a.axes = first.dim() - 1;
-  check_value(a.D <= MergeAttention::MAX_D, "merge_attention: head_dim must be at most ", MergeAttention::MAX_D,
-              ", got head_dim=", a.D);
-  for (const Tensor& x : outs.tensors)
-    check_value(x.sizes().equals(first.sizes()), "merge_attention: outs must have one shape");
-  for (const Tensor& x : lses.tensors)
-    check_value(x.numel() == a.rows, "merge_attention: lses must have one number for each row of outs");
   for (int64_t axis = 0; axis < a.axes; ++axis) a.sizes[axis] = first.size(axis);
   a.outs = outs.parts.data();
   a.lses = lses.parts.data();
@@ -59,10 +80,16 @@ MergeAttention arguments(const Outs& outs, const Lses& lses) {
 std::tuple<Tensors, Tensors> backward(
     const Tensor& grad_out_, const MaybeTensor& grad_lse_, const Tensors& outs_,
     const Tensors& lses_, const Tensor& out_, const Tensor& lse_) {
+  check_parts(outs_, lses_);
+  const Sizes sizes = outs_[0].sizes(), numbers = of_rows(outs_[0]);
+  for (auto& [name, x] : {std::pair("grad_out", &grad_out_), std::pair("out", &out_)})
+    check_tensor(OP, name, *x, sizes, outs_[0].scalar_type());
+  check_tensor(OP, "lse", lse_, numbers, ScalarType::Float);
+  if (grad_lse_.has_value()) check_tensor(OP, "grad_lse", *grad_lse_, numbers, ScalarType::Float);
   Outs outs(outs_);
   Lses lses(lses_);
   MergeAttention a = arguments(outs, lses);
-  Tensor grad_out = with_rows(grad_out_), out = with_rows(out_), lse = contiguous(lse_, ScalarType::Float);
+  Tensor grad_out = with_few_axes(grad_out_), out = with_few_axes(out_), lse = contiguous(lse_, ScalarType::Float);
   Tensors grad_outs, grad_lses;
   for (const Tensor& x : outs_) grad_outs.push_back(torch::stable::empty_like(x));
   for (const Tensor& x : lses_) grad_lses.push_back(empty(x.sizes(), ScalarType::Float));
@@ -82,26 +109,20 @@ std::tuple<Tensors, Tensors> backward(
   return {grad_outs, grad_lses};
 }
 
-std::tuple<Tensor, Tensor> tangent(const Tensors& out_tangents, const Tensors& lse_tangents,
-                                           const Tensors& outs_, const Tensors& lses_, const Tensor& out,
-                                           const Tensor& lse_) {
-  const char* op = "merge_attention";
+std::tuple<Tensor, Tensor> tangent(const Tensors& out_tangents, const Tensors& lse_tangents, const Tensors& outs_,
+                                   const Tensors& lses_, const Tensor& out, const Tensor& lse_) {
+  check_parts(outs_, lses_);
+  const Sizes sizes = outs_[0].sizes(), numbers = of_rows(outs_[0]);
+  check_list("out_tangents", out_tangents, outs_.size(), sizes, outs_[0].scalar_type());
+  check_list("lse_tangents", lse_tangents, outs_.size(), numbers, ScalarType::Float);
+  check_tensor(OP, "out", out, sizes, outs_[0].scalar_type());
+  check_tensor(OP, "lse", lse_, numbers, ScalarType::Float);
   Outs outs(outs_), tangents(out_tangents);
   Lses lses(lses_);
   MergeAttention a = arguments(outs, lses);
-  check_value(out_tangents.size() == outs_.size() && lse_tangents.size() == outs_.size(), op,
-              ": out_tangents and lse_tangents must be as many as outs (", outs_.size(), "), got ", out_tangents.size(),
-              " and ", lse_tangents.size());
-  for (size_t i = 0; i < outs_.size(); ++i) {
-    const std::string index = "[" + std::to_string(i) + "]";
-    check_like(op, "out_tangents" + index, out_tangents[i], "outs" + index, outs_[i].sizes(), outs_[i].scalar_type());
-    check_like(op, "lse_tangents" + index, lse_tangents[i], "lses" + index, lses_[i].sizes(), ScalarType::Float);
-  }
-  check_like(op, "out", out, "outs[0]", outs_[0].sizes(), outs_[0].scalar_type());
-  check_like(op, "lse", lse_, "lses[0]", lses_[0].sizes(), ScalarType::Float);
   Lses lse_parts(lse_tangents);
   Tensor lse = contiguous(lse_, ScalarType::Float), lse_tangent = empty(lse.sizes(), ScalarType::Float);
-  Tensor out_tangent = torch::stable::empty_like(out), stored = with_rows(out_tangent);
+  Tensor out_tangent = torch::stable::empty_like(out), stored = with_few_axes(out_tangent);
   a.lse = floats(lse), a.lse_tangent = floats(lse_tangent);
   a.out_tangents = tangents.parts.data(), a.lse_tangents = lse_parts.parts.data();
   a.out_tangent = rows(stored);
@@ -113,10 +134,11 @@ std::tuple<Tensor, Tensor> tangent(const Tensors& out_tangents, const Tensors& l
 }  // namespace
 
 std::tuple<Tensor, Tensor> merge_attention(const Tensors& outs_, const Tensors& lses_) {
+  check_parts(outs_, lses_);
   Outs outs(outs_);
   Lses lses(lses_);
   MergeAttention a = arguments(outs, lses);
-  Tensor out = torch::stable::empty_like(outs_[0]), stored = with_rows(out);
+  Tensor out = torch::stable::empty_like(outs_[0]), stored = with_few_axes(out);
   Tensor lse = empty(lses_[0].sizes(), ScalarType::Float);
   a.out = rows(stored);
   a.lse = floats(lse);

@@ -9,12 +9,14 @@ namespace {
 
 Tensor nearest_code(const Tensor& x_, const Tensor& codebook_) {
   const char* op = "nearest_code";
-  check_value(x_.dim() >= 1 && codebook_.dim() == 2 && codebook_.size(1) == x_.size(-1) && codebook_.numel() > 0, op,
-              ": x must be (..., C) and codebook (K, C), K and C at least 1");
-  check_type(x_.scalar_type() == codebook_.scalar_type(), op, ": x and codebook must have one dtype");
-  Tensor index = empty(x_.sizes().slice(0, x_.dim() - 1), ScalarType::Long);
   NearestCode a{};
-  a.dtype = dtype_of(op, x_);
+  a.dtype = dtype_of(op, "x", x_);
+  check_value(x_.dim() >= 1 && x_.size(-1) >= 1, op, ": x must have shape (..., C), C at least 1, got x.shape=",
+              x_.sizes());
+  check_tensor(op, "codebook", codebook_, {ANY, x_.size(-1)}, x_.scalar_type());
+  check_value(codebook_.size(0) >= 1, op, ": codebook must have at least one code, got codebook.shape=",
+              codebook_.sizes());
+  Tensor index = empty(x_.sizes().slice(0, x_.dim() - 1), ScalarType::Long);
   if (index.numel() == 0) return index;
   Tensor x = x_.dim() - 1 <= NearestCode::MAX_AXES ? x_ : torch::stable::reshape(x_, {-1, x_.size(-1)});
   Tensor codebook = with_rows(codebook_);

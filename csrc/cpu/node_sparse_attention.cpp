@@ -10,12 +10,10 @@ struct NodeSparseCall : AttentionCall<NodeSparseAttention> {
 
   NodeSparseCall(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& kept_, double dropout_p,
                  const MaybeTensor& seed, double scale)
-      : AttentionCall("node_sparse_attention", kernels().node_sparse_attention, 4, query, key, value, dropout_p, seed,
-                      scale),
-        kept(contiguous(kept_, ScalarType::Long)) {
-    check_one_shape_but_tokens(key, value, "key and value");
-    check_value(kept.dim() == 2 && kept.size(0) == a.B, op, ": kept must have shape (", a.B, ", K), got ",
-                kept.sizes());
+      : AttentionCall("node_sparse_attention", kernels().node_sparse_attention, 4, Tokens::Others, query, key, value,
+                      dropout_p, seed, scale) {
+    check_tensor(op, "kept", kept_, {a.B, ANY}, ScalarType::Long);
+    kept = contiguous(kept_, ScalarType::Long);
     const int64_t K = kept.size(1), *index = kept.const_data_ptr<int64_t>();
     Lk = key.size(2);
     std::vector<int64_t> seen(Lk, -1);  // the last sample that keeps a key

@@ -7,9 +7,10 @@ namespace {
 Tensor shift(const Tensor& x_, int64_t fold_div, bool transpose) {
   const char* op = "periodic_shift";
   PeriodicShift a{};
-  a.dtype = dtype_of(op, x_);
-  check_value(x_.dim() == 5, op, ": x must have 5 axes, got x.shape=", x_.sizes());
-  check_value(fold_div >= 1, op, ": fold_div must be at least 1, got fold_div=", fold_div);
+  a.dtype = dtype_of(op, "x", x_);
+  check_tensor(op, "x", x_, {ANY, ANY, ANY, ANY, ANY}, x_.scalar_type());
+  check_range(op, "fold_div", fold_div, 1);
+  checked_product(op, "x.shape", x_.sizes());
   Tensor x = with_rows(x_), out = empty_rows(x);
   a.B = x.size(0), a.H = x.size(1), a.T = x.size(2), a.N = x.size(3), a.D = x.size(4);
   a.fold = a.D / fold_div;

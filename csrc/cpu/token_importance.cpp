@@ -9,21 +9,21 @@ Tensor token_importance(const Tensor& query_, const Tensor& key_, const MaybeTen
                         const std::vector<int64_t>& window, int64_t num_global, const MaybeTensor& positions_,
                         const MaybeTensor& key_lengths, double scale) {
   const char* op = "token_importance";
-  Tensor query = with_rows(query_), key = with_rows(key_), lengths;
   TokenImportance a{};
-  set_attention(op, a, query, 4, 0, std::nullopt, scale);
-  check_value(key.dim() == 4 && key.size(0) == a.B && key.size(1) == a.H && key.size(3) == a.D &&
-                  key.scalar_type() == query.scalar_type(),
-              op, ": key must fit the query in all but its length");
+  Tensor query = set_attention(op, a, query_, 4, 0, std::nullopt, scale), lengths;
+  check_tensor(op, "key", key_, {a.B, a.H, ANY, a.D}, query.scalar_type());
+  Tensor key = with_rows(key_);
   a.Lq = a.max_queries = query.size(2), a.max_keys = key.size(2);
-  check_value(!bias_table.has_value() || a.Lq == a.max_keys, op, ": a bias is for queries and keys of the same tokens");
-  HostPositions positions(op, a.B, a.H, a.max_keys - num_global, num_global, bias_table, window, positions_,
-                          /*is_causal=*/false);
+  check_value(!bias_table.has_value() || a.Lq == a.max_keys, op,
+              ": with a bias_table query and key must be the same tokens, got ", a.Lq, " and ", a.max_keys);
+  HostPositions positions(op, a.B, a.H, other_tokens(op, a.max_keys, num_global), num_global, bias_table, window,
+                          positions_, /*is_causal=*/false);
   a.positions = positions.args;
   if (key_lengths.has_value()) {
-    lengths = contiguous(*key_lengths, ScalarType::Long);
-    a.key_lengths = checked_key_lengths(op, lengths, a.B, a.max_keys);
+    lengths = checked_key_lengths(op, *key_lengths, a.B, a.max_keys);
+    a.key_lengths = lengths.const_data_ptr<int64_t>();
   }
+  checked_product(op, "key.shape", key.sizes());
   Tensor importance = zeros({a.B, a.max_keys}), maximum = empty_numbers(query), sum = empty_numbers(query);
   if (query.numel() == 0 || a.max_keys == 0) return importance;
   a.components = a.B * a.H;

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.backends import BACKENDS
+from tests.kernels.checks import assert_same_bits, run
+from tests.kernels.operators import over
 from tests.utils import assert_within_budget
 from vattn import _library, reference
 
@@ -30,7 +33,7 @@ def other_capabilities() -> list[str]:
 @pytest.mark.parametrize("capability", other_capabilities())
 def test_other_instruction_sets(capability):
     """The tests of the C++ kernels, for the instruction sets that this processor would not choose."""
-    run = subprocess.run(
+    finished = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -49,21 +52,23 @@ def test_other_instruction_sets(capability):
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stdout
-    assert " passed" in run.stdout
+    assert finished.returncode == 0, finished.stdout
+    assert " passed" in finished.stdout
 
 
 def test_unknown_instruction_set_is_an_error():
     program = "from vattn import _library; _library._C.cpu_capability()"
-    run = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"VATTN_CPU_CAPABILITY": "avx3"},
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
     )
-    assert run.returncode != 0
-    assert "VATTN_CPU_CAPABILITY must be one of" in run.stderr and "got VATTN_CPU_CAPABILITY=avx3" in run.stderr
+    assert finished.returncode != 0
+    assert (
+        "VATTN_CPU_CAPABILITY must be one of" in finished.stderr and "got VATTN_CPU_CAPABILITY=avx3" in finished.stderr
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -95,3 +100,16 @@ def test_any_number_of_threads(shape, dtype, threads):
             assert_within_budget(a, t, p, name)
         first = first or (out, lse)
         assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
+
+
+@over("cases")
+def test_bits_do_not_depend_on_threads(operator, sizes, threads):
+    """But for those of the gradients of edge-sparse attention, and of few queries of latent attention."""
+    case, first = operator.make("cpu", **sizes), None
+    for count in (1, 2, 5):
+        threads(count)
+        found = run(BACKENDS["cpp"], case)
+        if operator.name == "edge_sparse_attention":
+            found = {name: found[name] for name in operator.results}
+        first = first or found
+        assert_same_bits(first, found)

@@ -58,6 +58,15 @@ def test_positions(window, kind, causal, backend):
     check(backend, EDGES.make(backend.device, **sizes, positions=positions, causal=causal))
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_causal_positions_of_64_bits(per_sample, backend):
+    """Any int64 has its place in the order: below 0, above 2**31, and two that are equal in their last 32 bits."""
+    positions = torch.tensor([2**40 + 3, -(2**35), 2**32 + 7, 7, -1, 2**63 - 1, -(2**63), 7, 0, 2**31, 2**40 + 4, 5, 2])
+    positions = torch.stack([positions, positions.flip(0)]) if per_sample else positions
+    sizes = {"rows": [[0, 1], [1, 0]], "block_size": 7, "N": 13, "B": 2, "window": ()}
+    check(backend, EDGES.make(backend.device, **sizes, positions=positions.to(backend.device), causal=True))
+
+
 def test_causal_queries_without_keys(backend):
     """The first tokens of all read later blocks only, and there is no global token."""
     found = check(backend, EDGES.make(backend.device, rows=[[1], [0]], block_size=5, N=10, G=0, causal=True))

@@ -45,6 +45,15 @@ def test_far_apart(backend):
     check(backend, case.replace(**far))
 
 
+def test_many_axes_in_any_order(backend):
+    """More than the kernels on the CPU have strides for; those of out cannot be merged into fewer."""
+    sizes = (2, 1, 2, 1, 1, 3, 1, 2, 1, 2, 1, 8)
+    parts = {f"outs[{i}]": torch.randn(sizes, device=backend.device).transpose(0, 9).transpose(2, 7) for i in range(2)}
+    case = MERGE.make(backend.device, shape=sizes[:-1], D=8).replace(**parts)
+    check(backend, case)
+    check_jvp(backend, case)
+
+
 def test_layouts(backend):
     """Parts that lie alike are read where they lie, others are copied; gradients lie like their parts."""
     B, H, N, D = 2, 3, 5, 16

@@ -69,6 +69,7 @@ OPERATOR = MergeAttention(
         "wide rows": {"shape": (5,), "D": 256},
         "many rows": {"shape": (130,), "D": 64},
         "many axes": {"shape": (2, 3, 4, 5), "D": 24},
+        "twelve axes": {"shape": (1, 2, 1, 1, 2, 1, 1, 1, 2, 1, 3), "D": 8},
     },
     strided={"two parts": {"B": 2, "H": 2, "N": 5}},
     far={"B": 2, "H": 2, "N": 2},

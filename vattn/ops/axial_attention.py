@@ -99,6 +99,7 @@ def _pairs(query: Tensor, **others: Any) -> int:
 _attend = Attention(
     "axial_attention(Tensor query, Tensor key, Tensor value, float dropout_p, Tensor? seed, float scale) "
     "-> (Tensor out, Tensor lse)",
+    takes=dict.fromkeys(("query", "key", "value"), "B H outer line inner D"),
     pairs=_pairs,
     autocast=("query", "key", "value"),
 )

@@ -14,6 +14,7 @@ blocks, each of which reads itself and a random one::
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from vattn._attention import Attention
 from vattn._flops import values
 from vattn._library import empty_rows, runs_reference
 from vattn.layout import BlockLayout
-from vattn.position_bias import RelativePositionBias3D, check_bias
+from vattn.position_bias import RelativePositionBias3D, check_bias, check_table
 from vattn.reference.dropout import random_seed
 
 
@@ -56,7 +57,7 @@ def edge_sparse_attention(
             offset between two positions. Its gradient is computed there too, and is deterministic under
             ``torch.use_deterministic_algorithms(True)``.
         positions: ``(N,)`` or ``(B, N)`` int64, the raster index of each token that is not global in the full grid
-            ``position_bias.window``; None for 0 .. N-1.
+            ``position_bias.window``, or, without a bias, any numbers; None for 0 .. N-1.
         causal: a token reads another only if the position of that one is not greater. Global tokens have no position:
             they still read everything, and are read by everything.
         dropout_p: probability of dropping an attention weight; the seed comes from torch's generator. The copies of a
@@ -173,11 +174,42 @@ def _missing(columns: Tensor, row_offsets: Tensor, block_size: int, num_tokens: 
     return lacks * block_size * (as_queries + int(as_keys.sum())) - lacks**2 * as_both
 
 
+def _check_blocks(
+    query: Tensor, row_offsets: Tensor, block_size: int, num_global: int, bias_table: Tensor | None,
+    window: Sequence[int], importance: bool, table_tangent: Tensor | None = None, **others: Any,
+) -> None:  # fmt: skip
+    op = "edge_sparse_attention"
+    blocks = -(-(query.shape[2] - num_global) // block_size)
+    if row_offsets.shape[1] != blocks + 1:
+        raise ValueError(
+            f"{op}: row_offsets must have an entry for each of {blocks} blocks and one more, "
+            f"got row_offsets.shape={tuple(row_offsets.shape)}"
+        )
+    check_table(op, bias_table, window, num_global)
+    if table_tangent is not None and bias_table is None:
+        raise ValueError(f"{op}: table_tangent must come with a bias_table, got bias_table=None")
+    if importance and num_global == 0:
+        raise ValueError(f"{op}: importance needs a global token, got num_global=0")
+
+
 _attend = Attention(
     "edge_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor row_offsets, Tensor columns, "
     "Tensor? column_offsets, Tensor? rows, SymInt block_size, SymInt num_global, Tensor? bias_table, int[] window, "
     "Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
     "-> (Tensor out, Tensor lse, Tensor importance)",
+    takes={
+        **dict.fromkeys(("query", "key", "value"), "B H G+N D"),
+        "row_offsets": "1 M+1 | H M+1: int32",
+        "columns": "nnz: int32",
+        "column_offsets": "1 M+1 | H M+1: int32",
+        "rows": "nnz: int32",
+        "block_size": ">= 1",
+        "num_global": "G",
+        "bias_table": "R H: float32",
+        "window": ">= 1",
+        "positions": "N | B N: int64",
+    },
+    also=_check_blocks,
     inputs=("query", "key", "value", "bias_table"),
     fake=_fake,
     pairs=_pairs,

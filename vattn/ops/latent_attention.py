@@ -119,6 +119,7 @@ def _pairs(query: Tensor, keys: list[Tensor], key_lengths: Tensor | None, **othe
 _attend = Attention(
     "latent_attention(Tensor query, Tensor[] keys, Tensor[] values, Tensor? key_lengths, float dropout_p, "
     "Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
+    takes={"query": "B H Lq D", "keys": "B H Lk[] D", "values": "B H Lk[] D", "key_lengths": "B: int"},
     inputs=("query", "keys", "values"),
     pairs=_pairs,
     autocast=("query", "keys", "values"),

@@ -107,6 +107,12 @@ def _pairs(query: Tensor, leap: int, group_size: int, **others: Any) -> int:
 _attend = Attention(
     "leap_attention(Tensor query, Tensor key, Tensor value, SymInt leap, SymInt group_size, SymInt fold_div, "
     "float dropout_p, Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
+    takes={
+        **dict.fromkeys(("query", "key", "value"), "B H T N D"),
+        "leap": ">= 1",
+        "group_size": ">= 1",
+        "fold_div": ">= 0",
+    },
     pairs=_pairs,
     autocast=("query", "key", "value"),
 )

@@ -8,6 +8,7 @@ With w_i = exp(lse_i - lse) and gradients g of out and g_lse of lse, the backwar
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +72,15 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     return _merge(outs, lses)
 
 
+def _check_width(outs: list[Tensor], **others: Any) -> None:
+    if outs[0].shape[-1] > _checks.MAX_HEAD_DIM:  # rows of nothing merge, too
+        raise ValueError(f"merge_attention: head_dim must be at most {_checks.MAX_HEAD_DIM}, got {outs[0].shape[-1]}")
+
+
 _merge = Attention(
     "merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
+    takes={"outs": "... C", "lses": "...: float32"},
+    also=_check_width,
     inputs=("outs", "lses"),
     fake=lambda outs, lses: (torch.empty_like(outs[0]), lses[0].new_empty(lses[0].shape)),
     like=lambda name, x: x.new_empty(x.shape) if name == "lses" else torch.empty_like(x),

@@ -63,8 +63,15 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     return _nearest(x, codebook)
 
 
+def _check_codes(x: Tensor, codebook: Tensor) -> None:
+    if 0 in codebook.shape:
+        raise ValueError(f"nearest_code: codebook must not be empty, got codebook.shape={tuple(codebook.shape)}")
+
+
 _nearest = Operator(
     "nearest_code(Tensor x, Tensor codebook) -> Tensor index",
+    takes={"x": "... C", "codebook": "K C"},
+    also=_check_codes,
     fake=lambda x, codebook: x.new_empty(x.shape[:-1], dtype=torch.int64),
     constant=("index",),
     autocast=("x", "codebook"),

@@ -103,6 +103,7 @@ def _pairs(query: Tensor, kept: Tensor, **others: Any) -> int:
 _attend = Attention(
     "node_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor kept, float dropout_p, Tensor? seed, "
     "float scale) -> (Tensor out, Tensor lse)",
+    takes={"query": "B H Lq D", "key": "B H Lk D", "value": "B H Lk D", "kept": "B K: int64"},
     pairs=_pairs,
     autocast=("query", "key", "value"),
 )

@@ -57,6 +57,7 @@ def periodic_shift(x: Tensor, fold_div: int) -> Tensor:
 # The map is linear: its tangent is itself, and its backward its transpose, the same with the directions exchanged.
 _shift: Operator = Operator(
     "periodic_shift(Tensor x, SymInt fold_div, bool transpose) -> Tensor out",
+    takes={"x": "B H T N C", "fold_div": ">= 1"},
     fake=lambda x, fold_div, transpose: empty_rows(x),
     backward=lambda args, results, grads: {"x": _shift(grads[0], args["fold_div"], not args["transpose"])},
     jvp=lambda args, results, tangents: (_shift(tangents["x"], args["fold_div"], args["transpose"]),),

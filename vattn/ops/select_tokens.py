@@ -113,6 +113,14 @@ def _gather(tokens: Tensor | None, kept_index: Tensor, num_global: int) -> Tenso
     return torch.cat([tokens[:, :num_global], tokens.gather(1, rows)], 1)
 
 
+def _check_count(kept_index: Tensor, num_tokens: int, **others: Any) -> None:
+    if num_tokens < kept_index.shape[1]:
+        raise ValueError(
+            f"select_tokens: num_tokens must be at least those that were kept ({kept_index.shape[1]}), "
+            f"got num_tokens={num_tokens}"
+        )
+
+
 def _backward(args: dict[str, Any], results: list[Any], grads: list[Any]) -> dict[str, Any]:
     if grads[0] is None:
         return {}
@@ -124,6 +132,8 @@ def _backward(args: dict[str, Any], results: list[Any], grads: list[Any]) -> dic
 _put_back: Operator = Operator(
     "select_tokens_backward(Tensor grad_kept, Tensor kept_index, SymInt num_tokens, SymInt num_global) "
     "-> Tensor grad_tokens",
+    takes={"grad_kept": "B G+K C", "kept_index": "B K: int64", "num_tokens": ">= 0", "num_global": "G"},
+    also=_check_count,
     fake=_fake_backward,
     launch="select_tokens.backward",
     backward=lambda args, results, grads: {"grad_kept": _gather(grads[0], args["kept_index"], args["num_global"])},
@@ -134,6 +144,13 @@ _put_back: Operator = Operator(
 _select = Operator(
     "select_tokens(Tensor tokens, Tensor importance, SymInt keep, Tensor? positions, SymInt num_global) "
     "-> (Tensor kept_tokens, Tensor kept_positions, Tensor kept_index)",
+    takes={
+        "tokens": "B G+N C",
+        "importance": "B N: float32",
+        "keep": "0 .. N",
+        "positions": "N | B N: int64",
+        "num_global": "G",
+    },
     fake=_fake,
     backward=_backward,
     jvp=lambda args, results, tangents: (_gather(tangents["tokens"], results[2], args["num_global"]), None, None),

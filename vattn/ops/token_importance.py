@@ -7,6 +7,7 @@ little leave the network (see :func:`vattn.select_tokens`).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vattn import _checks, reference
 from vattn._flops import keys_read
 from vattn._library import runs_reference
 from vattn._operator import Operator
-from vattn.position_bias import RelativePositionBias3D, check_bias
+from vattn.position_bias import RelativePositionBias3D, check_bias, check_table
 
 
 def token_importance(
@@ -109,9 +110,31 @@ def _flops(query: Tensor, key: Tensor, key_lengths: Tensor | None, **others: Any
     return 2 * 2 * pairs * D  # scores for the sums of their powers, and again for the weights
 
 
+def _check_table(
+    query: Tensor, key: Tensor, bias_table: Tensor | None, window: Sequence[int], num_global: int, **others: Any
+) -> None:  # fmt: skip
+    check_table("token_importance", bias_table, window, num_global)
+    if bias_table is not None and query.shape != key.shape:
+        raise ValueError(
+            "token_importance: with a bias_table query and key must be the same tokens, "
+            f"got query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
+        )
+
+
 _importance = Operator(
     "token_importance(Tensor query, Tensor key, Tensor? bias_table, int[] window, SymInt num_global, "
     "Tensor? positions, Tensor? key_lengths, float scale) -> Tensor importance",
+    takes={
+        "query": "B H Lq D",
+        "key": "B H G+N D",
+        "bias_table": "R H: float32",
+        "window": ">= 1",
+        "num_global": "G",
+        "positions": "N | B N: int64",
+        "key_lengths": "B: int",
+        "scale": "finite",
+    },
+    also=_check_table,
     fake=lambda query, key, *others: query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32),
     constant=("importance",),
     autocast=("query", "key"),

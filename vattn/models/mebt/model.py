@@ -13,6 +13,7 @@ Transformers" (CVPR 2023). Contexts and targets never read each other, but laten
     targets                                                 latents     latents
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
