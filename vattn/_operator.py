@@ -105,8 +105,8 @@ class Operator:
         if floats:
             self.traced = _Traced(
                 self, schema.replace("(", ".traced(", 1).replace("float ", "Tensor "), takes=takes, fake=fake,
-                backward=backward, jvp=jvp, keeps=[*keeps, *floats], sizes_of=sizes_of, constant=constant, autocast=autocast,
-                autocast_to=autocast_to, shared=[*shared, *floats], any_axes=any_axes, public=False,
+                backward=backward, jvp=jvp, keeps=[*keeps, *floats], sizes_of=sizes_of, constant=constant,
+                autocast=autocast, autocast_to=autocast_to, shared=[*shared, *floats], any_axes=any_axes, public=False,
             )  # fmt: skip
         if flops is not None:
             _flops.register(self.op.overloadpacket, functools.partial(self._count, flops))
