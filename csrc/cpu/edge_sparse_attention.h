@@ -3,7 +3,8 @@
 //     keys of block 2    | G |  block 1  |  block 2  |  block 7  |        tiles of keys straddle the blocks
 //     rows of the head     0   G + 56      G + 112     G + 392
 //
-// Unit 0 of a head is its global queries, which read all keys as they lie; unit 1 + i is block i.
+// Unit 0 of a head is its global queries, which read all keys as they lie; unit 1 + i is block i. Where no token reads a
+// later one, the parts of a block are its queries.
 #pragma once
 
 #include "positions.h"
@@ -13,15 +14,16 @@ namespace VATTN_ISA {
 
 template <class T>
 struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
-  static constexpr bool SHARES_KEYS = true;
+  static constexpr bool SHARES_KEYS = true, SHARES_TILES = true;
   using Base = PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>>;
   using Base::a, Base::b, Base::h, typename Base::Tile;
   const int32_t* list = nullptr;  // the blocks that are read; null if all keys are
   int64_t full = 0;               // of them, those before the first that is short
-  int64_t keys, slice;
+  int64_t keys, unit, slice;
+  int64_t only;  // the one query whose keys there are, or -1
 
-  EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit, int64_t slice)
-      : Base(a, b, h, a.G), keys(a.Lq), slice(slice) {
+  EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit, int64_t slice, int64_t only = -1)
+      : Base(a, b, h, a.G), keys(a.Lq), unit(unit), slice(slice), only(only) {
     if (unit == 0) return;
     const int32_t* offsets = a.row_offsets + (a.layouts > 1 ? h * (a.blocks + 1) : 0) + unit - 1;
     const int64_t blocks = offsets[1] - offsets[0];
@@ -41,7 +43,7 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
 
   // Calls f(first row, count, keys before) for the pieces of `count` keys from `first` on.
   template <class F>
-  VATTN_INLINE void each_piece(int64_t first, int64_t count, F f) const {
+  VATTN_INLINE void pieces(int64_t first, int64_t count, F f) const {
     if (!list) return f(first, count, 0);
     int64_t done = 0;
     if (first < a.G) f(first, done = least(count, a.G - first), 0);
@@ -54,13 +56,23 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
       done += piece;
     }
   }
+  // The same, but for keys that the only query does not read.
+  template <class F>
+  VATTN_INLINE void each_piece(int64_t first, int64_t count, F f) const {
+    if (only < 0) return pieces(first, count, f);
+    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      for (int64_t i = 0; i < n; ++i)
+        if (this->may_read(this->query_begin + only, row + i)) f(row + i, 1, done + i);
+    });
+  }
   void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    if (only >= 0) zero(rows, count * ld);
     each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
       this->load_rows(x, row, n, rows + done * ld, ld, times);
     });
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
-    each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
+    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
       for (int64_t i = 0; i < n; ++i) tokens[done + i] = (uint32_t)(row + i);
     });
   }
@@ -76,11 +88,27 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
       for (int64_t k = tile.first < a.G ? a.G - tile.first : 0; k < tile.count; ++k)
         a.importance[(b * a.H + h) * (a.Lq - a.G) + tile.first + k - a.G] = scores[k];
   }
-  void adjust_grads(const Tile& tile, int64_t first, int64_t count, const float* grads) const {
+  void adjust_grads(const Tile& tile, int64_t first, int64_t count, float* grads) const {
     if (!a.positions.table) return;
-    float* to = a.grad_bias + ((slice * a.B + b) * a.H + h) * a.positions.table_head;
-    this->accumulate_bias(tile, to, first, count, grads);
+    if (only >= 0) this->forget_unread(tile, first, grads);
+    this->accumulate_bias(tile, grads_of_bias(), first, count, grads);
   }
+  void adjust_tangents(const Tile& tile, int64_t first, int64_t count, float* tangents) const {
+    Base::adjust_tangents(tile, first, count, tangents);
+    if (only >= 0) this->forget_unread(tile, first, tangents);
+  }
+
+  bool in_parts() const { return a.positions.causal && list && only < 0; }
+  template <class F>
+  VATTN_INLINE void each_part(int64_t first, int64_t count, F f) const {
+    for (int64_t query = first; query < first + count; ++query) f(EdgeBlock(a, b, h, unit, slice, query), query, 1);
+  }
+  void forget_bias() const {
+    if (a.positions.table) zero(grads_of_bias(), a.positions.differences + (2 + a.G) * a.G);
+  }
+
+ private:
+  float* grads_of_bias() const { return a.grad_bias + ((slice * a.B + b) * a.H + h) * a.positions.table_head; }
 };
 
 }  // namespace VATTN_ISA

@@ -25,6 +25,14 @@
 //                  the maximum and the sum of a query's powers of 2: a.maximum, a.sum
 //     SHARES_KEYS  whether keys belong to several components, the units of a head; each_piece (first, count, f) then
 //                  tells which rows of all keys a tile has, and store_keys stores all keys as they lie
+//     SHARES_TILES whether queries may meet keys in a tile that they do not read, by a score of -inf; if so,
+//         in_parts ()                                        whether some of this component do
+//         each_part (first, count, f)                        f(itinerary, first, count) for parts of those queries, each
+//                                                            of which reads all keys that its itinerary knows
+//
+// A weight of 0 makes NaN of what is not finite, in rows that do not read it. So where a result is not finite, and
+// queries share tiles with keys that they do not read, the parts are taken one by one: to these, the keys that they do
+// not read are rows of 0, and have no gradient. What is finite has the same bits either way.
 //
 // A panel holds TILE keys, transposed, so that a vector of scores is VL keys of one query; whatever else there is lies
 // as rows.
@@ -117,6 +125,15 @@ VATTN_INLINE float online_softmax(float* scores, int64_t keys, float* maximum, f
   return decay;
 }
 
+// Runs f(part, first, count) for the parts of those queries, if any of them shares tiles with keys that it does not read.
+template <class Itinerary, class F>
+VATTN_INLINE bool took_parts(const Itinerary& it, int64_t first, int64_t count, F f) {
+  if constexpr (Itinerary::SHARES_TILES) {
+    if (it.in_parts()) return it.each_part(first, count, f), true;
+  }
+  return false;
+}
+
 template <class Itinerary>
 void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const int64_t D = it.head_dim;
@@ -173,10 +190,15 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
     it.store_numbers(it.a.sum, first, count, w.sum);
   } else {
     for (int64_t q = 0; q < count; ++q) {
-      const float sum = w.sum[q], inverse = sum > 0 ? 1 / sum : 0;
+      const float sum = w.sum[q], inverse = sum == 0 ? 0 : 1 / sum;
       for (int64_t d = 0; d < ld; d += VL) store(w.out + q * ld + d, inverse * load(w.out + q * ld + d));
-      w.sum[q] = sum > 0 ? w.maximum[q] * LN2 + __builtin_logf(sum) : -INFINITE;
+      w.sum[q] = sum == 0 ? -INFINITE : w.maximum[q] * LN2 + __builtin_logf(sum);
     }
+    if (Itinerary::SHARES_TILES && !all_finite(w.out, count * ld) &&
+        took_parts(it, first, count, [&](const Itinerary& part, int64_t first, int64_t count) {
+          forward(part, first, count, workspace);
+        }))
+      return;
     it.store_outputs(it.a.out, first, count, w.out, ld, 1);
     it.store_numbers(it.a.lse, first, count, w.sum);
   }
@@ -249,19 +271,19 @@ struct BackwardWorkspace {
   }
 };
 
-// The lse of a query in units of log2, in two parts, since one rounding of it would be in all weights of the query. A
-// query without keys has no weights.
+// The lse of a query in units of log2, in two parts, since one rounding of it would be in all weights of the query.
 struct Lse2 {
   float shift, rest;
   VATTN_INLINE explicit Lse2(float lse) {
     const double exact = (double)lse * LOG2E_EXACT;
-    shift = lse == -INFINITE ? INFINITE : (float)exact, rest = lse == -INFINITE ? 0 : (float)(exact - shift);
+    shift = (float)exact, rest = (float)(exact - shift);
   }
 };
 
 // Scores and their gradients, a row of either for one query, become weights and gradients of scores.
 VATTN_INLINE void softmax_backward(float* weights, float* grads, int64_t columns, float lse, float delta,
                                    const Dropout* dropout, uint32_t query_token, const uint32_t* key_tokens) {
+  if (lse == -INFINITE) return zero(weights, columns), zero(grads, columns);  // no keys, whatever the gradient
   const auto [shift, rest] = Lse2(lse);
   uint32_t times = 0, add = 0;
   if (dropout) dropout->query(query_token, times, add);
@@ -343,12 +365,17 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
 
 // The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other:
 // five products for both at once, four and three for either alone. Keys that are shared are all kept, in rows as they
-// lie, and stored by the caller, who says whether they are fresh.
+// lie, and stored by the caller, who says whether they are fresh. Returns whether all that it stores is finite, if
+// queries may share tiles with keys that they do not read.
 template <bool QUERY, bool KEY, class Itinerary>
-void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
+bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
               int64_t key_end, const BackwardWorkspace& w, bool fresh = true) {
   constexpr bool SHARED = Itinerary::SHARES_KEYS;
   const int64_t ld = w.ld;
+  bool finite = true;
+  auto look_at = [&](const float* rows, int64_t count) {
+    if constexpr (Itinerary::SHARES_TILES) finite &= all_finite(rows, count * ld);
+  };
   int64_t q0 = query_begin;
   do {
     int64_t held = least(chunk, query_end - q0);
@@ -364,11 +391,28 @@ void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t q
           piece(row, keys, 0);
       });
       if constexpr (KEY && !SHARED)
-        if (last) w.store_keys(it, k0, keys, row);
+        if (last) {
+          look_at(w.grad_key + row * ld, keys), look_at(w.grad_value + row * ld, keys);
+          w.store_keys(it, k0, keys, row);
+        }
     }
-    if constexpr (QUERY) it.store_queries(it.a.grad_query, q0, held, w.grad_query, ld, it.scale);
+    if constexpr (QUERY) {
+      look_at(w.grad_query, held);
+      it.store_queries(it.a.grad_query, q0, held, w.grad_query, ld, it.scale);
+    }
     q0 += held, fresh = false;
   } while (q0 < query_end);
+  return finite;
+}
+
+// The same for queries [query_begin, query_end), part by part where it has to be.
+template <bool QUERY, bool KEY, class Itinerary>
+void backward_or_parts(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
+                       int64_t key_end, const BackwardWorkspace& w) {
+  if (backward<QUERY, KEY>(it, chunk, query_begin, query_end, key_begin, key_end, w)) return;
+  took_parts(it, query_begin, query_end - query_begin, [&](const Itinerary& part, int64_t first, int64_t count) {
+    backward<QUERY, KEY>(part, chunk, first, first + count, key_begin, key_end, w);
+  });
 }
 
 // Of the tangent: as many queries as share a load of the keys and their tangents, and one tile of those.
@@ -397,14 +441,13 @@ struct TangentWorkspace {
 // summed over the tile, lane by lane. Dropout leaves those sums, which are the tangent of lse, as they are.
 VATTN_INLINE Vec softmax_tangent(float* weights, float* tangents, int64_t columns, float lse, const Dropout* dropout,
                                  uint32_t query_token, const uint32_t* key_tokens) {
+  if (lse == -INFINITE) return zero(weights, columns), zero(tangents, columns), Vec{};  // no keys, whatever its tangent
   const auto [shift, rest] = Lse2(lse);
   uint32_t times = 0, add = 0;
   if (dropout) dropout->query(query_token, times, add);
   Vec sum{};
   for (int64_t j = 0; j < columns; j += VL) {
-    Vec score = load(weights + j), p = exp2(score - shift - rest);
-    // Keys that are not read may have any tangent, also one that is not finite.
-    Vec product = p * select(score == -INFINITE, Vec{}, load(tangents + j));
+    Vec p = exp2(load(weights + j) - shift - rest), product = p * load(tangents + j);
     sum += product;
     if (dropout) {
       Vec factor = dropout->factors(load(key_tokens + j), times, add);
@@ -456,8 +499,9 @@ void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
       }
       for (int64_t q = 0; q < queries; ++q) {
         float *weights = w.weights + q * TILE, *lse_tangent = w.lse_tangent + (q0 + q) * VL;
-        for (int64_t j = keys; j < columns; ++j) weights[j] = -INFINITE;
-        Vec sum = softmax_tangent(weights, w.score_tangents + q * TILE, columns, w.lse[q0 + q], it.dropout,
+        float* tangents = w.score_tangents + q * TILE;
+        for (int64_t j = keys; j < columns; ++j) weights[j] = -INFINITE, tangents[j] = 0;
+        Vec sum = softmax_tangent(weights, tangents, columns, w.lse[q0 + q], it.dropout,
                                   w.query_tokens[q0 + q], w.key_tokens);
         store(lse_tangent, load(lse_tangent) + sum);
       }
@@ -477,6 +521,12 @@ void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
         store(out_tangent, load(out_tangent) - w.lse_tangent[q0 + q] * load(w.rows + q * ld + d));
       }
   }
+  // An lse tangent that is not finite leaves no finite number in its row.
+  if (Itinerary::SHARES_TILES && !all_finite(w.out_tangent, count * ld) &&
+      took_parts(it, first, count, [&](const Itinerary& part, int64_t first, int64_t count) {
+        tangent(part, first, count, workspace);
+      }))
+    return;
   it.store_outputs(it.a.out_tangent, first, count, w.out_tangent, ld, 1);
   it.store_numbers(it.a.lse_tangent, first, count, w.lse_tangent);
 }

@@ -40,6 +40,17 @@ struct PositionedItinerary : TokenItinerary<T, Args> {
   }
 
  protected:
+  // Whether no causality forbids a query a key.
+  bool may_read(int64_t query, int64_t key) const {
+    const int64_t G = a.positions.G;
+    const int32_t* positions = a.positions.causal + b * a.positions.causal_batch;
+    return query < G || key < G || positions[key - G] <= positions[query - G];
+  }
+  // The row of a tile that belongs to query `first`, with 0 for each key that it does not read.
+  void forget_unread(const Tile& tile, int64_t first, float* row) const {
+    for (int64_t j = 0; j < tile.count; ++j)
+      if (!may_read(this->query_begin + first, tile.keys[j])) row[j] = 0;
+  }
   // Adds the gradients of a tile of scores to those of a table.
   void accumulate_bias(const Tile& tile, float* table, int64_t first, int64_t count, const float* grads) const {
     uint32_t queries[TILE];

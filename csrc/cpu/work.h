@@ -45,7 +45,7 @@ void backward_items(const Args& a, int64_t begin, int64_t end, float* workspace)
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item);
     const BackwardWorkspace w(a.D, a.chunk, it.queries, it.keys, workspace);
-    backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w);
+    backward_or_parts<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w);
   }
 }
 
@@ -58,11 +58,25 @@ void backward_shared_items(const Args& a, int64_t begin, int64_t end, float* wor
   for (int64_t item = begin; item < end; ++item) {
     int64_t h = item % a.H, b = item / a.H % a.B, slice = item / a.H / a.B;
     const Itinerary all(a, b, h, 0, slice);
-    bool fresh = slice == 0 && all.queries > 0;
-    if (!fresh) zero(w.grad_key, a.max_keys * w.ld), zero(w.grad_value, a.max_keys * w.ld);
-    for (int64_t unit = slice * share; unit < least(slice * share + share, a.units()); ++unit, fresh = false) {
-      Itinerary it(a, b, h, unit, slice);
-      if (it.queries > 0) backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w, fresh);
+    auto each_unit = [&](bool fresh, auto f) {
+      if (!fresh) zero(w.grad_key, a.max_keys * w.ld), zero(w.grad_value, a.max_keys * w.ld);
+      for (int64_t unit = slice * share; unit < least(slice * share + share, a.units()); ++unit, fresh = false) {
+        Itinerary it(a, b, h, unit, slice);
+        if (it.queries > 0) f(it, fresh);
+      }
+    };
+    bool finite = true;
+    each_unit(slice == 0 && all.queries > 0, [&](const Itinerary& it, bool fresh) {
+      finite &= backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w, fresh) || !it.in_parts();
+    });
+    if (!finite) {  // what keys, and the bias, have had of any unit may be wrong
+      all.forget_bias();
+      each_unit(false, [&](const Itinerary& it, bool) {
+        auto part_of = [&](const Itinerary& part, int64_t first, int64_t count) {
+          backward<true, true>(part, a.chunk, first, first + count, 0, it.keys, w, false);
+        };
+        if (!took_parts(it, 0, it.queries, part_of)) part_of(it, 0, it.queries);
+      });
     }
     w.store_keys(all, 0, a.max_keys, 0);
   }
@@ -75,7 +89,7 @@ void backward_query_items(const Args& a, int64_t begin, int64_t end, float* work
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item / tiles);
     int64_t first = item % tiles * a.chunk, last = least(first + a.chunk, it.queries);
-    if (first < last) backward<true, false>(it, a.chunk, first, last, 0, it.keys, w);
+    if (first < last) backward_or_parts<true, false>(it, a.chunk, first, last, 0, it.keys, w);
   }
 }
 
@@ -86,7 +100,7 @@ void backward_key_items(const Args& a, int64_t begin, int64_t end, float* worksp
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item / tiles);
     int64_t first = item % tiles * TILE, last = least(first + TILE, it.keys);
-    if (first < last) backward<false, true>(it, a.chunk, 0, it.queries, first, last, w);
+    if (first < last) backward_or_parts<false, true>(it, a.chunk, 0, it.queries, first, last, w);
   }
 }
 
