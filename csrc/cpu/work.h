@@ -65,10 +65,12 @@ void backward_shared_items(const Args& a, int64_t begin, int64_t end, float* wor
         if (it.queries > 0) f(it, fresh);
       }
     };
-    bool finite = true;
+    bool finite = true, parts = false;
     each_unit(slice == 0 && all.queries > 0, [&](const Itinerary& it, bool fresh) {
-      finite &= backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w, fresh) || !it.in_parts();
+      finite &= backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w, fresh);
+      parts |= it.in_parts();
     });
+    finite = !parts || (finite && all_finite(w.grad_key, a.max_keys * w.ld) && all_finite(w.grad_value, a.max_keys * w.ld));
     if (!finite) {  // what keys, and the bias, have had of any unit may be wrong
       all.forget_bias();
       each_unit(false, [&](const Itinerary& it, bool) {
