@@ -378,7 +378,7 @@ def backward_step(s, scale, lse, dp, delta, mask, keep, keep_scale):
         ds = p * (dp - delta)
     else:
         ds = p * (tl.where(keep, dp * keep_scale, 0.0) - delta)
-        p = tl.where(keep, p, 0.0)
+        p = tl.where(keep, p, p * 0.0)  # of NaN, NaN
     if mask is not None:
         ds = tl.where(mask, ds, 0.0)  # not the 0 of p times what is not finite
     return p, ds

@@ -91,8 +91,7 @@ struct AxialLines : Itinerary<AxialAttention> {
   bool is_read(int64_t row) const { return only < 0 || row / a.line == only; }
   void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     load_queries(x, first, count, rows, ld, times);
-    for (int64_t i = 0; i < count && only >= 0; ++i)
-      if (!is_read(first + i)) zero(rows + i * ld, ld);
+    if (only >= 0) forget_unread(first, count, rows, ld);
   }
   void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     if (only < 0) return store_queries(x, first, count, rows, ld, times);
@@ -107,6 +106,10 @@ struct AxialLines : Itinerary<AxialAttention> {
     store_queries(x, first, count, rows, ld, times);
   }
 
+  void forget_unread(int64_t first, int64_t count, float* rows, int64_t ld) const {
+    for (int64_t i = 0; i < count; ++i)
+      if (!is_read(first + i)) zero(rows + i * ld, ld);
+  }
   bool in_parts() const { return a.lines > 1 && only < 0; }
   template <class F>
   VATTN_INLINE void each_part(int64_t first, int64_t count, F f) const {
@@ -140,6 +143,7 @@ struct AxialLines : Itinerary<AxialAttention> {
   }
   void adjust_grads(const Tile&, int64_t, int64_t, const float*) const {}
   void adjust_tangents(const Tile& tile, int64_t, int64_t count, float* tangents) const {
+    if (only < 0) return;
     for (int64_t j = 0; j < tile.count; ++j)
       for (int64_t q = 0; q < count && !is_read(tile.first + j); ++q) tangents[q * TILE + j] = 0;
   }

@@ -59,16 +59,17 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
   // The same, but for keys that the only query does not read.
   template <class F>
   VATTN_INLINE void each_piece(int64_t first, int64_t count, F f) const {
-    if (only < 0) return pieces(first, count, f);
     pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
-      for (int64_t i = 0; i < n; ++i)
-        if (this->may_read(this->query_begin + only, row + i)) f(row + i, 1, done + i);
+      const int64_t step = only < 0 ? n : 1;
+      for (int64_t i = 0; i < n; i += step)
+        if (only < 0 || this->may_read(this->query_begin + only, row + i)) f(row + i, step, done + i);
     });
   }
   void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    if (only >= 0) zero(rows, count * ld);
-    each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
+    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
       this->load_rows(x, row, n, rows + done * ld, ld, times);
+      for (int64_t i = 0; i < n && only >= 0; ++i)
+        if (!this->may_read(this->query_begin + only, row + i)) zero(rows + (done + i) * ld, ld);
     });
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {

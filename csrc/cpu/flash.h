@@ -125,13 +125,14 @@ VATTN_INLINE float online_softmax(float* scores, int64_t keys, float* maximum, f
   return decay;
 }
 
-// Runs f(part, first, count) for the parts of those queries, if any of them shares tiles with keys that it does not read.
-template <class Itinerary, class F>
-VATTN_INLINE bool took_parts(const Itinerary& it, int64_t first, int64_t count, F f) {
-  if constexpr (Itinerary::SHARES_TILES) {
-    if (it.in_parts()) return it.each_part(first, count, f), true;
-  }
+template <class Itinerary>
+VATTN_INLINE bool in_parts(const Itinerary& it) {
+  if constexpr (Itinerary::SHARES_TILES) return it.in_parts();
   return false;
+}
+template <class Itinerary, class F>
+void each_part(const Itinerary& it, int64_t first, int64_t count, F f) {
+  if constexpr (Itinerary::SHARES_TILES) it.each_part(first, count, f);
 }
 
 template <class Itinerary>
@@ -194,11 +195,10 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
       for (int64_t d = 0; d < ld; d += VL) store(w.out + q * ld + d, inverse * load(w.out + q * ld + d));
       w.sum[q] = sum == 0 ? -INFINITE : w.maximum[q] * LN2 + __builtin_logf(sum);
     }
-    if (Itinerary::SHARES_TILES && !all_finite(w.out, count * ld) &&
-        took_parts(it, first, count, [&](const Itinerary& part, int64_t first, int64_t count) {
-          forward(part, first, count, workspace);
-        }))
-      return;
+    if (in_parts(it) && !all_finite(w.out, count * ld))
+      return each_part(it, first, count, [&](const Itinerary& part, int64_t first, int64_t count) {
+        forward(part, first, count, workspace);
+      });
     it.store_outputs(it.a.out, first, count, w.out, ld, 1);
     it.store_numbers(it.a.lse, first, count, w.sum);
   }
@@ -365,17 +365,14 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
 
 // The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other:
 // five products for both at once, four and three for either alone. Keys that are shared are all kept, in rows as they
-// lie, and stored by the caller, who says whether they are fresh. Returns whether all that it stores is finite, if
-// queries may share tiles with keys that they do not read.
+// lie, and stored by the caller, who says whether they are fresh. Returns whether the component has to be taken in parts.
 template <bool QUERY, bool KEY, class Itinerary>
 bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
               int64_t key_end, const BackwardWorkspace& w, bool fresh = true) {
   constexpr bool SHARED = Itinerary::SHARES_KEYS;
   const int64_t ld = w.ld;
+  const bool parts = in_parts(it);
   bool finite = true;
-  auto look_at = [&](const float* rows, int64_t count) {
-    if constexpr (Itinerary::SHARES_TILES) finite &= all_finite(rows, count * ld);
-  };
   int64_t q0 = query_begin;
   do {
     int64_t held = least(chunk, query_end - q0);
@@ -392,27 +389,27 @@ bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t q
       });
       if constexpr (KEY && !SHARED)
         if (last) {
-          look_at(w.grad_key + row * ld, keys), look_at(w.grad_value + row * ld, keys);
+          if (parts) finite &= all_finite(w.grad_key + row * ld, keys * ld) && all_finite(w.grad_value + row * ld, keys * ld);
           w.store_keys(it, k0, keys, row);
         }
     }
     if constexpr (QUERY) {
-      look_at(w.grad_query, held);
+      if (parts) finite &= all_finite(w.grad_query, held * ld);
       it.store_queries(it.a.grad_query, q0, held, w.grad_query, ld, it.scale);
     }
     q0 += held, fresh = false;
   } while (q0 < query_end);
-  return finite;
+  return !finite;
 }
 
-// The same for queries [query_begin, query_end), part by part where it has to be.
+// The same for queries [query_begin, query_end), in parts where it has to be.
 template <bool QUERY, bool KEY, class Itinerary>
 void backward_or_parts(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
                        int64_t key_end, const BackwardWorkspace& w) {
-  if (backward<QUERY, KEY>(it, chunk, query_begin, query_end, key_begin, key_end, w)) return;
-  took_parts(it, query_begin, query_end - query_begin, [&](const Itinerary& part, int64_t first, int64_t count) {
-    backward<QUERY, KEY>(part, chunk, first, first + count, key_begin, key_end, w);
-  });
+  if (backward<QUERY, KEY>(it, chunk, query_begin, query_end, key_begin, key_end, w))
+    each_part(it, query_begin, query_end - query_begin, [&](const Itinerary& part, int64_t first, int64_t count) {
+      backward<QUERY, KEY>(part, chunk, first, first + count, key_begin, key_end, w);
+    });
 }
 
 // Of the tangent: as many queries as share a load of the keys and their tangents, and one tile of those.
@@ -522,11 +519,10 @@ void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
       }
   }
   // An lse tangent that is not finite leaves no finite number in its row.
-  if (Itinerary::SHARES_TILES && !all_finite(w.out_tangent, count * ld) &&
-      took_parts(it, first, count, [&](const Itinerary& part, int64_t first, int64_t count) {
-        tangent(part, first, count, workspace);
-      }))
-    return;
+  if (in_parts(it) && !all_finite(w.out_tangent, count * ld))
+    return each_part(it, first, count, [&](const Itinerary& part, int64_t first, int64_t count) {
+      tangent(part, first, count, workspace);
+    });
   it.store_outputs(it.a.out_tangent, first, count, w.out_tangent, ld, 1);
   it.store_numbers(it.a.lse_tangent, first, count, w.lse_tangent);
 }

@@ -65,19 +65,23 @@ void backward_shared_items(const Args& a, int64_t begin, int64_t end, float* wor
         if (it.queries > 0) f(it, fresh);
       }
     };
-    bool finite = true, parts = false;
+    bool parts = false, again = false;
     each_unit(slice == 0 && all.queries > 0, [&](const Itinerary& it, bool fresh) {
-      finite &= backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w, fresh);
+      again |= backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w, fresh);
       parts |= it.in_parts();
     });
-    finite = !parts || (finite && all_finite(w.grad_key, a.max_keys * w.ld) && all_finite(w.grad_value, a.max_keys * w.ld));
-    if (!finite) {  // what keys, and the bias, have had of any unit may be wrong
+    if (parts && !again)
+      again = !all_finite(w.grad_key, a.max_keys * w.ld) || !all_finite(w.grad_value, a.max_keys * w.ld);
+    if (again) {  // what keys, and the bias, have had of any unit may be wrong
       all.forget_bias();
       each_unit(false, [&](const Itinerary& it, bool) {
         auto part_of = [&](const Itinerary& part, int64_t first, int64_t count) {
           backward<true, true>(part, a.chunk, first, first + count, 0, it.keys, w, false);
         };
-        if (!took_parts(it, 0, it.queries, part_of)) part_of(it, 0, it.queries);
+        if (it.in_parts())
+          it.each_part(0, it.queries, part_of);
+        else
+          part_of(it, 0, it.queries);
       });
     }
     w.store_keys(all, 0, a.max_keys, 0);
