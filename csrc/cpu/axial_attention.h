@@ -10,13 +10,14 @@ namespace vattn {
 namespace VATTN_ISA {
 
 template <class T>
+struct AxialLine;
+
+template <class T>
 struct AxialLines : Itinerary<AxialAttention> {
   static constexpr bool ADJUSTS = true, SHARES_TILES = true;
   struct Tile {
     int64_t first, count;
   };
-  const int64_t index;
-  const int64_t only;  // the one line of the tile that has keys, or -1
   int64_t first_line, queries, keys;
   struct Place {
     int64_t b, h, outer, inner;
@@ -24,9 +25,9 @@ struct AxialLines : Itinerary<AxialAttention> {
   Place step;  // to a component that this thread comes to soon
 
   // `index` counts lines with the heads innermost: neighbours read the same pages.
-  AxialLines(const AxialAttention& a, int64_t index, int64_t only = -1) : AxialLines(a, index, only, place(a, index)) {}
-  AxialLines(const AxialAttention& a, int64_t index, int64_t only, Place here)
-      : Itinerary(a, here.b, here.h), index(index), only(only), first_line(here.outer * a.inner + here.inner) {
+  AxialLines(const AxialAttention& a, int64_t index) : AxialLines(a, index, place(a, index)) {}
+  AxialLines(const AxialAttention& a, int64_t index, Place here)
+      : Itinerary(a, here.b, here.h), first_line(here.outer * a.inner + here.inner) {
     queries = keys = least(a.lines, a.outer * a.inner - first_line) * a.line;
     constexpr int64_t SOON = 2;
     Place soon = place(a, least(index + SOON, a.components - 1));
@@ -70,7 +71,7 @@ struct AxialLines : Itinerary<AxialAttention> {
     constexpr int64_t CACHE_LINE = 64 / sizeof(T);
     for (int64_t d = 0; d < head_dim; d += CACHE_LINE) __builtin_prefetch(row + d, 0, 2);
   }
-  void load_queries(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     const int64_t ahead = soon(x);
     each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) {
       const T* from = at(x, o, t, i);
@@ -79,7 +80,7 @@ struct AxialLines : Itinerary<AxialAttention> {
       copy(rows + row * ld, from, head_dim, times);
     });
   }
-  void store_queries(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+  void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     const int64_t ahead = soon(x);
     each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) {
       T* to = at(x, o, t, i);
@@ -88,36 +89,17 @@ struct AxialLines : Itinerary<AxialAttention> {
     });
   }
 
-  bool is_read(int64_t row) const { return only < 0 || row / a.line == only; }
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_queries(x, first, count, rows, ld, times);
-    if (only >= 0) forget_unread(first, count, rows, ld);
+  void load_queries(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    load_keys(x, first, count, rows, ld, times);
   }
-  void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    if (only < 0) return store_queries(x, first, count, rows, ld, times);
-    for (int64_t i = 0; i < count; ++i)
-      if (is_read(first + i)) store_queries(x, first + i, 1, rows + i * ld, ld, times);
+  void store_queries(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    store_keys(x, first, count, rows, ld, times);
   }
-
   void load_outputs(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    load_queries(x, first, count, rows, ld, times);
+    load_keys(x, first, count, rows, ld, times);
   }
   void store_outputs(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    store_queries(x, first, count, rows, ld, times);
-  }
-
-  void forget_unread(int64_t first, int64_t count, float* rows, int64_t ld) const {
-    for (int64_t i = 0; i < count; ++i)
-      if (!is_read(first + i)) zero(rows + i * ld, ld);
-  }
-  bool in_parts() const { return a.lines > 1 && only < 0; }
-  template <class F>
-  VATTN_INLINE void each_part(int64_t first, int64_t count, F f) const {
-    for (int64_t done = 0, rows; done < count; done += rows) {
-      const int64_t line = (first + done) / a.line;
-      rows = least(count - done, (line + 1) * a.line - first - done);
-      f(AxialLines(a, index, line), first + done, rows);
-    }
+    store_keys(x, first, count, rows, ld, times);
   }
 
   // Numbers lie in (B, H, outer, line, inner): in the order of the tokens.
@@ -142,10 +124,42 @@ struct AxialLines : Itinerary<AxialAttention> {
     }
   }
   void adjust_grads(const Tile&, int64_t, int64_t, const float*) const {}
+  void adjust_tangents(const Tile&, int64_t, int64_t, float*) const {}
+
+  bool shares_tiles() const { return a.lines > 1; }
+  template <class F>
+  static void each_part(const AxialAttention& a, int64_t index, int64_t, int64_t first, int64_t count, F f) {
+    for (int64_t row = first, rows; row < first + count; row += rows) {
+      rows = least(first + count, (row / a.line + 1) * a.line) - row;
+      f(AxialLine<T>(a, index, row / a.line), row, rows);
+    }
+  }
+};
+
+// A line among those of its panel: the others have no keys.
+template <class T>
+struct AxialLine : AxialLines<T> {
+  static constexpr bool SHARES_TILES = false;
+  using Base = AxialLines<T>;
+  using Base::a, typename Base::Tile;
+  int64_t line;
+
+  AxialLine(const AxialAttention& a, int64_t index, int64_t line) : Base(a, index), line(line) {}
+
+  bool reads(int64_t row) const { return row / a.line == line; }
+  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    Base::load_keys(x, first, count, rows, ld, times);
+    for (int64_t i = 0; i < count; ++i)
+      if (!reads(first + i)) zero(rows + i * ld, ld);
+  }
+  void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    for (int64_t i = 0; i < count; ++i)
+      if (reads(first + i)) Base::store_keys(x, first + i, 1, rows + i * ld, ld, times);
+  }
   void adjust_tangents(const Tile& tile, int64_t, int64_t count, float* tangents) const {
-    if (only < 0) return;
-    for (int64_t j = 0; j < tile.count; ++j)
-      for (int64_t q = 0; q < count && !is_read(tile.first + j); ++q) tangents[q * TILE + j] = 0;
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t j = 0; j < tile.count; ++j)
+        if (!reads(tile.first + j)) tangents[q * TILE + j] = 0;
   }
 };
 

@@ -4,7 +4,7 @@
 //     rows of the head     0   G + 56      G + 112     G + 392
 //
 // Unit 0 of a head is its global queries, which read all keys as they lie; unit 1 + i is block i. Where no token reads a
-// later one, the parts of a block are its queries.
+// later one, the parts of a unit are its queries.
 #pragma once
 
 #include "positions.h"
@@ -13,17 +13,19 @@ namespace vattn {
 namespace VATTN_ISA {
 
 template <class T>
+struct EdgeQuery;
+
+template <class T>
 struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
   static constexpr bool SHARES_KEYS = true, SHARES_TILES = true;
   using Base = PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>>;
   using Base::a, Base::b, Base::h, typename Base::Tile;
   const int32_t* list = nullptr;  // the blocks that are read; null if all keys are
   int64_t full = 0;               // of them, those before the first that is short
-  int64_t keys, unit, slice;
-  int64_t only;  // the one query whose keys there are, or -1
+  int64_t keys, slice;
 
-  EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit, int64_t slice, int64_t only = -1)
-      : Base(a, b, h, a.G), keys(a.Lq), unit(unit), slice(slice), only(only) {
+  EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit, int64_t slice)
+      : Base(a, b, h, a.G), keys(a.Lq), slice(slice) {
     if (unit == 0) return;
     const int32_t* offsets = a.row_offsets + (a.layouts > 1 ? h * (a.blocks + 1) : 0) + unit - 1;
     const int64_t blocks = offsets[1] - offsets[0];
@@ -43,7 +45,7 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
 
   // Calls f(first row, count, keys before) for the pieces of `count` keys from `first` on.
   template <class F>
-  VATTN_INLINE void pieces(int64_t first, int64_t count, F f) const {
+  VATTN_INLINE void each_piece(int64_t first, int64_t count, F f) const {
     if (!list) return f(first, count, 0);
     int64_t done = 0;
     if (first < a.G) f(first, done = least(count, a.G - first), 0);
@@ -56,24 +58,13 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
       done += piece;
     }
   }
-  // The same, but for keys that the only query does not read.
-  template <class F>
-  VATTN_INLINE void each_piece(int64_t first, int64_t count, F f) const {
-    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
-      const int64_t step = only < 0 ? n : 1;
-      for (int64_t i = 0; i < n; i += step)
-        if (only < 0 || this->may_read(this->query_begin + only, row + i)) f(row + i, step, done + i);
-    });
-  }
   void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
-    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
+    each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
       this->load_rows(x, row, n, rows + done * ld, ld, times);
-      for (int64_t i = 0; i < n && only >= 0; ++i)
-        if (!this->may_read(this->query_begin + only, row + i)) zero(rows + (done + i) * ld, ld);
     });
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
-    pieces(first, count, [&](int64_t row, int64_t n, int64_t done) {
+    each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
       for (int64_t i = 0; i < n; ++i) tokens[done + i] = (uint32_t)(row + i);
     });
   }
@@ -89,27 +80,60 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
       for (int64_t k = tile.first < a.G ? a.G - tile.first : 0; k < tile.count; ++k)
         a.importance[(b * a.H + h) * (a.Lq - a.G) + tile.first + k - a.G] = scores[k];
   }
-  void adjust_grads(const Tile& tile, int64_t first, int64_t count, float* grads) const {
-    if (!a.positions.table) return;
-    if (only >= 0) this->forget_unread(tile, first, grads);
-    this->accumulate_bias(tile, grads_of_bias(), first, count, grads);
-  }
-  void adjust_tangents(const Tile& tile, int64_t first, int64_t count, float* tangents) const {
-    Base::adjust_tangents(tile, first, count, tangents);
-    if (only >= 0) this->forget_unread(tile, first, tangents);
-  }
-
-  bool in_parts() const { return a.positions.causal && list && only < 0; }
-  template <class F>
-  VATTN_INLINE void each_part(int64_t first, int64_t count, F f) const {
-    for (int64_t query = first; query < first + count; ++query) f(EdgeBlock(a, b, h, unit, slice, query), query, 1);
+  void adjust_grads(const Tile& tile, int64_t first, int64_t count, const float* grads) const {
+    if (a.positions.table) this->accumulate_bias(tile, grads_of_bias(), first, count, grads);
   }
   void forget_bias() const {
     if (a.positions.table) zero(grads_of_bias(), a.positions.differences + (2 + a.G) * a.G);
   }
 
+  bool shares_tiles() const { return a.positions.causal && list; }
+  template <class F>
+  static void each_part(const EdgeSparseAttention& a, int64_t index, int64_t slice, int64_t first, int64_t count, F f) {
+    for (int64_t query = first; query < first + count; ++query) f(EdgeQuery<T>(a, index, slice, query), query, 1);
+  }
+
  private:
   float* grads_of_bias() const { return a.grad_bias + ((slice * a.B + b) * a.H + h) * a.positions.table_head; }
+};
+
+// One query of a block, or of the global ones, where no token reads a later one.
+template <class T>
+struct EdgeQuery : EdgeBlock<T> {
+  static constexpr bool SHARES_TILES = false;
+  using Base = EdgeBlock<T>;
+  using Base::a, typename Base::Tile;
+  int64_t query;
+
+  EdgeQuery(const EdgeSparseAttention& a, int64_t index, int64_t slice, int64_t query)
+      : Base(a, index / a.units() / a.H, index / a.units() % a.H, index % a.units(), slice), query(query) {}
+
+  bool reads(int64_t key) const { return this->may_read(this->query_begin + query, key); }
+  template <class F>
+  void each_piece(int64_t first, int64_t count, F f) const {
+    Base::each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      for (int64_t i = 0; i < n; ++i)
+        if (reads(row + i)) f(row + i, 1, done + i);
+    });
+  }
+  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    zero(rows, count * ld);
+    each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      this->load_rows(x, row, n, rows + done * ld, ld, times);
+    });
+  }
+  void adjust_grads(const Tile& tile, int64_t first, int64_t count, float* grads) const {
+    forget_unread(tile, grads);
+    Base::adjust_grads(tile, first, count, grads);
+  }
+  void adjust_tangents(const Tile& tile, int64_t first, int64_t count, float* tangents) const {
+    Base::adjust_tangents(tile, first, count, tangents);
+    forget_unread(tile, tangents);
+  }
+  void forget_unread(const Tile& tile, float* row) const {
+    for (int64_t j = 0; j < tile.count; ++j)
+      if (!reads(tile.keys[j])) row[j] = 0;
+  }
 };
 
 }  // namespace VATTN_ISA

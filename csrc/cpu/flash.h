@@ -26,13 +26,13 @@
 //     SHARES_KEYS  whether keys belong to several components, the units of a head; each_piece (first, count, f) then
 //                  tells which rows of all keys a tile has, and store_keys stores all keys as they lie
 //     SHARES_TILES whether queries may meet keys in a tile that they do not read, by a score of -inf; if so,
-//         in_parts ()                                        whether some of this component do
-//         each_part (first, count, f)                        f(itinerary, first, count) for parts of those queries, each
-//                                                            of which reads all keys that its itinerary knows
+//         shares_tiles ()                                    whether some of this component do
+//         each_part (a, index, slice, first, count, f)       f(itinerary, first, count) for parts of those queries of
+//                                                            component `index`, each with the keys that it reads
 //
 // A weight of 0 makes NaN of what is not finite, in rows that do not read it. So where a result is not finite, and
-// queries share tiles with keys that they do not read, the parts are taken one by one: to these, the keys that they do
-// not read are rows of 0, and have no gradient. What is finite has the same bits either way.
+// queries share tiles with keys that they do not read, the caller takes the parts one by one: to these, the keys that
+// they do not read are rows of 0, and have no gradient. What is finite has the same bits either way.
 //
 // A panel holds TILE keys, transposed, so that a vector of scores is VL keys of one query; whatever else there is lies
 // as rows.
@@ -126,17 +126,14 @@ VATTN_INLINE float online_softmax(float* scores, int64_t keys, float* maximum, f
 }
 
 template <class Itinerary>
-VATTN_INLINE bool in_parts(const Itinerary& it) {
-  if constexpr (Itinerary::SHARES_TILES) return it.in_parts();
+VATTN_INLINE bool shares_tiles(const Itinerary& it) {
+  if constexpr (Itinerary::SHARES_TILES) return it.shares_tiles();
   return false;
 }
-template <class Itinerary, class F>
-void each_part(const Itinerary& it, int64_t first, int64_t count, F f) {
-  if constexpr (Itinerary::SHARES_TILES) it.each_part(first, count, f);
-}
 
+// Returns, as do the backward and the tangent, whether to take the queries in parts instead.
 template <class Itinerary>
-void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
+bool forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const int64_t D = it.head_dim;
   const ForwardWorkspace w(D, (count + TILE - 1) / TILE, workspace);
   const int64_t ld = w.ld;
@@ -195,13 +192,11 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
       for (int64_t d = 0; d < ld; d += VL) store(w.out + q * ld + d, inverse * load(w.out + q * ld + d));
       w.sum[q] = sum == 0 ? -INFINITE : w.maximum[q] * LN2 + __builtin_logf(sum);
     }
-    if (in_parts(it) && !all_finite(w.out, count * ld))
-      return each_part(it, first, count, [&](const Itinerary& part, int64_t first, int64_t count) {
-        forward(part, first, count, workspace);
-      });
     it.store_outputs(it.a.out, first, count, w.out, ld, 1);
     it.store_numbers(it.a.lse, first, count, w.sum);
+    return shares_tiles(it) && !all_finite(w.out, count * ld);
   }
+  return false;
 }
 
 // delta = sum over channels of out * d out, minus the gradient of lse: here the sum, added to `delta`.
@@ -365,13 +360,12 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
 
 // The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other:
 // five products for both at once, four and three for either alone. Keys that are shared are all kept, in rows as they
-// lie, and stored by the caller, who says whether they are fresh. Returns whether the component has to be taken in parts.
+// lie, and stored by the caller, who says whether they are fresh.
 template <bool QUERY, bool KEY, class Itinerary>
 bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
               int64_t key_end, const BackwardWorkspace& w, bool fresh = true) {
   constexpr bool SHARED = Itinerary::SHARES_KEYS;
   const int64_t ld = w.ld;
-  const bool parts = in_parts(it);
   bool finite = true;
   int64_t q0 = query_begin;
   do {
@@ -389,27 +383,18 @@ bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t q
       });
       if constexpr (KEY && !SHARED)
         if (last) {
-          if (parts) finite &= all_finite(w.grad_key + row * ld, keys * ld) && all_finite(w.grad_value + row * ld, keys * ld);
+          if (shares_tiles(it))
+            for (const float* grad : {w.grad_key, w.grad_value}) finite &= all_finite(grad + row * ld, keys * ld);
           w.store_keys(it, k0, keys, row);
         }
     }
     if constexpr (QUERY) {
-      if (parts) finite &= all_finite(w.grad_query, held * ld);
+      if (shares_tiles(it)) finite &= all_finite(w.grad_query, held * ld);
       it.store_queries(it.a.grad_query, q0, held, w.grad_query, ld, it.scale);
     }
     q0 += held, fresh = false;
   } while (q0 < query_end);
   return !finite;
-}
-
-// The same for queries [query_begin, query_end), in parts where it has to be.
-template <bool QUERY, bool KEY, class Itinerary>
-void backward_or_parts(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
-                       int64_t key_end, const BackwardWorkspace& w) {
-  if (backward<QUERY, KEY>(it, chunk, query_begin, query_end, key_begin, key_end, w))
-    each_part(it, query_begin, query_end - query_begin, [&](const Itinerary& part, int64_t first, int64_t count) {
-      backward<QUERY, KEY>(part, chunk, first, first + count, key_begin, key_end, w);
-    });
 }
 
 // Of the tangent: as many queries as share a load of the keys and their tangents, and one tile of those.
@@ -459,7 +444,7 @@ VATTN_INLINE Vec softmax_tangent(float* weights, float* tangents, int64_t column
 
 // The tangents of out and lse from those of the inputs: five products, of which two are for the tangents of scores.
 template <class Itinerary>
-void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
+bool tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const int64_t D = it.head_dim;
   const TangentWorkspace w(D, (count + TILE - 1) / TILE, workspace);
   const int64_t ld = w.ld;
@@ -518,13 +503,10 @@ void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
         store(out_tangent, load(out_tangent) - w.lse_tangent[q0 + q] * load(w.rows + q * ld + d));
       }
   }
-  // An lse tangent that is not finite leaves no finite number in its row.
-  if (in_parts(it) && !all_finite(w.out_tangent, count * ld))
-    return each_part(it, first, count, [&](const Itinerary& part, int64_t first, int64_t count) {
-      tangent(part, first, count, workspace);
-    });
   it.store_outputs(it.a.out_tangent, first, count, w.out_tangent, ld, 1);
   it.store_numbers(it.a.lse_tangent, first, count, w.lse_tangent);
+  // A tangent of lse that is not finite leaves no finite number in its row.
+  return shares_tiles(it) && !all_finite(w.out_tangent, count * ld);
 }
 
 }  // namespace VATTN_ISA

@@ -46,11 +46,6 @@ struct PositionedItinerary : TokenItinerary<T, Args> {
     const int32_t* positions = a.positions.causal + b * a.positions.causal_batch;
     return query < G || key < G || positions[key - G] <= positions[query - G];
   }
-  // The row of a tile that belongs to query `first`, with 0 for each key that it does not read.
-  void forget_unread(const Tile& tile, int64_t first, float* row) const {
-    for (int64_t j = 0; j < tile.count; ++j)
-      if (!may_read(this->query_begin + first, tile.keys[j])) row[j] = 0;
-  }
   // Adds the gradients of a tile of scores to those of a table.
   void accumulate_bias(const Tile& tile, float* table, int64_t first, int64_t count, const float* grads) const {
     uint32_t queries[TILE];
