@@ -37,7 +37,10 @@ SIZES: dict[str, dict[str, Sizes]] = {
         "key lengths": {"queries": 5, "keys": (20,), "key_lengths": LENGTHS},
         "one tile of keys": {"queries": 5, "keys": (120, 30)},
     },
-    "leap_attention": {"dropout": {"T": 2, "N": 11, "dropout_p": 0.4}, "shift": {"T": 3, "N": 5, "leap": 2, "fold_div": 4}},
+    "leap_attention": {
+        "dropout": {"T": 2, "N": 11, "dropout_p": 0.4},
+        "shift": {"T": 3, "N": 5, "leap": 2, "fold_div": 4},
+    },
     "merge_attention": {"parts": {"count": 3}},
     "node_sparse_attention": {"duplicates": {"queries": 5, "keys": 20, "count": 11, "duplicates": True}},
     "token_importance": {
@@ -163,6 +166,32 @@ def test_tangents(operator, sizes, dtype, backend):
         check_jvp(backend, dataclasses.replace(case, tensors=tensors), tangents, fault)
     for fault, of_inputs in faults(tangents):
         check_jvp(backend, case, of_inputs, f"tangent of {fault}")
+
+
+def test_every_kind_of_nan(backend):
+    """Of any sign and payload: the bits of a weight are put together from those of a polynomial and of an integer."""
+    payloads = torch.cat(
+        [torch.arange(1, 520), 2 ** torch.arange(23), 2**22 + torch.arange(520), 2**23 - 1 - torch.arange(520)]
+    )
+    bits = 0x7F800000 + payloads.unique()
+    bits = torch.cat([bits, bits - 2**31]).to(torch.int32)
+    operator = next(op for op in OPERATORS if op.name == "latent_attention")
+    case = operator.make(backend.device, queries=len(bits), keys=(2,), D=1)
+    found = run(backend, case.replace(query=bits.view(torch.float32).view(1, 1, -1, 1).to(backend.device)))
+    assert all(x.isnan().all() for x in found.values())
+
+
+def test_very_small_weights(backend):
+    """Down to those of scores that no float32 has a power of."""
+    scores = -torch.cat([torch.linspace(0, 130, 400), 2.0 ** torch.arange(8, 127), torch.tensor([torch.inf])])
+    operator = next(op for op in OPERATORS if op.name == "latent_attention")
+    case = operator.make(backend.device, keys=(len(scores),), D=1, scale=1.0).replace(
+        query=torch.ones(1, 1, 2, 1, device=backend.device),
+        **{"keys[0]": scores.view(1, 1, -1, 1).to(backend.device)},
+    )
+    found, (truth, _) = run(backend, case), formula(case, torch.float64)
+    torch.testing.assert_close(found["out"].double(), truth["out"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["lse"].double(), truth["lse"], rtol=1e-6, atol=1e-6)
 
 
 APART: dict[str, dict[str, Sizes]] = {
