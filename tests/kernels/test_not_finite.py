@@ -125,7 +125,8 @@ def assert_same_kinds(case: Case, backend: Backend, fault: str, found: Tensors, 
                 f"{fault}: {name} is {x[index]} at {index}, expected {expected[index]}; so are {int(wrong.sum())}"
             )
         about = 64 * torch.finfo(case.dtype).eps * max(1.0, magnitude(*truth.values()))
-        assert_close(*(torch.where(kind == 0, y, 0.0) for y in (x, expected)), about, f"{fault}: {name}")
+        finite, expected_finite = (torch.where(kind == 0, y, 0.0) for y in (x, expected))
+        assert_close(finite, expected_finite, about, f"{fault}: {name}")
 
 
 def check(backend: Backend, case: Case, fault: str) -> None:
