@@ -361,6 +361,8 @@ def backward_key_kernel(
         offs = OP.grad_offsets(row, grad_strides, SHAPE)
     else:
         offs = OP.offsets(row, grad_strides, SHAPE)
+    if OP.reads is not None:
+        dk, dv = flash.rows_or_zero(read, dk), flash.rows_or_zero(read, dv)
     offs_split = split * split_stride.to(tl.int64)
     flash.store_rows(head(dk_ptr + offs_split, grad_strides, bh, H), offs, mask, dk, SHAPE)
     flash.store_rows(head(dv_ptr + offs_split, grad_strides, bh, H), offs, mask, dv, SHAPE)

@@ -328,7 +328,8 @@ def forward(
             out[:, :, :num_global], lse[:, :, :num_global] = merged
     if scores is None:
         return out, lse, lse.new_empty(0)
-    return out, lse, scores.sub_(lse[:, :, :1]).exp_().mean(1)
+    # Of scores that are all -inf there is no weight, and -inf - -inf is NaN.
+    return out, lse, scores.sub_(lse[:, :, :1].clamp(min=torch.finfo(torch.float32).min)).exp_().mean(1)
 
 
 def backward(

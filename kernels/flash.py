@@ -158,6 +158,15 @@ def scale_rows(tiles, factor):
 
 
 @triton.jit
+def rows_or_zero(mask_row, tiles):
+    """The rows where `mask_row` is on, 0 elsewhere."""
+    chosen = ()
+    for i in tl.static_range(len(tiles)):
+        chosen = chosen + (tl.where(mask_row[:, None], tiles[i], 0.0),)
+    return chosen
+
+
+@triton.jit
 def add_rows(acc, tiles, factor):
     """``acc + factor * tiles``, in float32."""
     total = ()
@@ -369,7 +378,9 @@ def backward_step(s, scale, lse, dp, delta, mask, keep, keep_scale):
         ds = p * (dp - delta)
     else:
         ds = p * (tl.where(keep, dp * keep_scale, 0.0) - delta)
-        p = tl.where(keep, p, 0.0)
+        p = tl.where(keep, p, p * 0.0)  # of NaN, NaN
+    if mask is not None:
+        ds = tl.where(mask, ds, 0.0)  # not the 0 of p times what is not finite
     return p, ds
 
 

@@ -10,8 +10,9 @@ and the tangents, from those of the parts,
 
     dlse = sum_i w_i dlse_i,   dout = sum_i w_i (dout_i + dlse_i out_i) - dlse out
 
-Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), section 3: this is the online
-softmax with whole parts for keys::
+A part with an lse of -inf has no keys: whatever else it holds, it has no weight and no gradient. Of an lse that is NaN,
+so is the weight. Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), section 3: this is the
+online softmax with whole parts for keys::
 
     part      0           1           2
     lse_i   ---+-----------+-----------+--> weights w_i, sum 1
@@ -61,10 +62,11 @@ def forward_kernel(
         lse = tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf"))
         weight = tl.exp(lse - m_finite)
         total += weight
-        part = flash.load_rows(out_ptrs[i], offs, mask & (lse > float("-inf")), SHAPE)  # without keys, it adds nothing
+        part = flash.load_rows(out_ptrs[i], offs, mask & (lse != float("-inf")), SHAPE)
         acc = flash.add_rows(acc, part, weight[:, None])
-    some = tl.where(total > 0, total, 1.0)
-    tl.store(lse_ptr + row, m + tl.log(some), mask=mask)
+    none = total == 0  # but not if it is NaN
+    some = tl.where(none, 1.0, total)
+    tl.store(lse_ptr + row, tl.where(none, m, m_finite + tl.log(some)), mask=mask)
     offs_out = row_offsets(row, sizes, out_strides)
     flash.store_rows(out_ptr, offs_out, mask, flash.scale_rows(acc, (1 / some)[:, None]), SHAPE)
 
@@ -86,10 +88,14 @@ def backward_kernel(
     offs = row_offsets(row, sizes, strides)
     offs_grad = row_offsets(row, sizes, grad_strides)
     for i in tl.static_range(len(lse_ptrs)):
-        weight = tl.exp(tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf")) - lse)
+        lse_part = tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf"))
+        read = lse_part != float("-inf")
+        weight = tl.exp(lse_part - lse)
         part = flash.load_rows(out_ptrs[i], offs, mask, SHAPE)
-        tl.store(grad_lse_ptrs[i] + row, weight * (flash.row_dot(g, part) + shared), mask=mask)
-        flash.store_rows(grad_out_ptrs[i], offs_grad, mask, flash.scale_rows(g, weight[:, None]), SHAPE)
+        grad_lse = tl.where(read, weight * (flash.row_dot(g, part) + shared), 0.0)
+        tl.store(grad_lse_ptrs[i] + row, grad_lse, mask=mask)
+        grad = flash.rows_or_zero(read, flash.scale_rows(g, weight[:, None]))
+        flash.store_rows(grad_out_ptrs[i], offs_grad, mask, grad, SHAPE)
 
 
 @launch.kernel
@@ -106,8 +112,8 @@ def jvp_kernel(
     acc = flash.zero_rows(BLOCK, SHAPE)
     for i in tl.static_range(len(lse_ptrs)):
         lse_part = tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf"))
-        read = mask & (lse_part > float("-inf"))  # a part without keys adds nothing
-        weight = tl.exp(lse_part - lse)
+        read = mask & (lse_part != float("-inf"))
+        weight = tl.where(read, tl.exp(lse_part - lse), 0.0)
         dlse_part = weight * tl.load(dlse_ptrs[i] + row, mask=read, other=0.0)
         dlse += dlse_part
         acc = flash.add_rows(acc, flash.load_rows(dout_ptrs[i], offs_dout, read, SHAPE), weight[:, None])

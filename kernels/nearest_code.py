@@ -125,10 +125,11 @@ def forward_kernel(
     first = tl.min(candidates, 1)
     state = tl.full((BLOCK_Q,), float("inf"), tl.float64), tl.where(first < NO_CODE, first, 0)
     codebook = codebook_ptr, code_step, code_channel
-    if tl.max((mask_q[:, None] & (second <= limit)).to(tl.int32)) > 0:
+    # Of codes that are not finite, and of those past the last one, the score is +inf or NaN, and so may the limit be.
+    if tl.max((mask_q[:, None] & (second <= limit) & (second < float("inf"))).to(tl.int32)) > 0:
         for first_k in range(0, K, BLOCK_K):
             s, code = tile_scores(vectors, centered, first_k, K, C, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
-            within = tl.where(s <= limit, code, NO_CODE)
+            within = tl.where((s <= limit) & (s < float("inf")), code, NO_CODE)
             state = settle(state, within, vectors, codebook, C, BLOCK_C)
     elif tl.max(tl.sum((candidates < NO_CODE).to(tl.int32), 1)) > 1:
         state = settle(state, candidates, vectors, codebook, C, BLOCK_C)

@@ -10,8 +10,11 @@ namespace vattn {
 namespace VATTN_ISA {
 
 template <class T>
+struct AxialLine;
+
+template <class T>
 struct AxialLines : Itinerary<AxialAttention> {
-  static constexpr bool ADJUSTS = true;
+  static constexpr bool ADJUSTS = true, SHARES_TILES = true;
   struct Tile {
     int64_t first, count;
   };
@@ -122,6 +125,42 @@ struct AxialLines : Itinerary<AxialAttention> {
   }
   void adjust_grads(const Tile&, int64_t, int64_t, const float*) const {}
   void adjust_tangents(const Tile&, int64_t, int64_t, float*) const {}
+
+  bool shares_tiles() const { return a.lines > 1; }
+  template <class F>
+  static void each_part(const AxialAttention& a, int64_t index, int64_t, int64_t first, int64_t count, F f) {
+    for (int64_t row = first, rows; row < first + count; row += rows) {
+      rows = least(first + count, (row / a.line + 1) * a.line) - row;
+      f(AxialLine<T>(a, index, row / a.line), row, rows);
+    }
+  }
+};
+
+// A line among those of its panel: the others have no keys.
+template <class T>
+struct AxialLine : AxialLines<T> {
+  static constexpr bool SHARES_TILES = false;
+  using Base = AxialLines<T>;
+  using Base::a, typename Base::Tile;
+  int64_t line;
+
+  AxialLine(const AxialAttention& a, int64_t index, int64_t line) : Base(a, index), line(line) {}
+
+  bool reads(int64_t row) const { return row / a.line == line; }
+  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    Base::load_keys(x, first, count, rows, ld, times);
+    for (int64_t i = 0; i < count; ++i)
+      if (!reads(first + i)) zero(rows + i * ld, ld);
+  }
+  void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
+    for (int64_t i = 0; i < count; ++i)
+      if (reads(first + i)) Base::store_keys(x, first + i, 1, rows + i * ld, ld, times);
+  }
+  void adjust_tangents(const Tile& tile, int64_t, int64_t count, float* tangents) const {
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t j = 0; j < tile.count; ++j)
+        if (!reads(tile.first + j)) tangents[q * TILE + j] = 0;
+  }
 };
 
 }  // namespace VATTN_ISA

@@ -60,7 +60,8 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
     torch::stable::parallel_for(0, a.B * N, 1024, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t bh = i / N * a.H; bh < (i / N + 1) * a.H; ++bh)
-          to[i] += std::exp2(a.importance[bh * N + i % N] - (float)M_LOG2E * of_queries[bh * a.Lq]);
+          if (a.importance[bh * N + i % N] != -INFINITY || std::isnan(of_queries[bh * a.Lq]))
+            to[i] += std::exp2(a.importance[bh * N + i % N] - (float)M_LOG2E * of_queries[bh * a.Lq]);
         to[i] /= (float)a.H;
       }
     });

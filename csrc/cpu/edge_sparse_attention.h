@@ -3,7 +3,8 @@
 //     keys of block 2    | G |  block 1  |  block 2  |  block 7  |        tiles of keys straddle the blocks
 //     rows of the head     0   G + 56      G + 112     G + 392
 //
-// Unit 0 of a head is its global queries, which read all keys as they lie; unit 1 + i is block i.
+// Unit 0 of a head is its global queries, which read all keys as they lie; unit 1 + i is block i. Where no token reads a
+// later one, the parts of a unit are its queries.
 #pragma once
 
 #include "positions.h"
@@ -12,8 +13,11 @@ namespace vattn {
 namespace VATTN_ISA {
 
 template <class T>
+struct EdgeQuery;
+
+template <class T>
 struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
-  static constexpr bool SHARES_KEYS = true;
+  static constexpr bool SHARES_KEYS = true, SHARES_TILES = true;
   using Base = PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>>;
   using Base::a, Base::b, Base::h, typename Base::Tile;
   const int32_t* list = nullptr;  // the blocks that are read; null if all keys are
@@ -77,9 +81,58 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
         a.importance[(b * a.H + h) * (a.Lq - a.G) + tile.first + k - a.G] = scores[k];
   }
   void adjust_grads(const Tile& tile, int64_t first, int64_t count, const float* grads) const {
-    if (!a.positions.table) return;
-    float* to = a.grad_bias + ((slice * a.B + b) * a.H + h) * a.positions.table_head;
-    this->accumulate_bias(tile, to, first, count, grads);
+    if (a.positions.table) this->accumulate_bias(tile, grads_of_bias(), first, count, grads);
+  }
+  void forget_bias() const {
+    if (a.positions.table) zero(grads_of_bias(), a.positions.differences + (2 + a.G) * a.G);
+  }
+
+  bool shares_tiles() const { return a.positions.causal && list; }
+  template <class F>
+  static void each_part(const EdgeSparseAttention& a, int64_t index, int64_t slice, int64_t first, int64_t count, F f) {
+    for (int64_t query = first; query < first + count; ++query) f(EdgeQuery<T>(a, index, slice, query), query, 1);
+  }
+
+ private:
+  float* grads_of_bias() const { return a.grad_bias + ((slice * a.B + b) * a.H + h) * a.positions.table_head; }
+};
+
+// One query of a block, or of the global ones, where no token reads a later one.
+template <class T>
+struct EdgeQuery : EdgeBlock<T> {
+  static constexpr bool SHARES_TILES = false;
+  using Base = EdgeBlock<T>;
+  using Base::a, typename Base::Tile;
+  int64_t query;
+
+  EdgeQuery(const EdgeSparseAttention& a, int64_t index, int64_t slice, int64_t query)
+      : Base(a, index / a.units() / a.H, index / a.units() % a.H, index % a.units(), slice), query(query) {}
+
+  bool reads(int64_t key) const { return this->may_read(this->query_begin + query, key); }
+  template <class F>
+  void each_piece(int64_t first, int64_t count, F f) const {
+    Base::each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      for (int64_t i = 0; i < n; ++i)
+        if (reads(row + i)) f(row + i, 1, done + i);
+    });
+  }
+  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+    zero(rows, count * ld);
+    each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
+      this->load_rows(x, row, n, rows + done * ld, ld, times);
+    });
+  }
+  void adjust_grads(const Tile& tile, int64_t first, int64_t count, float* grads) const {
+    forget_unread(tile, grads);
+    Base::adjust_grads(tile, first, count, grads);
+  }
+  void adjust_tangents(const Tile& tile, int64_t first, int64_t count, float* tangents) const {
+    Base::adjust_tangents(tile, first, count, tangents);
+    forget_unread(tile, tangents);
+  }
+  void forget_unread(const Tile& tile, float* row) const {
+    for (int64_t j = 0; j < tile.count; ++j)
+      if (!reads(tile.keys[j])) row[j] = 0;
   }
 };
 

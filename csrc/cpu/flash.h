@@ -25,6 +25,14 @@
 //                  the maximum and the sum of a query's powers of 2: a.maximum, a.sum
 //     SHARES_KEYS  whether keys belong to several components, the units of a head; each_piece (first, count, f) then
 //                  tells which rows of all keys a tile has, and store_keys stores all keys as they lie
+//     SHARES_TILES whether queries may meet keys in a tile that they do not read, by a score of -inf; if so,
+//         shares_tiles ()                                    whether some of this component do
+//         each_part (a, index, slice, first, count, f)       f(itinerary, first, count) for parts of those queries of
+//                                                            component `index`, each with the keys that it reads
+//
+// A weight of 0 makes NaN of what is not finite, in rows that do not read it. So where a result is not finite, and
+// queries share tiles with keys that they do not read, the caller takes the parts one by one: to these, the keys that
+// they do not read are rows of 0, and have no gradient. What is finite has the same bits either way.
 //
 // A panel holds TILE keys, transposed, so that a vector of scores is VL keys of one query; whatever else there is lies
 // as rows.
@@ -118,7 +126,14 @@ VATTN_INLINE float online_softmax(float* scores, int64_t keys, float* maximum, f
 }
 
 template <class Itinerary>
-void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
+VATTN_INLINE bool shares_tiles(const Itinerary& it) {
+  if constexpr (Itinerary::SHARES_TILES) return it.shares_tiles();
+  return false;
+}
+
+// Returns, as do the backward and the tangent, whether to take the queries in parts instead.
+template <class Itinerary>
+bool forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const int64_t D = it.head_dim;
   const ForwardWorkspace w(D, (count + TILE - 1) / TILE, workspace);
   const int64_t ld = w.ld;
@@ -173,13 +188,15 @@ void forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
     it.store_numbers(it.a.sum, first, count, w.sum);
   } else {
     for (int64_t q = 0; q < count; ++q) {
-      const float sum = w.sum[q], inverse = sum > 0 ? 1 / sum : 0;
+      const float sum = w.sum[q], inverse = sum == 0 ? 0 : 1 / sum;
       for (int64_t d = 0; d < ld; d += VL) store(w.out + q * ld + d, inverse * load(w.out + q * ld + d));
-      w.sum[q] = sum > 0 ? w.maximum[q] * LN2 + __builtin_logf(sum) : -INFINITE;
+      w.sum[q] = sum == 0 ? -INFINITE : w.maximum[q] * LN2 + __builtin_logf(sum);
     }
     it.store_outputs(it.a.out, first, count, w.out, ld, 1);
     it.store_numbers(it.a.lse, first, count, w.sum);
+    return shares_tiles(it) && !all_finite(w.out, count * ld);
   }
+  return false;
 }
 
 // delta = sum over channels of out * d out, minus the gradient of lse: here the sum, added to `delta`.
@@ -249,19 +266,19 @@ struct BackwardWorkspace {
   }
 };
 
-// The lse of a query in units of log2, in two parts, since one rounding of it would be in all weights of the query. A
-// query without keys has no weights.
+// The lse of a query in units of log2, in two parts, since one rounding of it would be in all weights of the query.
 struct Lse2 {
   float shift, rest;
   VATTN_INLINE explicit Lse2(float lse) {
     const double exact = (double)lse * LOG2E_EXACT;
-    shift = lse == -INFINITE ? INFINITE : (float)exact, rest = lse == -INFINITE ? 0 : (float)(exact - shift);
+    shift = (float)exact, rest = (float)(exact - shift);
   }
 };
 
 // Scores and their gradients, a row of either for one query, become weights and gradients of scores.
 VATTN_INLINE void softmax_backward(float* weights, float* grads, int64_t columns, float lse, float delta,
                                    const Dropout* dropout, uint32_t query_token, const uint32_t* key_tokens) {
+  if (lse == -INFINITE) return zero(weights, columns), zero(grads, columns);  // no keys, whatever the gradient
   const auto [shift, rest] = Lse2(lse);
   uint32_t times = 0, add = 0;
   if (dropout) dropout->query(query_token, times, add);
@@ -345,10 +362,11 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
 // five products for both at once, four and three for either alone. Keys that are shared are all kept, in rows as they
 // lie, and stored by the caller, who says whether they are fresh.
 template <bool QUERY, bool KEY, class Itinerary>
-void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
+bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
               int64_t key_end, const BackwardWorkspace& w, bool fresh = true) {
   constexpr bool SHARED = Itinerary::SHARES_KEYS;
   const int64_t ld = w.ld;
+  bool finite = true;
   int64_t q0 = query_begin;
   do {
     int64_t held = least(chunk, query_end - q0);
@@ -364,11 +382,19 @@ void backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t q
           piece(row, keys, 0);
       });
       if constexpr (KEY && !SHARED)
-        if (last) w.store_keys(it, k0, keys, row);
+        if (last) {
+          if (shares_tiles(it))
+            for (const float* grad : {w.grad_key, w.grad_value}) finite &= all_finite(grad + row * ld, keys * ld);
+          w.store_keys(it, k0, keys, row);
+        }
     }
-    if constexpr (QUERY) it.store_queries(it.a.grad_query, q0, held, w.grad_query, ld, it.scale);
+    if constexpr (QUERY) {
+      if (shares_tiles(it)) finite &= all_finite(w.grad_query, held * ld);
+      it.store_queries(it.a.grad_query, q0, held, w.grad_query, ld, it.scale);
+    }
     q0 += held, fresh = false;
   } while (q0 < query_end);
+  return !finite;
 }
 
 // Of the tangent: as many queries as share a load of the keys and their tangents, and one tile of those.
@@ -397,14 +423,13 @@ struct TangentWorkspace {
 // summed over the tile, lane by lane. Dropout leaves those sums, which are the tangent of lse, as they are.
 VATTN_INLINE Vec softmax_tangent(float* weights, float* tangents, int64_t columns, float lse, const Dropout* dropout,
                                  uint32_t query_token, const uint32_t* key_tokens) {
+  if (lse == -INFINITE) return zero(weights, columns), zero(tangents, columns), Vec{};  // no keys, whatever its tangent
   const auto [shift, rest] = Lse2(lse);
   uint32_t times = 0, add = 0;
   if (dropout) dropout->query(query_token, times, add);
   Vec sum{};
   for (int64_t j = 0; j < columns; j += VL) {
-    Vec score = load(weights + j), p = exp2(score - shift - rest);
-    // Keys that are not read may have any tangent, also one that is not finite.
-    Vec product = p * select(score == -INFINITE, Vec{}, load(tangents + j));
+    Vec p = exp2(load(weights + j) - shift - rest), product = p * load(tangents + j);
     sum += product;
     if (dropout) {
       Vec factor = dropout->factors(load(key_tokens + j), times, add);
@@ -419,7 +444,7 @@ VATTN_INLINE Vec softmax_tangent(float* weights, float* tangents, int64_t column
 
 // The tangents of out and lse from those of the inputs: five products, of which two are for the tangents of scores.
 template <class Itinerary>
-void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
+bool tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   const int64_t D = it.head_dim;
   const TangentWorkspace w(D, (count + TILE - 1) / TILE, workspace);
   const int64_t ld = w.ld;
@@ -456,8 +481,9 @@ void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
       }
       for (int64_t q = 0; q < queries; ++q) {
         float *weights = w.weights + q * TILE, *lse_tangent = w.lse_tangent + (q0 + q) * VL;
-        for (int64_t j = keys; j < columns; ++j) weights[j] = -INFINITE;
-        Vec sum = softmax_tangent(weights, w.score_tangents + q * TILE, columns, w.lse[q0 + q], it.dropout,
+        float* tangents = w.score_tangents + q * TILE;
+        for (int64_t j = keys; j < columns; ++j) weights[j] = -INFINITE, tangents[j] = 0;
+        Vec sum = softmax_tangent(weights, tangents, columns, w.lse[q0 + q], it.dropout,
                                   w.query_tokens[q0 + q], w.key_tokens);
         store(lse_tangent, load(lse_tangent) + sum);
       }
@@ -479,6 +505,8 @@ void tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
   }
   it.store_outputs(it.a.out_tangent, first, count, w.out_tangent, ld, 1);
   it.store_numbers(it.a.lse_tangent, first, count, w.lse_tangent);
+  // A tangent of lse that is not finite leaves no finite number in its row.
+  return shares_tiles(it) && !all_finite(w.out_tangent, count * ld);
 }
 
 }  // namespace VATTN_ISA

@@ -8,7 +8,7 @@ namespace VATTN_ISA {
 
 template <class Args>
 struct Itinerary {
-  static constexpr bool ADJUSTS = false, HAS_VALUES = true, SHARES_KEYS = false;
+  static constexpr bool ADJUSTS = false, HAS_VALUES = true, SHARES_KEYS = false, SHARES_TILES = false;
   struct Tile {};
   const Args& a;
   const int64_t b, h, head_dim;

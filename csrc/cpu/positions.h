@@ -40,6 +40,12 @@ struct PositionedItinerary : TokenItinerary<T, Args> {
   }
 
  protected:
+  // Whether no causality forbids a query a key.
+  bool may_read(int64_t query, int64_t key) const {
+    const int64_t G = a.positions.G;
+    const int32_t* positions = a.positions.causal + b * a.positions.causal_batch;
+    return query < G || key < G || positions[key - G] <= positions[query - G];
+  }
   // Adds the gradients of a tile of scores to those of a table.
   void accumulate_bias(const Tile& tile, float* table, int64_t first, int64_t count, const float* grads) const {
     uint32_t queries[TILE];

@@ -45,6 +45,8 @@ struct RowPlace {
   }
 };
 
+// A part with an lse of -inf has no keys: whatever else it holds, it has no weight and no gradient. NaN is not the most,
+// but of an lse that is NaN, so is the weight.
 template <class T>
 void merge_forward(const MergeAttention& a, int64_t begin, int64_t end) {
   const int64_t D = a.D;
@@ -54,15 +56,16 @@ void merge_forward(const MergeAttention& a, int64_t begin, int64_t end) {
     float most = -INFINITE, total = 0;
     for (int64_t p = 0; p < a.parts; ++p) most = a.lses[p][i] > most ? a.lses[p][i] : most;
     zero(sum, D);
-    for (int64_t p = 0; p < a.parts && most != -INFINITE; ++p) {
-      float weight = __builtin_expf(a.lses[p][i] - most);
-      if (weight == 0) continue;
+    const float shift = most == -INFINITE ? 0 : most;
+    for (int64_t p = 0; p < a.parts; ++p) {
+      if (a.lses[p][i] == -INFINITE) continue;
+      float weight = __builtin_expf(a.lses[p][i] - shift);
       total += weight;
       copy(part, (const T*)place.in(a.outs[p]), D, weight);
       for (int64_t d = 0; d < D; ++d) sum[d] += part[d];
     }
-    copy(place.in(a.out), sum, D, total > 0 ? 1 / total : 0);
-    a.lse[i] = total > 0 ? most + __builtin_logf(total) : -INFINITE;
+    copy(place.in(a.out), sum, D, total == 0 ? 0 : 1 / total);
+    a.lse[i] = total == 0 ? -INFINITE : shift + __builtin_logf(total);
   }
 }
 
@@ -76,7 +79,12 @@ void merge_backward(const MergeAttention& a, int64_t begin, int64_t end) {
     copy(grad, (const T*)place.in(a.grad_out), D);
     copy(out, (const T*)place.in(a.out), D);
     for (int64_t p = 0; p < a.parts; ++p) {
-      float weight = a.lses[p][i] == -INFINITE ? 0 : __builtin_expf(a.lses[p][i] - a.lse[i]);
+      if (a.lses[p][i] == -INFINITE) {
+        a.grad_lses[p][i] = 0;
+        zero(place.in(a.grad_outs[p]), D);
+        continue;
+      }
+      float weight = __builtin_expf(a.lses[p][i] - a.lse[i]);
       copy(part, (const T*)place.in(a.outs[p]), D);
       float dot = a.grad_lse ? a.grad_lse[i] : 0;
       for (int64_t d = 0; d < D; ++d) dot += grad[d] * (part[d] - out[d]);

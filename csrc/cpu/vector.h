@@ -118,10 +118,38 @@ VATTN_INLINE void zero(To* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = To{};
 }
 
-// 2^x for x <= 0 to about one unit in the last place; below the normal numbers, and for -inf and NaN, exactly 0.
+// Whether n numbers, whole vectors, are finite.
+inline bool all_finite(const float* x, int64_t n) {
+  constexpr int AT_ONCE = 4;
+  Vec sums[AT_ONCE] = {};
+  int64_t i = 0;
+  for (; i + AT_ONCE * VL <= n; i += AT_ONCE * VL)
+#pragma GCC unroll 4
+    for (int s = 0; s < AT_ONCE; ++s) sums[s] += 0 * load(x + i + s * VL);  // of NaN and of infinities, NaN
+  for (; i < n; i += VL) sums[0] += 0 * load(x + i);
+  const Vec sum = sums[0] + sums[1] + sums[2] + sums[3];
+  bool finite = true;
+  for (int l = 0; l < VL; ++l) finite &= sum[l] == 0;
+  return finite;
+}
+
+// The integer nearest to each number. Of what is not finite, or too large, the lowest nine bits are 0.
+#if VATTN_VECTOR_BYTES == 64
+VATTN_INLINE VecInt nearest(Vec x) { return (VecInt)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x); }
+#elif VATTN_VECTOR_BYTES == 32
+VATTN_INLINE VecInt nearest(Vec x) { return (VecInt)_mm256_cvtps_epi32((__m256)x); }
+#else
+VATTN_INLINE VecInt nearest(Vec x) {
+  VecInt shifted = (VecInt)(x + 12582912.f);  // 1.5 * 2^23: the integer lands in the low bits
+  return (shifted - 0x4b400000) & (VecInt)((x < 4194304.f) & (x > -4194304.f));
+}
+#endif
+
+// 2^x for x <= 0 to about one unit in the last place; below the normal numbers, and for -inf, exactly 0. Of NaN, NaN:
+// to the bits of a NaN nothing is added.
 VATTN_INLINE Vec exp2(Vec x) {
-  Vec shifted = x + 12582912.f;  // 1.5 * 2^23: the integer nearest to x lands in the low bits
-  Vec f = x - (shifted - 12582912.f);
+  VecInt whole = nearest(x);
+  Vec f = x - __builtin_convertvector(whole, Vec);
   Vec p = splat(1.534581216e-4f);  // minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-9
   p = p * f + 1.339993118e-3f;
   p = p * f + 9.618488956e-3f;
@@ -129,8 +157,8 @@ VATTN_INLINE Vec exp2(Vec x) {
   p = p * f + 2.402264689e-1f;
   p = p * f + 6.931472057e-1f;
   p = p * f + 1.0f;
-  VecInt scaled = (VecInt)p + ((VecInt)shifted << 23);
-  return (Vec)(scaled & (x > -126.f));
+  VecInt scaled = (VecInt)p + (whole << 23);
+  return (Vec)(x <= -126.f ? VecInt{} : scaled);
 }
 
 // Which lanes of two vectors, one behind the other, a step of a transpose or a sum takes: constants, or GCC builds them

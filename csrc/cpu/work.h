@@ -9,34 +9,43 @@
 namespace vattn {
 namespace VATTN_ISA {
 
-// Runs work(itinerary, first query, count) for the items of panels of `rows` queries of a component.
+// Apart from the itinerary of a component, which so stays in registers.
+template <class Itinerary, class Args, class Work>
+__attribute__((noinline)) void each_part(const Args& a, int64_t component, int64_t slice, int64_t first, int64_t count,
+                                         Work work) {
+  if constexpr (Itinerary::SHARES_TILES) Itinerary::each_part(a, component, slice, first, count, work);
+}
+
+// Runs work(itinerary, first query, count) for the items of panels of `rows` queries of a component; where it returns
+// true, for the parts of those.
 template <class Itinerary, class Args, class Work>
 VATTN_INLINE void panel_items(const Args& a, int64_t begin, int64_t end, int64_t rows, Work work) {
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item % a.components);
-    int64_t first = item / a.components * rows;
-    if (first < it.queries) work(it, first, least(rows, it.queries - first));
+    int64_t first = item / a.components * rows, count = least(rows, it.queries - first);
+    if (count > 0 && work(it, first, count)) each_part<Itinerary>(a, item % a.components, 0, first, count, work);
   }
 }
 
 template <class Itinerary, class Args>
 void forward_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  panel_items<Itinerary>(a, begin, end, a.panels * TILE, [&](const Itinerary& it, int64_t first, int64_t count) {
-    forward(it, first, count, workspace);
+  panel_items<Itinerary>(a, begin, end, a.panels * TILE, [&](const auto& it, int64_t first, int64_t count) {
+    return forward(it, first, count, workspace);
   });
 }
 
 template <class Itinerary, class Args>
 void tangent_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  panel_items<Itinerary>(a, begin, end, a.panels * TILE, [&](const Itinerary& it, int64_t first, int64_t count) {
-    tangent(it, first, count, workspace);
+  panel_items<Itinerary>(a, begin, end, a.panels * TILE, [&](const auto& it, int64_t first, int64_t count) {
+    return tangent(it, first, count, workspace);
   });
 }
 
 template <class Itinerary, class Args>
 void delta_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  panel_items<Itinerary>(a, begin, end, TILE, [&](const Itinerary& it, int64_t first, int64_t count) {
+  panel_items<Itinerary>(a, begin, end, TILE, [&](const auto& it, int64_t first, int64_t count) {
     delta(it, first, count, workspace);
+    return false;
   });
 }
 
@@ -45,7 +54,10 @@ void backward_items(const Args& a, int64_t begin, int64_t end, float* workspace)
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item);
     const BackwardWorkspace w(a.D, a.chunk, it.queries, it.keys, workspace);
-    backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w);
+    if (backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w))
+      each_part<Itinerary>(a, item, 0, 0, it.queries, [&](const auto& part, int64_t first, int64_t count) {
+        backward<true, true>(part, a.chunk, first, first + count, 0, part.keys, w);
+      });
   }
 }
 
@@ -58,11 +70,27 @@ void backward_shared_items(const Args& a, int64_t begin, int64_t end, float* wor
   for (int64_t item = begin; item < end; ++item) {
     int64_t h = item % a.H, b = item / a.H % a.B, slice = item / a.H / a.B;
     const Itinerary all(a, b, h, 0, slice);
-    bool fresh = slice == 0 && all.queries > 0;
-    if (!fresh) zero(w.grad_key, a.max_keys * w.ld), zero(w.grad_value, a.max_keys * w.ld);
-    for (int64_t unit = slice * share; unit < least(slice * share + share, a.units()); ++unit, fresh = false) {
+    const int64_t first_unit = slice * share, end_unit = least(first_unit + share, a.units());
+    auto none_yet = [&] {
+      for (float* grad : {w.grad_key, w.grad_value}) zero(grad, a.max_keys * w.ld);
+    };
+    bool fresh = slice == 0 && all.queries > 0, shares = false, again = false;
+    if (!fresh) none_yet();
+    for (int64_t unit = first_unit; unit < end_unit; ++unit, fresh = false) {
       Itinerary it(a, b, h, unit, slice);
-      if (it.queries > 0) backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w, fresh);
+      if (it.queries == 0) continue;
+      again |= backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w, fresh);
+      shares |= it.shares_tiles();
+    }
+    if (shares)
+      for (const float* grad : {w.grad_key, w.grad_value}) again |= !all_finite(grad, a.max_keys * w.ld);
+    if (again) {  // what keys, and the bias, have had of any unit may be wrong
+      none_yet(), all.forget_bias();
+      for (int64_t unit = first_unit; unit < end_unit; ++unit)
+        each_part<Itinerary>(a, (b * a.H + h) * a.units() + unit, slice, 0, Itinerary(a, b, h, unit, slice).queries,
+                             [&](const auto& part, int64_t first, int64_t count) {
+                               backward<true, true>(part, a.chunk, first, first + count, 0, part.keys, w, false);
+                             });
     }
     w.store_keys(all, 0, a.max_keys, 0);
   }
@@ -75,7 +103,10 @@ void backward_query_items(const Args& a, int64_t begin, int64_t end, float* work
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item / tiles);
     int64_t first = item % tiles * a.chunk, last = least(first + a.chunk, it.queries);
-    if (first < last) backward<true, false>(it, a.chunk, first, last, 0, it.keys, w);
+    if (first < last && backward<true, false>(it, a.chunk, first, last, 0, it.keys, w))
+      each_part<Itinerary>(a, item / tiles, 0, first, last - first, [&](const auto& part, int64_t begin, int64_t count) {
+        backward<true, false>(part, a.chunk, begin, begin + count, 0, part.keys, w);
+      });
   }
 }
 
@@ -86,7 +117,10 @@ void backward_key_items(const Args& a, int64_t begin, int64_t end, float* worksp
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item / tiles);
     int64_t first = item % tiles * TILE, last = least(first + TILE, it.keys);
-    if (first < last) backward<false, true>(it, a.chunk, 0, it.queries, first, last, w);
+    if (first < last && backward<false, true>(it, a.chunk, 0, it.queries, first, last, w))
+      each_part<Itinerary>(a, item / tiles, 0, 0, it.queries, [&](const auto& part, int64_t begin, int64_t count) {
+        backward<false, true>(part, a.chunk, begin, begin + count, first, last, w);
+      });
   }
 }
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.kernels.checks import check, run
+from tests.kernels.checks import check
 from tests.operators.nearest_code import OPERATOR as CODES
 
 
@@ -91,8 +91,19 @@ def test_nan(backend):
     assert not torch.isin(index[:2], torch.tensor([0, 3, 69], device=backend.device)).any()
 
 
-def test_infinities_give_an_index(backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_infinities(dtype, backend):
+    """As NaN: such a code is nobody's nearest, and such a vector has the first one, or none is better."""
+    x, codebook = vectors((70, 8), 70, backend.device, dtype)
+    x[5, 2], x[6, 3], x[67] = torch.inf, -torch.inf, torch.inf
+    codebook[7, 1], codebook[8], codebook[0, 0] = torch.inf, -torch.inf, torch.inf
+    index = nearest(backend, x, codebook)
+    assert (index[[5, 6, 67]] == 0).all()
+    assert not torch.isin(index[:5], torch.tensor([0, 7, 8], device=backend.device)).any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_no_code_is_finite(value, backend):
     x, codebook = vectors((70, 8), 70, backend.device)
-    x[5, 2], x[6, 3], codebook[7, 1] = torch.inf, -torch.inf, torch.inf
-    index = run(backend, case_of(x, codebook))["index"]
-    assert ((index >= 0) & (index < 70)).all()
+    assert (nearest(backend, x, torch.full_like(codebook, value)) == 0).all()
+    assert (nearest(backend, torch.full_like(x, value), codebook) == 0).all()

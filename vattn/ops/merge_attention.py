@@ -25,7 +25,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         outs: at least one output, each ``(..., D)``, of equal shapes and dtypes: float32, bfloat16, float16 or
             float64. Each is the attention of the same queries over other keys.
         lses: as many log-sum-exps of the scaled scores, each ``(...)``, float32 (float64 for float64 outs), as
-            `return_lse=True` returns them. -inf stands for a part without keys.
+            `return_lse=True` returns them. -inf stands for a part without keys: it adds nothing and has no gradient,
+            whatever its output holds, NaN included. An lse that is NaN makes its row of the results NaN.
 
     Returns:
         out ``(..., D)`` in the dtype of `outs`, and lse ``(...)``. Where every part is -inf: 0 and -inf.

@@ -28,9 +28,9 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
             are read as float32, as those of ``torch.cdist`` are.
 
     Returns:
-        int64 ``(...)``, contiguous: between 0 and K - 1, the lowest of equally near codes. Distances that are NaN are
-        no candidates, and a vector that has no other gets 0; with infinities, or squares beyond float32, the index is
-        some valid one.
+        int64 ``(...)``, contiguous: between 0 and K - 1, the lowest of equally near codes. A code with a NaN or an
+        infinity is nobody's nearest, and a vector with one gets 0; with squares beyond float32 the index is some valid
+        one.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

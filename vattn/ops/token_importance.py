@@ -45,7 +45,8 @@ def token_importance(
         scale: factor of the scores; None means ``D ** -0.5``.
 
     Returns:
-        ``(B, Lk)`` in float32 (float64 for float64 inputs); 0 where there is no query.
+        ``(B, Lk)`` in float32 (float64 for float64 inputs); 0 where there is no query. A NaN in a query makes that of
+        all keys that its sample reads NaN, for it is their mean.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

@@ -34,20 +34,21 @@ def edge_sparse_attention(
     scale = D**-0.5 if scale is None else scale
     if positions is None:
         positions = torch.arange(layout.num_tokens, device=query.device)
-    bias = layout.token_counts().log().to(torch.promote_types(query.dtype, torch.float32))  # (L, G+N, G+N)
+    counts = layout.token_counts()  # (L, G+N, G+N)
+    read, bias = counts > 0, counts.clamp(min=1).log().to(torch.promote_types(query.dtype, torch.float32))
     if position_bias is not None:
         bias = bias + position_bias(positions)
     if causal:
         late = positions[..., None, :] > positions[..., :, None]
         late = torch.nn.functional.pad(late, (G, 0, G, 0), value=False).unsqueeze(-3)
-        bias = bias.masked_fill(late, -torch.inf)
+        read = read & ~late
     keep = None
     if dropout_p > 0:
         seed = random_seed(query.device) if seed is None else seed
         rows = torch.arange(length, device=query.device)
         bh = torch.arange(B * H, device=query.device).view(B, H, 1, 1)
         keep = dropout_keep(seed, bh, rows[:, None], rows, dropout_p)
-    out, lse = attention(query, key, value, scale=scale, bias=bias, keep=keep, dropout_p=dropout_p)
+    out, lse = attention(query, key, value, scale=scale, bias=bias, read=read, keep=keep, dropout_p=dropout_p)
     results = [out.transpose(1, 2).contiguous().transpose(1, 2)]  # heads beside channels, as every operator returns
     if return_lse:
         results.append(lse)

@@ -28,14 +28,13 @@ def latent_attention(
     B, H, Lq, D = query.shape
     key, value = (x if isinstance(x, Tensor) else torch.cat(list(x), 2) for x in (key, value))
     tokens = torch.arange(key.shape[2], device=query.device)
-    bias = keep = None
-    if key_lengths is not None:
-        bias = torch.where(tokens < key_lengths.view(B, 1, 1, 1), 0.0, -torch.inf)
+    keep = None
+    read = None if key_lengths is None else tokens < key_lengths.view(B, 1, 1, 1)
     if dropout_p > 0:
         seed = random_seed(query.device) if seed is None else seed
         bh = torch.arange(B * H, device=query.device).view(B, H, 1, 1)
         keep = dropout_keep(seed, bh, torch.arange(Lq, device=query.device)[:, None], tokens, dropout_p)
     scale = D**-0.5 if scale is None else scale
-    out, lse = attention(query, key, value, scale=scale, bias=bias, keep=keep, dropout_p=dropout_p)
+    out, lse = attention(query, key, value, scale=scale, read=read, keep=keep, dropout_p=dropout_p)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # heads beside channels, as every operator returns
     return (out, lse) if return_lse else out

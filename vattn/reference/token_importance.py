@@ -28,7 +28,8 @@ def token_importance(
         if positions is None:
             positions = torch.arange(Lq - position_bias.num_global, device=query.device)
         scores = scores + position_bias(positions)
-    if key_lengths is not None:
-        behind = torch.arange(key.shape[2], device=key.device) >= key_lengths.view(B, 1, 1, 1)
-        scores = scores.masked_fill(behind, -torch.inf)
-    return softmax(scores, -1)[0].sum((1, 2)) / max(H * Lq, 1)
+    if key_lengths is None:
+        return softmax(scores, -1)[0].sum((1, 2)) / max(H * Lq, 1)
+    behind = torch.arange(key.shape[2], device=key.device) >= key_lengths.view(B, 1, 1, 1)
+    weights = softmax(scores.masked_fill(behind, -torch.inf), -1)[0].masked_fill(behind, 0)
+    return weights.sum((1, 2)) / max(H * Lq, 1)
