@@ -444,31 +444,6 @@ def test_tangents_must_fit_their_primals(name, place, argument, error):
         problem.jvp(wrong(tangents, place, change), problem.primals, *results)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_results_of_the_forward_must_fit(name):
-    problem = SMALL[name]()
-    (out, lse), tangents = problem.forward(*problem.primals), tangents_of(problem)
-    with pytest.raises(ValueError, match=r"_attention: out must have the shape of .*, got out\.shape="):
-        problem.jvp(tangents, problem.primals, out[..., 1:], lse)
-    with pytest.raises(TypeError, match=r"_attention: out must have dtype .*, got out\.dtype="):
-        problem.jvp(tangents, problem.primals, out.half(), lse)
-    with pytest.raises(ValueError, match=r"_attention: lse must have the shape of .*, got lse\.shape="):
-        problem.jvp(tangents, problem.primals, out, lse[..., 1:])
-    with pytest.raises(TypeError, match=r"_attention: lse must have dtype .*, got lse\.dtype="):
-        problem.jvp(tangents, problem.primals, out, lse.double())
-
-
-def test_as_many_tangents_as_primals():
-    q, out, lse = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3)
-    with pytest.raises(ValueError, match="latent_attention: key_tangents and value_tangents must be as many as keys"):
-        OPS.latent_attention_jvp(q, [q], [q], q, [q, q], [q, q], out, lse, None, 0.0, None, 1.0)
-    with pytest.raises(ValueError, match="merge_attention: out_tangents and lse_tangents must be as many as outs"):
-        OPS.merge_attention_jvp([q], [lse], [q, q], [lse, lse], out, lse)
-    graph = (torch.tensor([[0, 1]]), torch.tensor([0]), None, None, 3, 0)
-    with pytest.raises(ValueError, match="edge_sparse_attention: table_tangent must come with a bias_table"):
-        OPS.edge_sparse_attention_jvp(q, q, q, torch.randn(25, 1), q, q, q, out, lse, *graph, None, [], None, False, 0.0, None, 1.0, False)  # fmt: skip # noqa: E501
-
-
 def other_capabilities() -> list[str]:
     return _library._C.cpu_capabilities()[1:] if _library._C is not None else []
 
