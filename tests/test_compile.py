@@ -123,6 +123,18 @@ def test_scales_of_a_head_dim_that_changes(scale, dynamic):
     assert count_graphs(attend, inputs, dynamic=dynamic) <= 2
 
 
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_an_exported_scale_of_a_dynamic_head_dim(strict):
+    class Attend(torch.nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return vattn.leap_attention(x, x, x, 2, scale=2 * x.shape[-1] ** -0.5)
+
+    small, large = torch.randn(1, 2, 4, 3, 8), torch.randn(1, 2, 4, 3, 24)
+    sizes = {"x": {4: torch.export.Dim("head_dim", min=2, max=256)}}
+    program = torch.export.export(Attend(), (small,), dynamic_shapes=sizes, strict=strict)
+    torch.testing.assert_close(program.module()(large), Attend()(large))
+
+
 def test_layers_of_different_scales():
     class Layer(torch.nn.Module):
         def __init__(self, scale: float) -> None:

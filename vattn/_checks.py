@@ -96,9 +96,10 @@ def scale(op: str, value: object, head_dim: int) -> float:
     """The factor of the scores: `value`, or `head_dim ** -0.5` for None. 0.0 is a value like any other."""
     if value is None:
         return head_dim**-0.5
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{op}: scale must be a float or None, got scale={value!r}")
-    factor = float(value)
+    # In a trace, float() makes a constant of what is symbolic.
+    factor: float = value if isinstance(value, torch.SymFloat) else float(value)  # type: ignore[assignment]
     if not -math.inf < factor < math.inf:  # which compiles, where math.isfinite does not
         raise ValueError(f"{op}: scale must be finite, got scale={value}")
     return factor
