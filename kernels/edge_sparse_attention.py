@@ -381,8 +381,6 @@ def jvp(
     bias = bias_table, window, positions, causal
     call = Call(query, key, value, row_offsets, columns, block_size, num_global, bias, dropout_p, seed, scale)
     dout, dlse = attention.empty_results(query)
-    if table_tangent is not None and (bias_table is None or table_tangent.shape != bias_table.shape):
-        raise ValueError("jvp: a tangent of the bias table must have the table's shape, and there must be a table")
     dtable = None if table_tangent is None else table_tangent.float().t().contiguous()
     for part, splits in call.parts("jvp", {"table_tangent": dtable}, tangent=dtable is not None):
         douts, dlses = call.partial(dout, splits), call.partial_sums(dlse, splits)
