@@ -152,6 +152,8 @@ def test_the_op_by_the_names_of_its_arguments():
 ORDERS = {
     "before": "from torch.utils.flop_counter import FlopCounterMode\nimport vattn\n{counted}",
     "after": "import vattn\nfrom torch.utils.flop_counter import FlopCounterMode\n{counted}",
+    "after a search": "import vattn, importlib.util\nimportlib.util.find_spec('torch.utils.flop_counter')\n"
+    "from torch.utils.flop_counter import FlopCounterMode\n{counted}",
     "after a call": "import vattn\ncall()\nfrom torch.utils.flop_counter import FlopCounterMode\n{counted}",
     "while it counts": "from torch.utils.flop_counter import FlopCounterMode\n"
     "with FlopCounterMode(display=False) as counter:\n    import vattn\n    call()",

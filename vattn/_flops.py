@@ -5,7 +5,6 @@ Nothing here imports it: it would bring Triton.
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -51,16 +50,16 @@ class _OnImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        # importlib.util.find_spec comes here, too, and imports nothing: this finder stays until the import.
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name == COUNTER else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_tell(module: types.ModuleType) -> None:
                 execute(module)
                 _tell(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
 
             spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
         return spec
