@@ -70,6 +70,7 @@ class RelativePositionBias3D(nn.Module):
             as_table: give the table instead, as a float32 copy, for kernels that look it up. A module whose weights are
                 sharded has all of them in its forward only, hence the call, and the copy.
         """
+        _checks.dense(type(self).__name__, "table", self.table)  # here, where one that FSDP shards is whole
         if as_table:
             return self.table.to(torch.float32, copy=True)
         if positions is None:
@@ -145,7 +146,6 @@ def check_bias(op: str, bias: object, query: Tensor, num_global: int, positions:
     if not isinstance(bias, RelativePositionBias3D):
         got = type(bias).__name__
         raise TypeError(f"{op}: position_bias must be a RelativePositionBias3D, got position_bias={got}")
-    _checks.dense(op, "position_bias.table", bias.table)
     for name, own, wanted in (
         ("num_heads", bias.num_heads, query.shape[1]),
         ("num_global", bias.num_global, num_global),
