@@ -1,5 +1,6 @@
 """What the models share: sequences with names, initialization, batch norms, and losses of nothing."""
 
+import contextlib
 from collections import OrderedDict
 from typing import cast
 
@@ -48,15 +49,19 @@ def _batch_norm(norm: nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
     Statistics of nothing would be NaN, and those of a second run would move twice. Weights may have another dtype than
     statistics, as wrappers for mixed precision leave them.
     """
-    mean, var, steps = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.num_batches_tracked
+    mean, var, steps = (cast(Tensor, x) for x in (norm.running_mean, norm.running_var, norm.num_batches_tracked))
+    momentum = norm.momentum
     weight, bias = norm.weight.to(mean.dtype), norm.bias.to(mean.dtype)
     if norm.training and x.numel() == 0:
         wide = (-1, *[1] * (x.dim() - 2))
         return (x * weight.view(wide) + bias.view(wide)).to(x.dtype)
     if norm.training:
-        with unseen():
-            if not torch.compiler.is_compiling() and in_backward():
+        compiling = torch.compiler.is_compiling()
+        with contextlib.nullcontext() if compiling else unseen():  # which Dynamo cannot trace
+            if not compiling and in_backward():
                 mean, var = mean.clone(), var.clone()
-            elif steps is not None:
+            else:
                 steps.add_(1)
-    return F.batch_norm(x, mean, var, weight, bias, norm.training, cast(float, norm.momentum), norm.eps)
+        if momentum is None:  # the mean of all batches so far
+            momentum = 1 / max(float(steps), 1)
+    return F.batch_norm(x, mean, var, weight, bias, norm.training, momentum or 0.0, norm.eps)
