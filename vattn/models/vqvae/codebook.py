@@ -125,8 +125,9 @@ class Codebook(nn.Module):
         if in_backward():
             with unseen():
                 found, total, num_draws = self._runs.find(z)
-                for _ in range(num_draws if generator is None else 0):  # what follows shall draw what it drew
-                    self._draw(total, draws_of(None), z.device)
+                draws = draws_of(generator)
+                for _ in range(num_draws if draws.generator is None else 0):  # what follows shall draw what it drew
+                    self._draw(total, draws, z.device)
             return _quantized(z, found)
         with unseen():
             found, total, num_draws = self._move(z, draws_of(generator))
@@ -140,9 +141,10 @@ class Codebook(nn.Module):
         self._widen()
         vectors = self._vectors(z)
         finite = _are_finite(vectors)
-        usable = vectors if bool(finite.all()) else vectors[finite]
+        all_finite, has_begun = torch.stack([finite.all(), self.has_begun]).tolist()  # one wait for a GPU
+        usable = vectors if all_finite else vectors[finite]
         place = _place(usable)
-        has_any, begins = place[1] > 0, place[1] > 0 and not bool(self.has_begun)
+        has_any, begins = place[1] > 0, place[1] > 0 and not has_begun
         if begins:
             self._begin(usable, place, draws)
         found = self._find(z, vectors, finite)
