@@ -149,7 +149,8 @@ class Codebook(nn.Module):
             self._begin(usable, place, draws)
         found = self._find(z, vectors, finite)
         if has_any:
-            self._follow(usable, found.codes.flatten()[finite], found.taken, place, draws)
+            codes = found.codes.flatten()
+            self._follow(usable, codes if all_finite else codes[finite], found.taken, place, draws)
         return found, place[1], int(begins) + int(has_any)
 
     def _vectors(self, z: Tensor) -> Tensor:
