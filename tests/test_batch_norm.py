@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vattn.models.layers import BatchNorm2d, BatchNorm3d
+from vattn.models.batch_norm import BatchNorm2d, BatchNorm3d
 
 KINDS = [pytest.param(BatchNorm2d, nn.BatchNorm2d, 2, id="2d"), pytest.param(BatchNorm3d, nn.BatchNorm3d, 3, id="3d")]
 
