@@ -295,6 +295,14 @@ def train_in_mixed_precision(rank: int) -> None:
             assert torch.equal(mine, first)
 
 
+def train_where_one_has_begun(rank: int) -> None:
+    """It raises in both processes, of which none waits for the other."""
+    codebook = Codebook(4, 2)
+    codebook.has_begun.fill_(rank == 0)
+    with pytest.raises(RuntimeError, match=r"^Codebook: has_begun must be the same in all processes, got True in 1 of"):
+        codebook(torch.randn(1, 2, 9))
+
+
 def train_with_ddp(rank: int, folder: Path) -> None:
     """The second process has nothing in the second step."""
     for small_tokenizer in (small_vqvae, small_vqgan):
@@ -320,6 +328,7 @@ def run_process(rank: int, folder: Path) -> None:
     )
     for name, part in PARTS.items():
         torch.save(steps(partial(part, rank=rank)), folder / f"{name}{rank}.pt")
+    train_where_one_has_begun(rank)
     train_with_ddp(rank, folder)
     train_in_mixed_precision(rank)
     dist.destroy_process_group()
