@@ -22,11 +22,10 @@ class Program(nn.Module):
 
 
 class Entry(NamedTuple):
-    """What is called of a model, with inputs for a batch of a size; `model` is its name if that is not the entry's."""
+    """What is called of a model, with inputs for a batch of a size."""
 
     inputs: Callable[[int], tuple[Tensor, ...]]
     call: Callable[..., Any] = lambda model, *inputs: model(*inputs)
-    model: str = ""
 
 
 def _video(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -55,16 +54,10 @@ PROGRAMS: dict[str, Entry] = {
     "LapsVisformer": Entry(_video(4, 3, 32, 32)),
     "VideoEncoder": Entry(_video(4, 3, 8, 12)),
     "TextEncoder": Entry(lambda batch: (_words(batch), torch.ones(batch, 6, dtype=torch.int64))),
-    "fusion": Entry(
-        lambda batch: (_words(batch), torch.randn(batch, 9, 16)),
-        lambda model, words, video: model.fuse(model(words), None, video),
-        "TextEncoder",
-    ),
     "SViTT": Entry(lambda batch: (torch.randn(batch, 4, 3, 8, 12), _words(batch)), _match),
     "VideoAnswers": Entry(lambda batch: (torch.randn(batch, 4, 3, 8, 12), _words(batch)), _answer),
     "VQVAE": Entry(_video(3, 4, 16, 16)),
     "VQGAN": Entry(_video(3, 4, 16, 16)),
-    "encoding": Entry(_video(3, 4, 16, 16), lambda model, video: model.encode(video), "VQGAN"),
     "MeBT": Entry(
         lambda batch: (torch.randint(7, (batch, 3, 2, 2)), _places(batch)[:, :5], _places(batch)[:, 5:]),
     ),
@@ -77,6 +70,5 @@ PROGRAMS: dict[str, Entry] = {
 
 
 def make(name: str) -> Program:
-    """The program of an entry, in evaluation mode."""
-    entry = PROGRAMS[name]
-    return Program(MODELS[entry.model or name].make(), entry.call).eval()
+    """The program of a model, in evaluation mode."""
+    return Program(MODELS[name].make(), PROGRAMS[name].call).eval()

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -419,10 +420,11 @@ class TestOfficialInputs:
         assert found.config == self.load(name).config
 
     def test_missing_weights(self, name: str) -> None:
+        """One of each name, whatever the numbers of layers in it."""
         entry = MODELS[name]
         assert entry.official is not None
         weights = dict(entry.official(entry.make()).state_dict)
-        for missing in weights:
+        for missing in {re.sub(r"\d+", "#", key): key for key in weights}.values():
             rest = {key: weight for key, weight in weights.items() if key != missing}
             try:
                 self.load(name, state_dict=rest)

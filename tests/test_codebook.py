@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from vattn.models.draws import Draws
 from vattn.models.vqvae import VQGAN, VQVAE, Codebook
 
 LOW = [pytest.param(torch.bfloat16, id="bfloat16"), pytest.param(torch.float16, id="float16")]
@@ -229,15 +230,6 @@ class TestEmpty:
         assert all(map(torch.equal, codebook.state_dict().values(), before.values()))
 
 
-def run_part(rank: int, part: Callable[..., Tensor], folder: str) -> None:
-    """One of two processes, which is given a part of each step."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    torch.save(steps(partial(part, rank=rank)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 def steps(part: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """What codebooks hold and say after steps in training, some vectors of which are not finite."""
     found: list[Tensor] = []
@@ -269,15 +261,8 @@ def first_is_not_finite(z: Tensor, rank: int) -> Tensor:
     return torch.full_like(z, torch.nan) if rank == 0 else z
 
 
-@pytest.mark.parametrize("part", [first_is_empty, second_is_empty, uneven, first_is_not_finite])
-def test_processes_share_a_codebook(part: Any, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_part, (part, str(tmp_path)), nprocs=2)
-    expected = steps(lambda z: z)
-    for rank in range(2):
-        actual = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        if part is first_is_not_finite:  # of which there are more
-            actual, expected = ([x for x in these if x.is_floating_point()] for these in (actual, expected))
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=False)
+PARTS = {part.__name__: part for part in (first_is_empty, second_is_empty, uneven, first_is_not_finite)}
+"""What each of two processes is given of a step."""
 
 
 def low_precision(model: torch.nn.Module, wrapper: str) -> torch.nn.Module:
@@ -310,11 +295,16 @@ def train_in_mixed_precision(rank: int) -> None:
             assert torch.equal(mine, first)
 
 
-def train_in_two_processes(rank: int, folder: str) -> None:
-    """One of two processes, first of DDP, of which the second has nothing in the second step."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def train_where_one_has_begun(rank: int) -> None:
+    """It raises in both processes, of which none waits for the other."""
+    codebook = Codebook(4, 2)
+    codebook.has_begun.fill_(rank == 0)
+    with pytest.raises(RuntimeError, match=r"^Codebook: has_begun must be the same in all processes, got True in 1 of"):
+        codebook(torch.randn(1, 2, 9))
+
+
+def train_with_ddp(rank: int, folder: Path) -> None:
+    """The second process has nothing in the second step."""
     for small_tokenizer in (small_vqvae, small_vqgan):
         model = torch.nn.parallel.DistributedDataParallel(small_tokenizer())
         optimizer = torch.optim.SGD(model.parameters(), 1e-2)
@@ -328,16 +318,44 @@ def train_in_two_processes(rank: int, folder: str) -> None:
             loss.backward()
             optimizer.step()
         assert all(bool(x.isfinite().all()) for x in model.module.state_dict().values())
-        torch.save(dict(model.module.named_parameters()), f"{folder}/{type(model.module).__name__}{rank}.pt")
+        torch.save(dict(model.module.named_parameters()), folder / f"{type(model.module).__name__}{rank}.pt")
+
+
+def run_process(rank: int, folder: Path) -> None:
+    """All that one of two processes does: tests look at the files."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    for name, part in PARTS.items():
+        torch.save(steps(partial(part, rank=rank)), folder / f"{name}{rank}.pt")
+    train_where_one_has_begun(rank)
+    train_with_ddp(rank, folder)
     train_in_mixed_precision(rank)
     dist.destroy_process_group()
 
 
-def test_processes_without_a_batch_and_in_mixed_precision(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_in_two_processes, (str(tmp_path),), nprocs=2)
-    for name in ("VQVAE", "VQGAN"):
-        one, other = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
-        assert all(torch.equal(one[weight], other[weight]) for weight in one)
+class TestProcesses:
+    """Two of them, which are started once."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder: Path = tmp_path_factory.mktemp("processes")
+        torch.multiprocessing.spawn(run_process, (folder,), nprocs=2)
+        return folder
+
+    @pytest.mark.parametrize("name", PARTS)
+    def test_share_a_codebook(self, name: str, folder: Path) -> None:
+        expected = steps(lambda z: z)
+        for rank in range(2):
+            actual = torch.load(folder / f"{name}{rank}.pt", weights_only=True)
+            if name == "first_is_not_finite":  # of which there are more
+                actual, expected = ([x for x in these if x.is_floating_point()] for these in (actual, expected))
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=False)
+
+    def test_weights_are_the_same_without_a_batch(self, folder: Path) -> None:
+        for name in ("VQVAE", "VQGAN"):
+            one, other = (torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
+            assert all(torch.equal(one[weight], other[weight]) for weight in one)
 
 
 CHECKPOINTS: dict[str, Callable[..., Any]] = {
@@ -397,6 +415,19 @@ class TestActivationCheckpointing:
         assert z.grad is not None and z.grad.item() == pytest.approx(0.5 * (3.0 - 1.0))
         assert codebook.N.item() == pytest.approx(1.0)
         assert codebook.z_avg.item() == pytest.approx(0.99 * 1.0 + 0.01 * 3.0)
+
+    @pytest.mark.parametrize("generator", [None, Draws()], ids=["none", "draws"])
+    def test_what_follows_draws_the_same(self, generator: Draws | None) -> None:
+        codebook, seen = Codebook(6, 4), list[Tensor]()
+
+        def run(z: Tensor) -> Tensor:
+            loss = codebook(z, generator).commitment_loss
+            seen.append(torch.rand(()))
+            return loss * seen[-1]
+
+        again: Any = checkpoint(run, torch.randn(2, 4, 9, requires_grad=True), use_reentrant=False)
+        again.backward()
+        assert torch.equal(*seen)
 
     def test_a_backward_twice(self) -> None:
         codebook, z = Codebook(4, 2), torch.randn(1, 2, 9, requires_grad=True)

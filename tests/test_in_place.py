@@ -62,10 +62,6 @@ def test_a_result_that_is_changed(op, i):
         return
     function, leaves = calls(torch.float32)[op]
     results = list(as_tuple(function(*leaves)))
-    results[i] = results[i] * (2 if results[i].is_floating_point() else 1)
-    torch.manual_seed(0)
-    function, leaves = calls(torch.float32)[op]
-    results = list(as_tuple(function(*leaves)))
     expected = torch.autograd.grad(
         [(x * 2 if j == i else x).sin().sum() for j, x in enumerate(results) if x.requires_grad], leaves,
         materialize_grads=True,
@@ -93,7 +89,6 @@ def test_results_without_derivatives_may_be_changed(op):
     with torch.no_grad():
         results = as_tuple(function(*leaves))
     for x in results:
-        assert not x._is_view() or x._base is not None
         version = x._version
         x.zero_()
         assert x._version == version + 1 and not x.requires_grad

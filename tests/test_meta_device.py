@@ -16,6 +16,7 @@ from tests.model_zoo import MODELS, assert_same
 from tests.programs import PROGRAMS, make
 from vattn import _library
 from vattn.models import mebt, videogpt, vqvae
+from vattn.models.tables import Table
 
 pytestmark = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
 
@@ -165,3 +166,11 @@ def test_another_default_device_while(name):
     with default_device("meta"):
         found = tree_leaves(act())
     assert_same(found, expected)
+
+
+def test_a_copy_of_a_table_is_of_no_mode():
+    """One that is made in inference mode is there when a model learns."""
+    table = Table(torch.arange(3))
+    with torch.inference_mode():
+        copy = table.on(torch.device("meta"))
+    assert copy.is_meta and not copy.is_inference()

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from tests.model_zoo import MODELS
 
@@ -41,3 +43,10 @@ def test_bytes_are_noticed_once(name: str) -> None:
         warnings.simplefilter("error")
         model(video * 255)  # nothing waits for a GPU but the first one
         model_and_video(name)[0](video * 4 - 2)
+
+
+@pytest.mark.parametrize("name", FRAMES_FIRST)
+def test_a_trace_has_no_pixels_to_look_at(name: str) -> None:
+    model, video = model_and_video(name)
+    traced = make_fx(lambda video: tree_leaves(model(video))[0])(video)
+    torch.testing.assert_close(traced(video), tree_leaves(model(video))[0])

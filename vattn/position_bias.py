@@ -70,7 +70,7 @@ class RelativePositionBias3D(nn.Module):
             as_table: give the table instead, as a float32 copy, for kernels that look it up. A module whose weights are
                 sharded has all of them in its forward only, hence the call, and the copy.
         """
-        _checks.dense(type(self).__name__, "table", self.table)  # here, where it is whole if a wrapper shards it
+        _checks.dense(type(self).__name__, "table", self.table)  # here, where one that FSDP shards is whole
         if as_table:
             return self.table.to(torch.float32, copy=True)
         if positions is None:

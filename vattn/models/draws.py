@@ -31,7 +31,7 @@ class Draws:
 
     def _source(self) -> torch.Generator | None:
         """The generator. A forward that activation checkpointing runs again must find the numbers of its first run."""
-        if self.generator is not None and not torch.compiler.is_compiling() and in_backward():
+        if self.generator is not None and in_backward():
             raise RuntimeError(
                 "Draws: generator must be None inside of a backward pass, where activation checkpointing runs a "
                 "forward again: only PyTorch's own draws the same numbers again, got a generator"

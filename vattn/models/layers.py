@@ -1,13 +1,8 @@
-"""What the models share: sequences with names, initialization, batch norms, and losses of nothing."""
+"""What the models share: sequences with names, initialization, and losses of nothing."""
 
 from collections import OrderedDict
-from typing import cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from vattn.models.recomputation import in_backward, unseen
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
@@ -26,37 +21,3 @@ def init_linear(module: nn.Module) -> None:
 def reduction(x: Tensor) -> str:
     """Of losses of the elements of `x`: their mean; the sum of none, whose mean is NaN: 0, with gradients of 0."""
     return "mean" if x.numel() > 0 else "sum"
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """PyTorch's with its defaults, but see :func:`_batch_norm`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _batch_norm(self, x)
-
-
-class BatchNorm3d(nn.BatchNorm3d):
-    """PyTorch's with its defaults, but see :func:`_batch_norm`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _batch_norm(self, x)
-
-
-def _batch_norm(norm: nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
-    """Batch norm, whose statistics do not move where a batch is empty, nor where checkpointing runs it again.
-
-    Statistics of nothing would be NaN, and those of a second run would move twice. Weights may have another dtype than
-    statistics, as wrappers for mixed precision leave them.
-    """
-    mean, var, steps = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.num_batches_tracked
-    weight, bias = norm.weight.to(mean.dtype), norm.bias.to(mean.dtype)
-    if norm.training and x.numel() == 0:
-        wide = (-1, *[1] * (x.dim() - 2))
-        return (x * weight.view(wide) + bias.view(wide)).to(x.dtype)
-    if norm.training:
-        with unseen():
-            if not torch.compiler.is_compiling() and in_backward():
-                mean, var = mean.clone(), var.clone()
-            elif steps is not None:
-                steps.add_(1)
-    return F.batch_norm(x, mean, var, weight, bias, norm.training, cast(float, norm.momentum), norm.eps)

@@ -72,8 +72,8 @@ def warn_of_bytes(model: nn.Module, name: str, video: Tensor, pixels: str) -> No
     """Warn of pixels that must be those of 0 to 255, in the first video of a model: a look at it waits for a GPU."""
     if torch.compiler.is_compiling() or getattr(model, "_has_seen_a_video", False):
         return
-    has_values = type(video) is Tensor and not video.is_meta and not torch._C._are_functorch_transforms_active()
-    if has_values and video.numel() > 0:
+    is_traced = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    if type(video) is Tensor and not is_traced and not video.is_meta and video.numel() > 0:
         model._has_seen_a_video = True  # type: ignore[assignment]
         largest = float(video.detach().abs().amax())
         if largest > BEYOND:

@@ -26,15 +26,17 @@ CLOSE = 1e-2
 
 
 def in_backward() -> bool:
-    """Whether autograd is in a backward pass, in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether autograd is in a backward pass, in this thread: not while PyTorch compiles, which repeats no effects."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
     """Operators inside are no part of what selective checkpointing counts, and expects again in the second run."""
     seers = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
-    is_selective = any(isinstance(mode, seers) for mode in _get_current_dispatch_mode_stack())
+    is_selective = not torch.compiler.is_compiling() and any(
+        isinstance(mode, seers) for mode in _get_current_dispatch_mode_stack()
+    )
     with _disable_current_modes() if is_selective else contextlib.nullcontext():
         yield
 

@@ -48,7 +48,7 @@ class SeededDraws(Draws):
 
     def _bits(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Uniform int64 below ``2**24``."""
-        a = mix(mix(torch.tensor(self.seed, device=device)) + self._calls)
+        a = mix(mix(torch.full((), self.seed, device=device)) + self._calls)
         self._calls += 1
         index = torch.arange(math.prod(shape), device=device).view(shape)
         return mix(mix(a + index) ^ a) >> 8

@@ -29,7 +29,8 @@ class Table(Generic[T]):
             return self.made
         if device in self._copies:
             return self._copies[device]
-        copy: T = self.made.to(device)
+        with torch.inference_mode(False):  # a copy may serve in training later
+            copy: T = self.made.to(device)
         if _holds_values(device):
             self._copies[device] = copy
         return copy

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vattn.models.batch_norm import BatchNorm2d
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
 from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
-from vattn.models.layers import BatchNorm2d, init_linear, named
+from vattn.models.layers import init_linear, named
 from vattn.models.settings import Config, number, official_settings, require_told
 from vattn.nn import LeapAttention2d
 

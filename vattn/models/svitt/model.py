@@ -250,8 +250,8 @@ class SViTT(PretrainedModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = f"{prefix}temperature"
-        if name in state_dict:
-            state_dict[name] = state_dict[name].reshape(1)  # a scalar in older checkpoints
+        if name in state_dict and state_dict[name].dim() == 0:  # as in older checkpoints
+            state_dict[name] = state_dict[name].reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod

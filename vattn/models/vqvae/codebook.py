@@ -68,7 +68,7 @@ class Codebook(nn.Module):
 
     Raises:
         TypeError, ValueError: a setting or an input that does not fit.
-        RuntimeError: a forward in backward that is not one that ran before.
+        RuntimeError: a forward in backward that is not one that ran before; processes of which some have trained.
 
     Source:
         van den Oord et al., "Neural Discrete Representation Learning", section 3.2 and appendix A.1.
@@ -125,8 +125,9 @@ class Codebook(nn.Module):
         if in_backward():
             with unseen():
                 found, total, num_draws = self._runs.find(z)
-                for _ in range(num_draws if generator is None else 0):  # what follows shall draw what it drew
-                    self._draw(total, draws_of(None), z.device)
+                draws = draws_of(generator)
+                for _ in range(num_draws if draws.generator is None else 0):  # what follows shall draw what it drew
+                    self._draw(total, draws, z.device)
             return _quantized(z, found)
         with unseen():
             found, total, num_draws = self._move(z, draws_of(generator))
@@ -140,14 +141,16 @@ class Codebook(nn.Module):
         self._widen()
         vectors = self._vectors(z)
         finite = _are_finite(vectors)
-        usable = vectors if bool(finite.all()) else vectors[finite]
-        place = _place(usable)
-        has_any, begins = place[1] > 0, place[1] > 0 and not bool(self.has_begun)
+        all_finite, has_begun = torch.stack([finite.all(), self.has_begun]).tolist()  # one wait for a GPU
+        usable = vectors if all_finite else vectors[finite]
+        place = _place(usable, has_begun)
+        has_any, begins = place[1] > 0, place[1] > 0 and not has_begun
         if begins:
             self._begin(usable, place, draws)
         found = self._find(z, vectors, finite)
         if has_any:
-            self._follow(usable, found.codes.flatten()[finite], found.taken, place, draws)
+            codes = found.codes.flatten()
+            self._follow(usable, codes if all_finite else codes[finite], found.taken, place, draws)
         return found, place[1], int(begins) + int(has_any)
 
     def _vectors(self, z: Tensor) -> Tensor:
@@ -285,14 +288,25 @@ def _are_finite(vectors: Tensor) -> Tensor:
     return vectors.square().sum(1).isfinite()
 
 
-def _place(vectors: Tensor) -> tuple[int, int]:
-    """Where the vectors of this process begin among those of all processes, and how many these are."""
+def _place(vectors: Tensor, has_begun: bool) -> tuple[int, int]:
+    """Where the vectors of this process begin among those of all processes, and how many these are.
+
+    Raises:
+        RuntimeError: the codebook has begun in some processes only, which would wait for the others.
+    """
     if not _is_distributed():
         return 0, len(vectors)
-    lengths = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=vectors.device)
-    lengths[dist.get_rank()] = len(vectors)
-    dist.all_reduce(lengths)
-    return int(lengths[: dist.get_rank()].sum()), int(lengths.sum())
+    rank, size = dist.get_rank(), dist.get_world_size()
+    told = torch.zeros(size + 1, dtype=torch.int64, device=vectors.device)
+    told[rank], told[-1] = len(vectors), int(has_begun)
+    dist.all_reduce(told)
+    *lengths, begun = told.tolist()
+    if begun not in (0, size):
+        raise RuntimeError(
+            f"Codebook: has_begun must be the same in all processes, got True in {begun} of {size}: all must load the "
+            "same checkpoint"
+        )
+    return sum(lengths[:rank]), sum(lengths)
 
 
 def _is_distributed() -> bool:

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.models.batch_norm import BatchNorm3d
 from vattn.models.checkpoints import count_blocks
-from vattn.models.layers import BatchNorm3d, reduction
+from vattn.models.layers import reduction
 from vattn.models.settings import Config, official_settings
 from vattn.models.vqvae.codebook import Codebook
 from vattn.models.vqvae.tokenizer import (
