@@ -435,6 +435,45 @@ class TestActivationCheckpointing:
         gradients = [torch.autograd.grad(loss, z, retain_graph=True)[0] for _ in range(2)]
         assert torch.equal(*gradients)
 
+    def test_all_results_of_a_reentrant_checkpoint(self) -> None:
+        """A tensor that both runs return would be an output of itself."""
+        codebook, z = Codebook(4, 2), torch.randn(1, 2, 50, requires_grad=True)
+        quantized: Any = checkpoint(codebook, z, use_reentrant=True)
+        quantized[0].sum().backward()
+        assert z.grad is not None
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_equal_inputs(self, reentrant: bool) -> None:
+        """The codes move between forwards of the same vectors."""
+        y, codebook = torch.randn(1, 2, 50), Codebook(4, 2)
+        codebook(y)
+
+        def gradient(apply: Any) -> Tensor:
+            layer, a, total = copy.deepcopy(codebook), torch.eye(2, requires_grad=True), torch.zeros(())
+            for i in range(3):
+                torch.manual_seed(10 + i)
+                total = total + apply(lambda z: layer(z).commitment_loss, (y.mT @ a).mT)
+            total.backward()
+            assert a.grad is not None
+            return a.grad
+
+        def again(f: Any, z: Tensor) -> Any:
+            return checkpoint(f, z, use_reentrant=reentrant)
+
+        torch.testing.assert_close(gradient(again), gradient(lambda f, z: f(z)), rtol=1e-5, atol=1e-6)
+
+    def test_inputs_without_gradient(self) -> None:
+        """As of a frozen encoder: no output of the codebook has a graph."""
+        codebook, layer = Codebook(4, 2), torch.nn.Linear(2, 2)
+        parts = [
+            checkpoint(lambda z: layer(codebook(z)[0].mT).square().sum(), torch.randn(1, 2, 50), use_reentrant=False)
+            for _ in range(6)
+        ]
+        torch.stack(parts).sum().backward()
+        for _ in range(3):
+            codebook(torch.randn(1, 2, 50))
+        assert len(codebook._runs._last) == 6  # and none outside of a checkpoint
+
     def test_nothing_is_kept_longer_than_its_graph(self) -> None:
         codebook = Codebook(4, 2)
         for _ in range(3):

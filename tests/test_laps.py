@@ -504,6 +504,18 @@ def test_models_of_something_else_are_refused(name: str, settings: dict[str, Any
         video_from_image(model, 4, levels=(1,))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_relative_positions_are_refused(shared: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
+    config = transformers.BeitConfig(
+        image_size=32, patch_size=16, use_relative_position_bias=not shared,
+        use_shared_relative_position_bias=shared, **size,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"^video_from_image: .*, got BeitModel, which has .*relative_position_bias"):
+        video_from_image(transformers.BeitModel(config), 2, levels=(1,))
+
+
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 @pytest.mark.parametrize("classes", [True, False])
 def test_a_converted_model_is_exported(classes: bool, strict: bool) -> None:

@@ -99,7 +99,7 @@ class Operator:
             rule = functools.partial(self._run_autocast, self.op, device_type)
             library.impl(self.name, rule, f"Autocast{device_type.upper()}")
         qualified = f"vattn::{self.name}"
-        torch.library.register_fake(qualified, fake, lib=library)
+        torch.library.register_fake(qualified, functools.partial(_run_fake, self, fake), lib=library)
         torch.library.register_vmap(qualified, functools.partial(vmap_rule, self, self.op), lib=library)
         self._floats = floats = [name for name, kind in self.arguments.items() if kind == "float"]
         if floats:
@@ -333,6 +333,16 @@ def _as_tensor(x: Any, kind: str) -> Any:
     if kind != "float" or isinstance(x, Tensor):
         return x
     return torch.ones((), dtype=torch.float64, device="cpu") * x
+
+
+def _run_fake(op: Operator, fake: Callable[..., Any], *args: Any) -> Any:
+    """Results of the right shape. One tensor on "meta" among others leads here, too, and is refused."""
+    device = op.tensors(args)[0].device
+    for (name, kind), x in zip(op.arguments.items(), args, strict=True):
+        for y in x if kind == "Tensor[]" else (x,):
+            if isinstance(y, Tensor) and y.device != device and not (y.dim() == 0 and y.device.type == "cpu"):
+                raise ValueError(f"{op.public_name}: {name} must be on device {device}, got {name}.device={y.device}")
+    return fake(*args)
 
 
 def _launch(op: Operator, path: str, *args: Any) -> Any:

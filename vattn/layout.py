@@ -94,8 +94,11 @@ class BlockLayout:
         row_offsets = row_offsets.reshape(-1, blocks + 1)
         if check_values:
             _check_values(op, row_offsets, columns, blocks)
-        # What was checked must stay so, whatever the caller writes into the tensors later: hence the copy.
-        row_offsets, columns = (x.to(torch.int32, copy=check_values).contiguous() for x in (row_offsets, columns))
+        # What was checked must stay so, whatever the caller writes into the tensors later: hence the copy. What was not
+        # must not wrap to a number that is right.
+        row_offsets, columns = (
+            x.clamp(-1, 2**31 - 1).to(torch.int32, copy=check_values).contiguous() for x in (row_offsets, columns)
+        )
         for name, value in (
             ("num_tokens", num_tokens),
             ("block_size", block_size),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+CENTRED = "pixels from -0.5 to 0.5"
 NORMALISED = "normalised pixels (minus a mean, over a deviation)"
 BEYOND = 10.0
 """What no pixel of a normalised video reaches; those of 0 to 255 nearly all do."""
@@ -24,12 +25,10 @@ def require_pixels(
         TypeError, ValueError: it is not.
 
     Example:
-        >>> require_pixels("VQVAE", "video", torch.zeros(1, 3, 4, 16, 16), 3, "from -0.5 to 0.5", (2, 4, 4))
+        >>> require_pixels("VQVAE", "video", torch.zeros(1, 3, 4, 16, 16), 3, CENTRED, (2, 4, 4))
     """
     if not video.is_floating_point():
-        raise TypeError(
-            f"{op}: {name} must be a floating-point tensor, of pixels {pixels}, got {name}.dtype={video.dtype}"
-        )
+        raise TypeError(f"{op}: {name} must be a floating-point tensor, of {pixels}, got {name}.dtype={video.dtype}")
     is_video = video.dim() == 5
     sizes = zip(video.shape[2:], multiples, strict=False)
     if not is_video or video.shape[1] != channels or any(size % factor or size == 0 for size, factor in sizes):

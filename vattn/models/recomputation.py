@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-KEPT = 4
-"""Forwards without a graph of their own that are remembered: those of reentrant checkpointing, before a backward."""
+KEPT = 16
+"""Forwards without a graph of their own that are remembered, before a backward."""
 
 CLOSE = 1e-2
 """How far inputs of the two runs may differ, relative to their norm: kernels may round otherwise."""
@@ -42,21 +42,30 @@ def unseen() -> Iterator[None]:
 
 
 class Run:
-    """One forward: its input, and what it found."""
+    """One forward: its input, the state of PyTorch's generator when it began, and what it found."""
 
-    def __init__(self, z: Tensor, found: Any) -> None:
-        self.z, self.found = z.detach(), found
+    def __init__(self, z: Tensor, state: Tensor, found: Any) -> None:
+        self.z, self.state, self.found = z.detach(), state, found
+        self.number, self.times_found = 0, 0
 
     def held_by(self, output: Tensor) -> None:
         """Stay as long as autograd has the graph of an output."""
         output.register_hook(lambda gradient, run=self: None)
 
+    def is_close_to(self, z: Tensor) -> bool:
+        """Whether `z` may be its input, of the same kind, rounded otherwise."""
+        if (self.z.shape, self.z.dtype, self.z.device) != (z.shape, z.dtype, z.device):
+            return False
+        own, other = _finite(self.z), _finite(z)
+        return bool(torch.linalg.vector_norm(own - other) <= CLOSE * torch.linalg.vector_norm(other))
+
 
 class Runs:
     """The forwards of a layer that may be run again. They are no part of its state: copies begin without any.
 
-    One whose outputs have a graph is kept as long as that graph, and costs its input and what it found. Of others, the
-    last few are kept, since the first run of ``checkpoint(..., use_reentrant=True)`` makes no graph.
+    One whose outputs have a graph is kept as long as that graph, and costs its input and what it found. The first run
+    of ``checkpoint(..., use_reentrant=True)`` makes no graph, nor does one of an input without gradient; of such runs
+    inside a checkpoint, the last few are kept.
 
     Args:
         op: for messages.
@@ -64,6 +73,7 @@ class Runs:
 
     def __init__(self, op: str) -> None:
         self.op = op
+        self._count = 0
         self._held: weakref.WeakSet[Run] = weakref.WeakSet()
         self._last: collections.deque[Run] = collections.deque(maxlen=KEPT)
 
@@ -72,34 +82,45 @@ class Runs:
 
     def add(self, run: Run, *outputs: Tensor) -> None:
         """Remember a forward with these outputs."""
+        self._count += 1
+        run.number = self._count
         differentiable = [output for output in outputs if output.requires_grad]
         for output in differentiable:
             run.held_by(output)
         if differentiable:
             self._held.add(run)
-        elif not torch.is_inference_mode_enabled():
+        elif _in_checkpoint():
             self._last.append(run)
 
-    def find(self, z: Tensor) -> Any:
-        """What the forward of `z` found when it ran first.
+    def find(self, z: Tensor, state: Tensor) -> Any:
+        """What the forward of `z` found when it ran first, with PyTorch's generator in the same state.
+
+        Checkpointing winds the generator back, which tells forwards of equal inputs apart. Where it does not, they are
+        taken in the order of a backward: the last one first, and each once before any is taken again.
 
         Raises:
             RuntimeError: no forward is known whose input was like `z`.
         """
-        norm = torch.linalg.vector_norm(_finite(z))
-        nearest = min(self._distances(z), key=lambda pair: pair[0], default=None)
-        if nearest is None or nearest[0] > CLOSE * float(norm):
-            raise RuntimeError(
-                f"{self.op}: a forward inside of a backward pass must be one that activation checkpointing runs again, "
-                "with the same input (preserve_rng_state=True); with use_reentrant=True it must be one of the last "
-                f"{KEPT}, got z.shape={tuple(z.shape)}"
-            )
-        return nearest[1].found
 
-    def _distances(self, z: Tensor) -> Iterator[tuple[float, Run]]:
-        for run in (*self._held, *self._last):
-            if run.z.shape == z.shape and run.z.dtype == z.dtype and run.z.device == z.device:
-                yield float(torch.linalg.vector_norm(_finite(z) - _finite(run.z))), run
+        def order(run: Run) -> tuple[bool, int, int]:
+            return not torch.equal(run.state, state), run.times_found, -run.number
+
+        for run in sorted((*self._held, *self._last), key=order):
+            if run.is_close_to(z):
+                run.times_found += 1
+                return run.found
+        raise RuntimeError(
+            f"{self.op}: a forward inside of a backward pass must be one that activation checkpointing runs again, "
+            f"with the same input; of those whose outputs have no graph, the last {KEPT} are remembered, and of others "
+            f"those whose outputs are in use, got z.shape={tuple(z.shape)}"
+        )
+
+
+def _in_checkpoint() -> bool:
+    """Whether it looks like the first run of a checkpoint: one of either kind has no gradients, or hooks."""
+    if torch.is_inference_mode_enabled():
+        return False
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _finite(z: Tensor) -> Tensor:

@@ -179,6 +179,12 @@ def _require_image_model(model: nn.Module) -> None:
     got = f"which has {of_video[0]}" if of_video else f"which takes {takes}"
     if of_video or takes != "pixel_values":
         raise ValueError(f"video_from_image: model must be a model of images, got {type(model).__name__}, {got}")
+    biases = [name for name, _ in model.named_parameters() if "relative_position" in name]
+    if biases:  # which transformers hands to its attentions as masks
+        raise ValueError(
+            f"video_from_image: leap attention has no relative positions, got {type(model).__name__}, "
+            f"which has {biases[0]}"
+        )
 
 
 def _refuse_mask(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:

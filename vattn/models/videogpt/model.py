@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights, require_names
 from vattn.models.layers import reduction
-from vattn.models.pixels import require_pixels
+from vattn.models.pixels import CENTRED, require_pixels
 from vattn.models.settings import Config, official_settings, probabilities, require_told
 from vattn.models.videogpt.layers import AttentionStack, Decoding, GridEmbedding, LayerNorm
 from vattn.models.videogpt.resnet import ResNet3d, resnet_settings
@@ -240,7 +240,7 @@ class VideoGPT(PretrainedModel):
                     f"got classes.shape={tuple(classes.shape)}"
                 )
         if frames is not None and self.frame_shape is not None and self.resnet is not None:
-            require_pixels("VideoGPT", "frames", frames, 3, "as its tokenizer has them")
+            require_pixels("VideoGPT", "frames", frames, 3, CENTRED)
             if frames.shape != (batch, 3, *self.frame_shape):
                 raise ValueError(
                     f"VideoGPT: frames must have shape {(batch, 3, *self.frame_shape)}, "

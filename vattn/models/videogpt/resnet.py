@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.models.checkpoints import PretrainedModel, count_blocks, require_names
-from vattn.models.pixels import require_pixels
+from vattn.models.pixels import CENTRED, require_pixels, warn_of_bytes
 from vattn.models.vqvae.tokenizer import Size, level_strides
 
 OFFICIAL_BLOCKS = (3, 4, 6, 3)
@@ -133,7 +133,8 @@ class ResNet3d(PretrainedModel):
         )
 
     def forward(self, video: Tensor) -> Tensor:
-        require_pixels("ResNet3d", "video", video, 3, "from -0.5 to 0.5")
+        require_pixels("ResNet3d", "video", video, 3, CENTRED)
+        warn_of_bytes(self, "video", video, CENTRED)
         # Time is padded here: oneDNN's convolution in bfloat16 gives garbage for one frame that it pads itself.
         x = self.stem(F.pad(video, (0, 0, 0, 0, 1, 1)))
         for group in (self.group1, self.group2, self.group3, self.group4):

@@ -122,9 +122,10 @@ class Codebook(nn.Module):
     @_disable_dynamo  # it asks for values, and for the pass that autograd is in; torch.compiler.disable imports Dynamo
     def _train(self, z: Tensor, generator: Randomness) -> Quantized:
         """Quantize and move; or what that gave, if activation checkpointing runs it again."""
+        state = torch.random.get_rng_state()
         if in_backward():
             with unseen():
-                found, total, num_draws = self._runs.find(z)
+                found, total, num_draws = self._runs.find(z, state)
                 draws = draws_of(generator)
                 for _ in range(num_draws if draws.generator is None else 0):  # what follows shall draw what it drew
                     self._draw(total, draws, z.device)
@@ -132,7 +133,7 @@ class Codebook(nn.Module):
         with unseen():
             found, total, num_draws = self._move(z, draws_of(generator))
         quantized = _quantized(z, found)
-        run = Run(z, (found, total, num_draws))
+        run = Run(z, state, (found, total, num_draws))
         self._runs.add(run, quantized.embeddings, quantized.commitment_loss)
         return quantized
 
@@ -275,7 +276,9 @@ def _quantized(z: Tensor, found: _Found) -> Quantized:
     wide = z.to(torch.promote_types(z.dtype, found.nearest.dtype))
     loss = 0.25 * F.mse_loss(wide, found.nearest.to(wide.dtype), reduction=reduction(wide))
     embeddings = wide + (found.nearest - wide).detach()
-    return Quantized(embeddings.to(z.dtype), found.codes, loss.to(z.dtype), found.perplexity.to(z.dtype))
+    # Its own tensors: a second run of a forward must not return what the first one gave to somebody's graph.
+    codes, perplexity = found.codes.clone(), found.perplexity.to(z.dtype, copy=True)
+    return Quantized(embeddings.to(z.dtype), codes, loss.to(z.dtype), perplexity)
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:

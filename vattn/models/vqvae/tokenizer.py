@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
 from vattn.models.draws import Randomness
-from vattn.models.pixels import require_pixels, warn_of_bytes
+from vattn.models.pixels import CENTRED, require_pixels, warn_of_bytes
 from vattn.models.vqvae.codebook import Codebook, Quantized
 
 Size = tuple[int, int, int]
-
-PIXELS = "from -0.5 to 0.5"
 
 
 class SamePadConv3d(nn.Module):
@@ -116,8 +114,8 @@ class Tokenizer(PretrainedModel):
             TypeError, ValueError: a video of another dtype or shape.
         """
         op = type(self).__name__
-        require_pixels(op, "video", video, self.image_channels, PIXELS, self.downsample)
-        warn_of_bytes(self, "video", video, f"pixels {PIXELS}")
+        require_pixels(op, "video", video, self.image_channels, CENTRED, self.downsample)
+        warn_of_bytes(self, "video", video, CENTRED)
         return self.codebook(self.pre_vq_conv(self.encoder(video)), generator)
 
     def decode(self, codes: Tensor) -> Tensor:
