@@ -2,7 +2,7 @@
 
 Chosen from ``benchmarks/kernel_report.py``, which compiles every kernel for every architecture here: large tiles
 whose state fits the registers, where there are such, with the warps that the matrix instructions want. They have
-been compiled, not timed: no GPU was at hand.
+been compiled for that, and few have been timed.
 """
 
 from collections.abc import Iterator
