@@ -61,9 +61,16 @@ def sized(*, differentiable: bool) -> pytest.MarkDecorator:
     return over("cases", [op for op in found if op.differentiable or not differentiable])
 
 
+# The interpreter takes minutes for what another dtype does not change; a GPU does not.
 DTYPES = pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16))],
+    ("backend", "dtype"),
+    [
+        pytest.param(name, dtype, marks=pytest.mark.gpu if name == "triton" else ())
+        for name in ("triton", "cpp")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if name == "cpp" or dtype == torch.float32 or torch.cuda.is_available()
+    ],
+    indirect=["backend"],
     ids=str,
 )
 
