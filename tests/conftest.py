@@ -15,7 +15,7 @@ import torch._functorch.config
 from hypothesis import settings
 
 # A run of the tests says what the change did, and not what was drawn; `--hypothesis-profile=random` looks for more.
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("random", derandomize=False, deadline=None)
 settings.register_profile("fuzz", deadline=None, max_examples=int(os.environ.get("EXAMPLES", 10_000)), print_blob=True)
 settings.load_profile("repeatable")

@@ -29,6 +29,13 @@ def sums_over_pairs(weights: Tensor, rows: Tensor, read: Tensor | None) -> Tenso
     return _SumsOverPairs.apply(weights, rows, read)
 
 
+def _is_seen_to_hold(x: Tensor) -> bool:
+    """Whether all of `x` is True, where it has values that may be looked at: not mapped, traced or on "meta"."""
+    if type(x) is not Tensor or x.is_meta or torch.jit.is_tracing():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x) and bool(x.all())
+
+
 class _PairProducts(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -58,6 +65,8 @@ class _SumsOverPairs(torch.autograd.Function):
     @staticmethod
     def forward(weights: Tensor, rows: Tensor, read: Tensor) -> Tensor:
         weights, finite = torch.where(read, weights, 0.0), rows.isfinite()
+        if _is_seen_to_hold(finite):
+            return weights @ rows
         sums = weights @ torch.where(finite, rows, 0.0)
 
         def meet(pairs: Tensor, elements: Tensor) -> Tensor:
