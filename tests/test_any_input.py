@@ -43,6 +43,17 @@ def with_rounding(
     values = [x for name, x in tensors.items() if name.startswith(("value", "outs"))]
     largest = magnitude(*values, *results.values(), *derivatives.values(), ZERO)
     found = {name: exponent * largest for name in (*results, *derivatives) if not case.operator.exact}
+    if "query" in tensors and "out" in case.grads:
+        # The derivative of a score is the difference of dout v and delta, whose out the forward has rounded: where they
+        # cancel, as for a query that reads a single key, the rounding of the terms is left.
+        rounded = max(1.0, torch.finfo(case.dtype).eps / torch.finfo(torch.float32).eps / 4)
+        delta = magnitude((case.grads["out"].double() * results["out"]).abs().sum(-1), ZERO)
+        others = magnitude(tensors["query"], *keys, ZERO) * abs(case.settings["scale"])
+        found |= {
+            name: found[name] + rounded * delta * others
+            for name in (f"d{x}" for x in tensors)
+            if name in found and not name.startswith("dvalue")
+        }
     return {name: max(found.get(name, 0.0), intermediate.get(name, 0.0)) for name in (*found, *intermediate)}
 
 
