@@ -547,5 +547,5 @@ def test_unknown_models_are_refused() -> None:
         for name, module in image.named_modules():
             if name.endswith(("attn", "attention")):
                 module.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
-        with pytest.raises(ValueError, match=r"with relative_position_bias_table$"):
+        with pytest.raises(ValueError, match=r"relative_position_bias_table$"):
             video_from_image(image, 4, levels=(1,))
