@@ -1,5 +1,6 @@
 // The Python module vattn._C. Importing it registers the CPU kernels with PyTorch's dispatcher (each operator's file
 // in csrc/cpu does so for itself); the schemas are defined in vattn/ops, where they exist without a compiler too.
+#undef TORCH_TARGET_VERSION  // of the stable ABI, which this file does not use: the pybind11 of PyTorch 2.11 refuses it
 #include <pybind11/pybind11.h>
 
 #include <string>

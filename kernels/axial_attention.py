@@ -160,8 +160,8 @@ def _part(call: attention.Call, phase: str) -> attention.Part:
         op, count, parts = LINES, tiles["BLOCK_Q"] // L, 1
     else:
         tiles = configs.tiles(phase, call.query, call.extras, "group")
-        op, count, parts = PARTS, 1, triton.cdiv(L, configs.own_and_other(phase, tiles)[0])
-    programs = call.heads * triton.cdiv(outer * inner, count) * parts
+        op, count, parts = PARTS, 1, launch.cdiv(L, configs.own_and_other(phase, tiles)[0])
+    programs = call.heads * launch.cdiv(outer * inner, count) * parts
     return attention.Part(op, tiles, programs, (outer, L, inner, count, parts))
 
 

@@ -5,6 +5,7 @@ whose state fits the registers, where there are such, with the warps that the ma
 been compiled for that, and few have been timed.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from vattn.kernels import launch
 from vattn.kernels.flash import shape
 
 
@@ -223,6 +225,7 @@ MAX_SPLITS = 16
 TILES_WORTH_A_SPLIT = 4  # fewer are read sooner than partial results are merged
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """The name in the table of the architecture nearest to `device`."""
     if torch.version.hip is not None:
@@ -240,17 +243,21 @@ def tiles(phase: str, like: Tensor, extras: int, kind: str = "") -> dict[str, in
     """
     if like.device.type == "cpu":
         return INTERPRETER._asdict()
-    place = architecture(like.device)
+    return _tiles(phase, architecture(like.device), like.element_size(), like.shape[-1], extras, kind)._asdict()
+
+
+@functools.cache
+def _tiles(phase: str, place: str, element_size: int, head_dim: int, extras: int, kind: str) -> Tiles:
     table = TABLE[place]
-    if like.element_size() == 4 and place in FLOAT32:
+    if element_size == 4 and place in FLOAT32:
         table, extras, kind = FLOAT32[place], extras + (kind == "bias"), ""
     names = [(name, more) for name, more in _names(phase, kind) if name in table]
     for name, more in names:
-        found = _narrowest(table[name], like, extras + more)
+        found = _narrowest(table[name], _width(element_size, head_dim, extras + more))
         if found is not None:
-            return found._asdict()
+            return found
     widest = table[names[-1][0]]
-    return widest[max(widest)]._asdict()
+    return widest[max(widest)]
 
 
 def _names(phase: str, kind: str) -> Iterator[tuple[str, int]]:
@@ -272,21 +279,21 @@ def decode_tiles(like: Tensor, dropout: bool, keys: int) -> dict[str, int] | Non
     if like.device.type == "cpu":
         found = INTERPRETER_DECODE
     elif like.element_size() == 2:
-        found = _narrowest(DECODE[architecture(like.device)], like, extras=2 * dropout)
+        width = _width(like.element_size(), like.shape[-1], extras=2 * dropout)
+        found = _narrowest(DECODE[architecture(like.device)], width)
     else:
         found = None
     return found._asdict() if found is not None and found.BLOCK_K // 2 < keys <= found.BLOCK_K else None
 
 
-def _narrowest(table: dict[int, Tiles], like: Tensor, extras: int) -> Tiles | None:
-    """The entry of the narrowest rows that are as wide as those of `like` with their `extras`."""
-    width = _width(like, extras)
+def _narrowest(table: dict[int, Tiles], width: int) -> Tiles | None:
+    """The entry of the narrowest rows that are `width` bytes wide."""
     return next((found for widest, found in table.items() if width <= widest), None)
 
 
-def _width(like: Tensor, extras: int) -> int:
-    """The bytes of a row of `like`, with its `extras`."""
-    width = shape(like.shape[-1], alignment=1).width * like.element_size()
+def _width(element_size: int, head_dim: int, extras: int) -> int:
+    """The bytes of a row of so many elements of so many bytes, with its `extras`."""
+    width = shape(head_dim, alignment=1).width * element_size
     return width + extras * width // 2
 
 
@@ -305,7 +312,7 @@ def line_tiles(phase: str, like: Tensor, extras: int, line: int) -> dict[str, in
     `phase` is "forward", "backward" or "jvp".
     """
     table = {} if like.device.type == "cpu" else LINES.get(architecture(like.device), {})
-    if phase in table and _width(like, extras) <= LINES_WIDEST:
+    if phase in table and _width(like.element_size(), like.shape[-1], extras) <= LINES_WIDEST:
         squares = [found._asdict() for found in table[phase]]
     else:
         found = tiles(phase.replace("backward", "backward_query"), like, extras)
@@ -331,12 +338,14 @@ def splits(programs: int, reads: int, like: Tensor) -> int:
 
 def walk(tiles: int, like: Tensor) -> int:
     """How many of `tiles` tiles, one after the other, are left for each program that a device has room for."""
-    return max(1, triton.cdiv(tiles, _room(like)))
+    return max(1, launch.cdiv(tiles, _room(like)))
 
 
 def _room(like: Tensor) -> int:
     """The programs that the device of `like` has room for."""
-    multiprocessors = INTERPRETER_MULTIPROCESSORS
-    if like.is_cuda:
-        multiprocessors = torch.cuda.get_device_properties(like.device).multi_processor_count
-    return PROGRAMS_OF_MULTIPROCESSOR * multiprocessors
+    return PROGRAMS_OF_MULTIPROCESSOR * (_multiprocessors(like.device) if like.is_cuda else INTERPRETER_MULTIPROCESSORS)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

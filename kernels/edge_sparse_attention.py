@@ -324,7 +324,7 @@ def forward(
         outs, lses = call.partial(out, splits), call.partial_sums(lse, splits)
         call.forward(part, outs, lses)
         if splits > 1:
-            merged = merge_attention.merge(list(outs), list(lses), query.dtype)
+            merged = merge_attention.merge_splits(outs, lses, query.dtype)
             out[:, :, :num_global], lse[:, :, :num_global] = merged
     if scores is None:
         return out, lse, lse.new_empty(0)
@@ -419,10 +419,10 @@ class Call(attention.Call):
             size, kind = rows if is_global else self.block_size, "group" if self.table is None else "bias"
             tiles = configs.group_tiles(phase, self.query, self.extras, size, kind)
             own, other = configs.own_and_other(phase, tiles)
-            splits, programs = 1, triton.cdiv(min(self.block_size, rows), own) * triton.cdiv(rows, self.block_size)
+            splits, programs = 1, launch.cdiv(min(self.block_size, rows), own) * launch.cdiv(rows, self.block_size)
             if is_global:
-                programs = triton.cdiv(rows, own)
-                reads = triton.cdiv(self.num_global + self.tokens, other)
+                programs = launch.cdiv(rows, own)
+                reads = launch.cdiv(self.num_global + self.tokens, other)
                 splits = configs.splits(programs * self.heads, reads, self.query)
             op = itinerary(is_global, self.table is not None, self.causal, taps, grad, tangent)
             where = (splits, *self.numbers), self.pointers._replace(**pointers)

@@ -33,6 +33,7 @@ A tile of rows is a tuple of (rows, chunk) blocks, so that a head dim of 80 is 6
 ``tl.dot`` for float32.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -64,6 +65,7 @@ class Shape(NamedTuple):
         return sum(chunk.width for chunk in self.chunks)
 
 
+@functools.cache
 def shape(head_dim: int, alignment: int, far: bool = False) -> Shape:
     """Cut `head_dim` columns into one power of two, or into two if that wastes fewer columns (80 = 64 + 16)."""
     whole = max(16, triton.next_power_of_2(head_dim))

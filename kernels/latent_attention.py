@@ -242,9 +242,11 @@ class Call(SplitCall):
     def queries(self, phase: str) -> tuple[attention.Part, int]:
         """A program for every tile of queries and every split of the keys, and how many splits there are."""
         Lq, tiles = self.query.shape[2], configs.tiles(phase, self.query, self.extras)
-        if len(self.keys) > 1:
-            tiles["num_warps"] = 8  # one loop for each segment costs registers that four warps have not
-        count = triton.cdiv(Lq, tiles["BLOCK_Q"])
+        if len(self.keys) > 1 and tiles["BLOCK_Q"] >= 128:
+            # One loop for each segment costs registers that four warps have not. Of fewer rows, eight warps make Triton
+            # 3.6 split float32 products in two layouts, and the second reads past its shared memory.
+            tiles["num_warps"] = 8
+        count = launch.cdiv(Lq, tiles["BLOCK_Q"])
         splits = self.splits(count, self.count, tiles["BLOCK_K"])
         pointers = self.lengths, launch.pack(self.counts)
         return attention.Part(QUERIES, tiles, count * splits * self.heads, (Lq, splits), pointers), splits
@@ -252,7 +254,7 @@ class Call(SplitCall):
     def segment(self, i: int) -> tuple[attention.Part, int]:
         """A program for every tile of the keys of a segment and every split of the queries, and how many splits."""
         Lq, tiles = self.query.shape[2], configs.tiles("backward_key", self.query, self.extras)
-        count = triton.cdiv(self.counts[i], tiles["BLOCK_K"])
+        count = launch.cdiv(self.counts[i], tiles["BLOCK_K"])
         splits = self.splits(count, Lq, tiles["BLOCK_Q"])
         numbers = Lq, splits, self.counts[i], sum(self.counts[:i])
         op = KEYS if self.lengths is None else KEYS_OF_LENGTH
@@ -261,11 +263,11 @@ class Call(SplitCall):
     def decode(self, tiles: dict[str, int]) -> tuple[Tensor, Tensor]:
         """The output and lse where all keys are one tile."""
         out, lse = attention.empty_results(self.query)
-        count = triton.cdiv(self.query.shape[2], tiles["BLOCK_Q"])
+        count = launch.cdiv(self.query.shape[2], tiles["BLOCK_Q"])
         walk = configs.walk(count * self.heads, self.query)
         sign, scale = flash.split_scale(self.scale)
         rows = self.query, self.keys, self.values, out
-        programs = triton.cdiv(count, walk) * self.heads
+        programs = launch.cdiv(count, walk) * self.heads
         if programs > 0:
             launch.launch(
                 decode_kernel, programs, self.query, self.query, self.keys, self.values, out, lse, self.seed,

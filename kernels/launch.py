@@ -7,9 +7,11 @@ still specialises, on multiples of 16, which those of rows are as a rule.
 """
 
 import contextlib
+import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +24,9 @@ from vattn.kernels import flash
 VECTOR_BYTES = 16  # the widest load of every GPU here
 # Said aloud because Triton's default changes with its version: ``exp2(s * factor - m)`` wants one rounding.
 OPTIONS = {"enable_fp_fusion": True}
+MOST_LAUNCHED = 4096
+# Compiled kernels and their constants, by what they were launched with.
+_launched: dict[Any, tuple[Any, list[Any]]] = {}
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -32,9 +37,34 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 def launch(function: Any, programs: int, like: Tensor, *args: Any, **settings: Any) -> None:
     """Run `programs` programs of a kernel, in a one-dimensional grid, on the device of `like`."""
-    guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
-    with guard:
-        function[(programs,)](*args, **settings, **OPTIONS)
+    device = like.get_device()
+    elsewhere = like.is_cuda and device != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        # Triton finds a compiled kernel by what it makes of each argument, which takes longer than the launch.
+        seen = id(function), device, *map(_known, args), *settings.values()
+        if seen in _launched:
+            compiled, constants = _launched[seen]
+            compiled[(programs, 1, 1)](*args, *constants)
+            return
+        compiled = function[(programs,)](*args, **settings, **OPTIONS)
+        if compiled is None:  # by the interpreter
+            return
+        if len(_launched) >= MOST_LAUNCHED:
+            _launched.clear()
+        names = list(inspect.signature(function.fn).parameters)
+        _launched[seen] = compiled, [settings[name] for name in names[len(args) :]]
+
+
+def _known(x: Any) -> Any:
+    """What a compiled kernel may depend on: of a tensor its dtype and alignment, of a number more than it does."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % VECTOR_BYTES == 0
+    return tuple(map(_known, x)) if type(x) is tuple and x and type(x[0]) is not int else x
+
+
+def cdiv(x: int, y: int) -> int:
+    """``x / y``, rounded up. ``triton.cdiv``, made for kernels, takes microseconds on the host."""
+    return -(-x // y)
 
 
 def with_rows(x: Tensor) -> Tensor:
@@ -75,33 +105,42 @@ def head(ptr, strides, bh, H):
     return ptr + (bh // H).to(tl.int64) * unpack(strides, 0) + (bh % H).to(tl.int64) * unpack(strides, 1)
 
 
+class Layout(NamedTuple):
+    """How the rows of a tensor lie, whatever its address."""
+
+    strides: tuple[int, ...]  # of all axes but the last, packed; 0 where there is nothing to step over
+    step: int  # what all of them are multiples of, in elements
+    reach: int  # from the first to the last row of a batch and head, in elements
+
+
+@functools.lru_cache(4096)  # a call of a few microseconds has time to look up what it has seen, not to work it out
+def _layout(sizes: tuple[int, ...], steps: tuple[int, ...]) -> Layout:
+    steps = tuple(step if size > 1 else 0 for size, step in zip(sizes[:-1], steps[:-1], strict=True))
+    reach = sum((size - 1) * abs(step) for size, step in zip(sizes[2:-1], steps[2:], strict=True))
+    return Layout(pack(steps), math.gcd(*steps), reach)
+
+
+def layout(x: Tensor) -> Layout:
+    """How the rows of `x` lie."""
+    return _layout(x.shape, x.stride())
+
+
 def strides(x: Tensor) -> tuple[int, ...]:
     """The strides of all axes but the last, packed."""
-    return pack(_strides(x))
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """The strides of all axes but the last, 0 where there is nothing to step over."""
-    axes = x.dim() - 1
-    return tuple(step if size > 1 else 0 for size, step in zip(x.shape[:axes], x.stride()[:axes], strict=True))
+    return layout(x).strides
 
 
 def alignment(*tensors: Tensor) -> int:
     """How many elements each row of `tensors` starts a multiple of: those of a vector load, or 1."""
     vector = VECTOR_BYTES // tensors[0].element_size()
-    aligned = all(x.data_ptr() % VECTOR_BYTES == 0 and all(step % vector == 0 for step in _strides(x)) for x in tensors)
+    aligned = all(x.data_ptr() % VECTOR_BYTES == 0 and layout(x).step % vector == 0 for x in tensors)
     return vector if aligned else 1
 
 
 def shape(*tensors: Tensor) -> flash.Shape:
     """How the rows of `tensors`, which have one head dim, are cut and aligned, and how far apart they may be."""
-    far = any(_reach(x) >= 2**31 for x in tensors)
+    far = any(layout(x).reach >= 2**31 for x in tensors)
     return flash.shape(tensors[0].shape[-1], alignment(*tensors), far)
-
-
-def _reach(x: Tensor) -> int:
-    """From the first to the last row of a batch and head, in elements."""
-    return sum((size - 1) * abs(step) for size, step in zip(x.shape[2:-1], x.stride()[2:-1], strict=True) if size > 1)
 
 
 def partial(like: Tensor, splits: int) -> Tensor:

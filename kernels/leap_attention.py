@@ -116,7 +116,7 @@ def _part(call: attention.Call, phase: str, leap: int, group_size: int, fold_div
     groups = spans * leap + min(leap, rest)
     tiles = configs.tiles(phase, call.query, call.extras, "group")
     own, _ = configs.own_and_other(phase, tiles)
-    programs = triton.cdiv(group_size * N, own) * B * H * groups
+    programs = launch.cdiv(group_size * N, own) * B * H * groups
     op = itinerary(D // fold_div if fold_div > 0 else 0)
     return attention.Part(op, tiles, programs, (T, N, leap, group_size, groups, launch.reciprocal(N)))
 

@@ -18,8 +18,11 @@ online softmax with whole parts for keys::
     lse_i   ---+-----------+-----------+--> weights w_i, sum 1
     out_i   ---+-----------+-----------+--> out
 
-The parts are a tuple of pointers, one compiled kernel for each length of it, and nothing is stacked.
+The parts are a tuple of pointers, one compiled kernel for each length of it, and nothing is stacked. Those that lie in
+one tensor, because splits wrote them there, are one pointer and a step.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -43,27 +46,36 @@ def row_offsets(row, sizes, strides):
     return offs
 
 
+@triton.jit
+def part(ptrs, step, I: tl.constexpr):
+    """Where part I begins: one of several tensors, or `step` elements after the part before it."""
+    if step is None:
+        return ptrs[I]
+    else:
+        return ptrs + I * step.to(tl.int64)
+
+
 @launch.kernel
 def forward_kernel(
-    out_ptrs, lse_ptrs, out_ptr, lse_ptr, sizes, strides, out_strides, rows,
-    SHAPE: tl.constexpr, BLOCK: tl.constexpr,
+    out_ptrs, lse_ptrs, out_step, lse_step, out_ptr, lse_ptr, sizes, strides, out_strides, rows,
+    PARTS: tl.constexpr, SHAPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of rows. A program writes BLOCK rows of out and lse."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for i in tl.static_range(len(lse_ptrs)):
-        m = tl.maximum(m, tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf")))
+    for i in tl.static_range(PARTS):
+        m = tl.maximum(m, tl.load(part(lse_ptrs, lse_step, i) + row, mask=mask, other=float("-inf")))
     m_finite = tl.where(m == float("-inf"), 0.0, m)
     offs = row_offsets(row, sizes, strides)
     total = tl.zeros((BLOCK,), tl.float32)
     acc = flash.zero_rows(BLOCK, SHAPE)
-    for i in tl.static_range(len(lse_ptrs)):
-        lse = tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf"))
+    for i in tl.static_range(PARTS):
+        lse = tl.load(part(lse_ptrs, lse_step, i) + row, mask=mask, other=float("-inf"))
         weight = tl.exp(lse - m_finite)
         total += weight
-        part = flash.load_rows(out_ptrs[i], offs, mask & (lse != float("-inf")), SHAPE)
-        acc = flash.add_rows(acc, part, weight[:, None])
+        rows_part = flash.load_rows(part(out_ptrs, out_step, i), offs, mask & (lse != float("-inf")), SHAPE)
+        acc = flash.add_rows(acc, rows_part, weight[:, None])
     none = total == 0  # but not if it is NaN
     some = tl.where(none, 1.0, total)
     tl.store(lse_ptr + row, tl.where(none, m, m_finite + tl.log(some)), mask=mask)
@@ -91,8 +103,8 @@ def backward_kernel(
         lse_part = tl.load(lse_ptrs[i] + row, mask=mask, other=float("-inf"))
         read = lse_part != float("-inf")
         weight = tl.exp(lse_part - lse)
-        part = flash.load_rows(out_ptrs[i], offs, mask, SHAPE)
-        grad_lse = tl.where(read, weight * (flash.row_dot(g, part) + shared), 0.0)
+        rows_part = flash.load_rows(out_ptrs[i], offs, mask, SHAPE)
+        grad_lse = tl.where(read, weight * (flash.row_dot(g, rows_part) + shared), 0.0)
         tl.store(grad_lse_ptrs[i] + row, grad_lse, mask=mask)
         grad = flash.rows_or_zero(read, flash.scale_rows(g, weight[:, None]))
         flash.store_rows(grad_out_ptrs[i], offs_grad, mask, grad, SHAPE)
@@ -147,7 +159,7 @@ def backward(
     for i in range(0, len(parts), MAX_PARTS):
         some = slice(i, i + MAX_PARTS)
         launch.launch(
-            backward_kernel, triton.cdiv(lse.numel(), block), out, grad_out, grad_lse,
+            backward_kernel, launch.cdiv(lse.numel(), block), out, grad_out, grad_lse,
             tuple(parts[some]), tuple(lses[some]), out, lse, tuple(stores[some]), tuple(grad_lses[some]),
             sizes, *layouts, lse.numel(), **settings,
         )  # fmt: skip
@@ -176,7 +188,7 @@ def jvp(
         shape = _shape(*douts, *parts, out, result[0])
         block = _block(shape)
         launch.launch(
-            jvp_kernel, triton.cdiv(lse.numel(), block), out, tuple(douts[some]), tuple(dlses[some]),
+            jvp_kernel, launch.cdiv(lse.numel(), block), out, tuple(douts[some]), tuple(dlses[some]),
             tuple(parts[some]), tuple(lses[some]), out, lse, *result, _sizes(out), *layouts, lse.numel(),
             SHAPE=shape, BLOCK=block, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -197,15 +209,29 @@ def merge(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[T
     if lse.numel() == 0:
         return out, lse
     parts, stored = _alike(outs), launch.with_rows(out)
-    sizes, shape = _sizes(out), _shape(stored, *parts)
+    contiguous = tuple(_aligned(x.contiguous()) for x in lses)
+    _merge(tuple(parts), contiguous, None, None, stored, lse, len(parts), _shape(stored, *parts), _strides(parts[0]))
+    return (out if stored is out else out.copy_(stored)), lse
+
+
+def merge_splits(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`merge` of :func:`launch.partial` results (splits, B, H, tokens, D), and of lses (splits, B, H, tokens)."""
+    out, lse = torch.empty_like(outs[0], dtype=dtype), lses.new_empty(lses.shape[1:])
+    if lse.numel() > 0:
+        steps = outs.stride(0), lses.stride(0)
+        _merge(outs, lses, *steps, out, lse, len(outs), _shape(out, outs), _strides(outs[0]))
+    return out, lse
+
+
+def _merge(
+    outs: Any, lses: Any, out_step: int | None, lse_step: int | None, out: Tensor, lse: Tensor, parts: int,
+    shape: flash.Shape, steps: tuple[int, ...],
+) -> None:  # fmt: skip
     block = _block(shape)
     launch.launch(
-        forward_kernel, triton.cdiv(lse.numel(), block), out,
-        tuple(parts), tuple(_aligned(x.contiguous()) for x in lses), stored, lse,
-        sizes, _strides(parts[0]), _strides(stored), lse.numel(),
-        SHAPE=shape, BLOCK=block, num_warps=NUM_WARPS,
+        forward_kernel, launch.cdiv(lse.numel(), block), out, outs, lses, out_step, lse_step, out, lse,
+        _sizes(out), steps, _strides(out), lse.numel(), PARTS=parts, SHAPE=shape, BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return (out if stored is out else out.copy_(stored)), lse
 
 
 def _alike(tensors: list[Tensor]) -> list[Tensor]:

@@ -152,7 +152,7 @@ def forward(x: Tensor, codebook: Tensor) -> Tensor:
     sizes, strides = _rows(x)
     tiles = _tiles(x)
     launch.launch(
-        forward_kernel, triton.cdiv(index.numel(), tiles["BLOCK_Q"]), x, x, codebook, center, codes, half_squares,
+        forward_kernel, launch.cdiv(index.numel(), tiles["BLOCK_Q"]), x, x, codebook, center, codes, half_squares,
         tolerance, index, launch.pack(sizes), launch.pack(strides), x.stride(-1), *codebook.stride(), index.numel(),
         K, C, PRECISION="ieee" if torch.version.hip is not None else "tf32x3", **tiles,
     )  # fmt: skip

@@ -167,7 +167,7 @@ class Call(SplitCall):
     def queries(self, phase: str) -> tuple[attention.Part, int]:
         """A program for every tile of queries and every split of the list, and how many splits there are."""
         Lq, tiles = self.query.shape[2], configs.tiles(phase, self.query, self.extras)
-        count = triton.cdiv(Lq, tiles["BLOCK_Q"])
+        count = launch.cdiv(Lq, tiles["BLOCK_Q"])
         splits = self.splits(count, self.K, tiles["BLOCK_K"])
         numbers = Lq, splits, self.K, self.keys[0].shape[2]
         return attention.Part(QUERIES, tiles, count * splits * self.heads, numbers, (self.kept, None)), splits
@@ -175,7 +175,7 @@ class Call(SplitCall):
     def listed_keys(self) -> tuple[attention.Part, int]:
         """A program for every tile of the list and every split of the queries, and how many splits there are."""
         Lq, tiles = self.query.shape[2], configs.tiles("backward_key", self.query, self.extras)
-        count = triton.cdiv(self.K, tiles["BLOCK_K"])
+        count = launch.cdiv(self.K, tiles["BLOCK_K"])
         splits = self.splits(count, Lq, tiles["BLOCK_Q"])
         numbers = Lq, splits, self.K, self.keys[0].shape[2]
         op = KEYS if splits == 1 else KEYS_AS_LISTED

@@ -127,7 +127,7 @@ def forward(x: Tensor, fold_div: int, transpose: bool) -> Tensor:
     shape = flash.shape(D, launch.alignment(x, out))
     block = max(1, TILE // triton.next_power_of_2(shape.width))
     launch.launch(
-        shift_kernel, triton.cdiv(rows, block), x, x, out, launch.strides(x), launch.strides(out),
+        shift_kernel, launch.cdiv(rows, block), x, x, out, launch.strides(x), launch.strides(out),
         H, T, N, rows, SHAPE=shape, FOLD=D // fold_div, TRANSPOSE=transpose,
         BLOCK=block, num_warps=NUM_WARPS,
     )  # fmt: skip

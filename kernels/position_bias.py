@@ -61,7 +61,7 @@ def codes(window: Sequence[int], positions: Tensor | None, tokens: int, like: Te
         return torch.searchsorted(positions.sort(-1).values.contiguous(), positions, out_int32=True)
     code = positions.new_empty(positions.shape, dtype=torch.int32)
     if code.numel() > 0:
-        programs = triton.cdiv(code.numel(), TILE)
+        programs = launch.cdiv(code.numel(), TILE)
         launch.launch(
             code_kernel, programs, like, positions, code, code.numel(), *window, TILE=TILE, num_warps=NUM_WARPS
         )

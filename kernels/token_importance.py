@@ -208,8 +208,8 @@ class _Work:
         tiles = self.tiles if side == "BLOCK_Q" else self._turned()
         own, G = tiles[side], self.num_global
         other = tiles["BLOCK_K" if side == "BLOCK_Q" else "BLOCK_Q"]
-        programs = (triton.cdiv(G, own) + triton.cdiv(rows - G, own)) * B * H
-        splits = configs.splits(programs, triton.cdiv(reads, other), self.query)
+        programs = (launch.cdiv(G, own) + launch.cdiv(rows - G, own)) * B * H
+        splits = configs.splits(programs, launch.cdiv(reads, other), self.query)
         results = self.query.new_empty((splits, B, H, rows), dtype=torch.float32)
         if programs > 0:
             launch.launch(

@@ -82,14 +82,14 @@ class SplitCall(attention.Call):
 
     def splits(self, tiles: int, reads: int, other: int) -> int:
         """Among how many programs to share out the `reads` rows that each of `tiles` reads, `other` at a time."""
-        return configs.splits(tiles * self.heads, triton.cdiv(reads, other), self.query)
+        return configs.splits(tiles * self.heads, launch.cdiv(reads, other), self.query)
 
     def forward_splits(self, pass_: tuple[attention.Part, int]) -> tuple[Tensor, Tensor]:
         """The output and lse, merged out of those of splits."""
         part, splits = pass_
         outs, lses = launch.partial(self.query, splits), launch.sums(self.query, splits)
         self.forward(part, outs, lses)
-        return (outs[0], lses[0]) if splits == 1 else merge_attention.merge(list(outs), list(lses), self.query.dtype)
+        return (outs[0], lses[0]) if splits == 1 else merge_attention.merge_splits(outs, lses, self.query.dtype)
 
     def jvp_splits(
         self, pass_: tuple[attention.Part, int], query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],

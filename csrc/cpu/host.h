@@ -143,7 +143,7 @@ inline Tensor empty(Sizes sizes, ScalarType dtype, const std::vector<size_t>& or
   for (size_t axis : order) strides[axis] = step, step *= std::max<int64_t>(sizes[axis], 1);
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(), code,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(), code,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -209,7 +209,7 @@ void run(Kernel kernel, const Args& args, int64_t items, int64_t floats_each) {
   float* base = floats(workspace);
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     uint32_t thread;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
     kernel(args, begin, end, base + thread * floats_each);
   });
 }

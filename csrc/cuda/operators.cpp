@@ -1,6 +1,4 @@
-// The Python module vattn._C_cuda. Importing it registers the operators that run CUDA C++ with PyTorch's dispatcher,
-// through PyTorch's stable ABI.
-#include <pybind11/pybind11.h>
+// The operators that run CUDA C++, for PyTorch's dispatcher, through PyTorch's stable ABI.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -71,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& tokens_, const Tensor& 
   a.kept_positions = kept_positions.mutable_data_ptr<int64_t>();
   a.kept_index = kept_index.mutable_data_ptr<int64_t>();
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tokens.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tokens.get_device_index(), &stream));
   const cudaError_t error = select_tokens(a, (cudaStream_t)stream);
   STD_TORCH_CHECK(error == cudaSuccess, "select_tokens: ", cudaGetErrorString(error));
   return {kept_tokens, kept_positions, kept_index};
@@ -82,5 +80,3 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& tokens_, const Tensor& 
 STABLE_TORCH_LIBRARY_IMPL(vattn, CUDA, m) { m.impl("select_tokens", TORCH_BOX(forward)); }
 
 }  // namespace vattn
-
-PYBIND11_MODULE(_C_cuda, m) { m.doc() = "Compiled CUDA C++ kernels of vattn."; }
