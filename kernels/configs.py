@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from vattn.kernels import launch
-from vattn.kernels.flash import shape
+from vattn.kernels import flash, launch
 
 
 class Tiles(NamedTuple):
@@ -293,7 +291,7 @@ def _narrowest(table: dict[int, Tiles], width: int) -> Tiles | None:
 
 def _width(element_size: int, head_dim: int, extras: int) -> int:
     """The bytes of a row of so many elements of so many bytes, with its `extras`."""
-    width = shape(head_dim, alignment=1).width * element_size
+    width = flash.shape(head_dim, alignment=1).width * element_size
     return width + extras * width // 2
 
 
@@ -302,7 +300,7 @@ def group_tiles(phase: str, like: Tensor, extras: int, rows: int, kind: str = "g
     found = tiles(phase, like, extras, kind)
     if like.device.type != "cpu":
         side = "BLOCK_K" if phase == "backward_key" else "BLOCK_Q"
-        found[side] = min(found[side], max(MATRIX_ROWS, triton.next_power_of_2(rows)))
+        found[side] = min(found[side], max(MATRIX_ROWS, flash.next_power_of_2(rows)))
     return found
 
 

@@ -65,12 +65,17 @@ class Shape(NamedTuple):
         return sum(chunk.width for chunk in self.chunks)
 
 
+def next_power_of_2(x: int) -> int:
+    """The least power of two that is not below `x`, without the microseconds of ``triton.next_power_of_2``."""
+    return 1 << max(x - 1, 0).bit_length()
+
+
 @functools.cache
 def shape(head_dim: int, alignment: int, far: bool = False) -> Shape:
     """Cut `head_dim` columns into one power of two, or into two if that wastes fewer columns (80 = 64 + 16)."""
-    whole = max(16, triton.next_power_of_2(head_dim))
+    whole = max(16, next_power_of_2(head_dim))
     main = whole // 2
-    rest = max(16, triton.next_power_of_2(max(head_dim - main, 1)))
+    rest = max(16, next_power_of_2(head_dim - main))
     if main >= 16 and main + rest < whole:
         return Shape(head_dim, alignment, far, (Chunk(0, main), Chunk(main, rest)))
     return Shape(head_dim, alignment, far, (Chunk(0, whole),))

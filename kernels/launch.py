@@ -51,15 +51,16 @@ def launch(function: Any, programs: int, like: Tensor, *args: Any, **settings: A
             return
         if len(_launched) >= MOST_LAUNCHED:
             _launched.clear()
-        names = list(inspect.signature(function.fn).parameters)
-        _launched[seen] = compiled, [settings[name] for name in names[len(args) :]]
+        _launched[seen] = compiled, [settings[name] for name in function.arg_names[len(args) :]]
 
 
 def _known(x: Any) -> Any:
     """What a compiled kernel may depend on: of a tensor its dtype and alignment, of a number more than it does."""
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % VECTOR_BYTES == 0
-    return tuple(map(_known, x)) if type(x) is tuple and x and type(x[0]) is not int else x
+    if isinstance(x, tuple) and x and type(x[0]) is not int:  # unlike what `pack` makes
+        return tuple(map(_known, x))
+    return x
 
 
 def cdiv(x: int, y: int) -> int:

@@ -252,7 +252,7 @@ def _sizes(x: Tensor) -> tuple[int, ...]:
 
 def _block(shape: flash.Shape) -> int:
     """How many rows a program has."""
-    return max(1, TILE // triton.next_power_of_2(shape.width))
+    return max(1, TILE // flash.next_power_of_2(shape.width))
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

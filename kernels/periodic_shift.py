@@ -125,7 +125,7 @@ def forward(x: Tensor, fold_div: int, transpose: bool) -> Tensor:
     B, H, T, N, D = x.shape
     rows = B * H * T * N
     shape = flash.shape(D, launch.alignment(x, out))
-    block = max(1, TILE // triton.next_power_of_2(shape.width))
+    block = max(1, TILE // flash.next_power_of_2(shape.width))
     launch.launch(
         shift_kernel, launch.cdiv(rows, block), x, x, out, launch.strides(x), launch.strides(out),
         H, T, N, rows, SHAPE=shape, FOLD=D // fold_div, TRANSPOSE=transpose,
