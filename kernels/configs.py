@@ -71,11 +71,11 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 4, 1), 1024: Tiles(32, 16, 8, 1),
         },
         "backward_key": {
-            128: Tiles(32, 64, 4, 3), 192: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 3),
+            128: Tiles(32, 64, 4, 3), 192: Tiles(64, 64, 4, 3), 256: Tiles(32, 64, 4, 3),
             384: Tiles(16, 64, 4, 3), 512: Tiles(32, 64, 8, 2), 1024: Tiles(16, 32, 8, 1),
         },
         "forward_group": {
-            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
+            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 64, 4, 3),
             384: Tiles(64, 32, 4, 3), 512: Tiles(64, 32, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "backward_query_group": {
@@ -88,14 +88,14 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 2), 256: Tiles(16, 32, 4, 1), 384: Tiles(32, 32, 4, 1),
         },
         "backward_key_bias": {
-            128: Tiles(16, 64, 4, 3), 192: Tiles(16, 64, 4, 2), 256: Tiles(32, 32, 4, 2), 384: Tiles(32, 32, 4, 1),
+            128: Tiles(32, 64, 4, 3), 192: Tiles(16, 64, 4, 2), 256: Tiles(32, 32, 4, 2), 384: Tiles(32, 32, 4, 1),
         },
         "jvp_group": {
             128: Tiles(64, 32, 4, 3), 192: Tiles(64, 16, 4, 3), 256: Tiles(64, 16, 4, 3),
             384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "backward_key_group": {
-            128: Tiles(32, 64, 4, 3), 192: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 3),
+            128: Tiles(32, 64, 4, 3), 192: Tiles(32, 64, 4, 3), 256: Tiles(16, 64, 4, 3),
             384: Tiles(16, 64, 4, 2), 512: Tiles(16, 64, 8, 2), 1024: Tiles(16, 64, 8, 2),
         },
     },
@@ -204,7 +204,7 @@ DECODE: dict[str, dict[int, Tiles]] = {
 # backward has three accumulators beside two tiles of scores, and does best with few rows.
 LINES: dict[str, dict[str, tuple[Tiles, ...]]] = {
     "sm90": {
-        "forward": (Tiles(64, 64, 4, 1),),
+        "forward": (Tiles(32, 32, 4, 1), Tiles(64, 64, 4, 1)),
         "backward": (Tiles(32, 32, 4, 1), Tiles(64, 64, 4, 1)),
         "jvp": (Tiles(32, 32, 4, 1), Tiles(64, 64, 4, 1)),
     },
