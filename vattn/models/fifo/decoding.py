@@ -127,8 +127,10 @@ def _frames(
 def _denormalized(vae: Any, latent: Tensor) -> Tensor:
     """What a pipeline does to its latents before it decodes them."""
 
+    buffers = dict(vae.named_buffers(recurse=False))
+
     def setting(name: str) -> Any:
-        value = getattr(vae, name) if isinstance(getattr(vae, name, None), Tensor) else vae.config.get(name)
+        value = buffers.get(name, vae.config.get(name))
         if isinstance(value, Tensor | list | tuple):  # one for each channel
             return torch.as_tensor(value).to(latent)[:, None, None]
         return value
