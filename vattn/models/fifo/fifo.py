@@ -53,8 +53,8 @@ class FIFO:
         frames: f, frames that the denoiser sees at once: those it was trained with.
         partitions: n; noise levels of neighbouring frames are ``1 / (f * n)`` apart, the more the better.
         lookahead: whether windows overlap by half.
-        guidance_scale: s of classifier-free guidance, ``u + s * (c - u)``, where `stream` is given `unconditional`; at 1
-            the denoiser is called once per window, otherwise twice.
+        guidance_scale: s of classifier-free guidance, ``u + s * (c - u)``, where `stream` is given `unconditional`;
+            1 calls the denoiser once per window, others twice.
         group: a ProcessGroup or a one-dimensional DeviceMesh, whose ranks share the windows of a step, and all have the
             same queue, bit by bit; None is this process alone. All ranks make the same calls, with the same arguments
             and equal generators, in the same order; the denoiser draws nothing from these generators.
@@ -68,6 +68,7 @@ class FIFO:
         arXiv:2405.11473), sections 4.1 (diagonal denoising), 4.2 (latent partitioning) and 4.3 (lookahead denoising).
 
     Example:
+        >>> from vattn.models.fifo import FIFO, official_ddim
         >>> fifo = FIFO(lambda latents, timesteps: 0.5 * latents, official_ddim(8), frames=4, partitions=2)
         >>> fifo.start(torch.zeros(1, 3, 4, 2, 2), generator=torch.Generator().manual_seed(0))
         >>> video = torch.stack(list(fifo.stream(10, generator=torch.Generator().manual_seed(1))), 2)
@@ -192,6 +193,7 @@ class FIFO:
             Exception: what the denoiser raises. The queue is then as it was before the step.
 
         Example:
+            >>> from vattn.models.fifo import FIFO, official_ddim
             >>> def conditions(frame):
             ...     return {"prompt": 0.0 if frame < 100 else 1.0}
             >>> denoise = lambda latents, timesteps, prompt: 0.1 * latents + prompt
@@ -302,7 +304,7 @@ class FIFO:
         unconditional: Conditions,
         draws: Draws,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """From all ranks, the predictions ``(B, C, stop - write, H, W)`` of windows that run; the noise of all windows."""
+        """Predictions ``(B, C, stop - write, H, W)`` of windows that run, from all ranks; noise of all windows."""
         latents, noise, own, error = queue.latents, None, {}, None
         given: list[Mapping[str, Any] | None] = [None, None]
         try:

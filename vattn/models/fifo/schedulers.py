@@ -164,7 +164,7 @@ def official_ddim(
 
     Args:
         steps: ``frames * partitions`` of the queue.
-        eta: how much noise a step adds: 0 none, 1 as much as DDPM.
+        eta: how much noise a step adds: 0 none, 1 as much as DDPM does.
         linear_start, linear_end: betas go from one to the other, linearly in their square roots; the defaults are those
             of VideoCrafter2, Stable Diffusion and Latte.
         num_train_timesteps: with how many timesteps the denoiser was trained.
@@ -183,7 +183,7 @@ def official_ddim(
     """
     op = "official_ddim"
     _checks.integer(op, "steps", steps, least=1)
-    number(op, "eta", eta, 0, 1)
+    number(op, "eta", eta, 0)
     if alphas_cumprod is None:
         _checks.integer(op, "num_train_timesteps", num_train_timesteps, least=1)
         number(op, "linear_start", linear_start, 0, 1)
@@ -197,4 +197,7 @@ def official_ddim(
     last = len(alphas_cumprod) - 1
     gap = last / (steps - 1) if steps > 1 else 0.0
     timesteps = [round(i * gap) for i in range(steps)]  # half to even, as NumPy rounds
-    return OfficialDDIM(torch.tensor(timesteps[::-1]), alphas_cumprod, float(eta))
+    scheduler = OfficialDDIM(torch.tensor(timesteps[::-1]), alphas_cumprod, float(eta))
+    if (scheduler.sigmas**2 > 1 - scheduler.alphas_prev).any():
+        raise ValueError(f"{op}: eta must add no more noise than there is after a step, got eta={eta}")
+    return scheduler
