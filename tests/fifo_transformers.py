@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 TEXT = torch.linspace(-1, 1, 2 * 5 * 8).reshape(2, 5, 8).sin()
+TEXT_MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+
+
+def configuration(**values: Any) -> dict[str, Any]:
+    """Values by name, as a class of diffusers takes them."""
+    return values
 
 
 @dataclass
@@ -43,28 +49,35 @@ def anyflow_call(model: nn.Module, latents: Tensor, timestep: Tensor, conditions
     return out.transpose(1, 2)
 
 
-WAN = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=8,
-           ffn_dim=16, num_layers=1)  # fmt: skip
-SANA = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=1, mlp_ratio=2.0,
-            num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=8)  # fmt: skip
-COSMOS = dict(num_attention_heads=2, attention_head_dim=18, in_channels=4, out_channels=4, num_layers=1, mlp_ratio=2.0,
-              text_embed_dim=8, adaln_lora_dim=4, max_size=(8, 8, 12), concat_padding_mask=False)  # fmt: skip
-LTX = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=1,
-           cross_attention_dim=24, caption_channels=8)  # fmt: skip
+WAN = configuration(
+    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=1, text_dim=8, freq_dim=8,
+    ffn_dim=16,
+)  # fmt: skip
+SANA = configuration(
+    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=1, mlp_ratio=2.0,
+    num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=8,
+)  # fmt: skip
+COSMOS = configuration(
+    num_attention_heads=2, attention_head_dim=18, in_channels=4, out_channels=4, num_layers=1, mlp_ratio=2.0,
+    text_embed_dim=8, adaln_lora_dim=4, max_size=(8, 8, 12), concat_padding_mask=False,
+)  # fmt: skip
+LTX = configuration(
+    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=1, cross_attention_dim=24,
+    caption_channels=8,
+)  # fmt: skip
+MASKED = {"encoder_hidden_states": TEXT, "encoder_attention_mask": TEXT_MASK}
 
 CASES = {
     case.name: case
     for case in (
         Case("AnyFlowTransformer3DModel", WAN, anyflow_call),
         Case("CosmosTransformer3DModel", COSMOS, plain_call, {"encoder_hidden_states": TEXT, "fps": 30}),
-        Case("LTXVideoTransformer3DModel", LTX, ltx_call,
-             {"encoder_hidden_states": TEXT, "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])}),
-        Case("SanaVideoTransformer3DModel", SANA, plain_call,
-             {"encoder_hidden_states": TEXT, "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])}),
+        Case("LTXVideoTransformer3DModel", LTX, ltx_call, MASKED),
+        Case("SanaVideoTransformer3DModel", SANA, plain_call, MASKED),
         Case("SkyReelsV2Transformer3DModel", WAN, plain_call),
         Case("WanTransformer3DModel", WAN, plain_call),
     )
-}  # fmt: skip
+}
 
 
 def of_one_sample(conditions: dict[str, Any]) -> dict[str, Any]:

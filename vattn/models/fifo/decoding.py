@@ -74,7 +74,7 @@ def decode_stream(
             f"{OP}: latents must be an iterable of tensors (B, C, H, W), such as clip.unbind(2) of a clip "
             f"(B, C, T, H, W), got latents=tensor of shape {tuple(latents.shape)}"
         )
-    module: Any = unwrapped(vae) if isinstance(vae, nn.Module) else vae
+    module = unwrapped(vae)
     name = known_class(module, (*CACHED, *CAUSAL, *IMAGES))
     if name is None:
         raise TypeError(
@@ -94,7 +94,8 @@ CHUNKS = "Decode it in chunks of latents that overlap instead, with vae.decode, 
 def _check_causal(vae: Any, name: str, arguments: dict[str, Any]) -> None:
     if not (vae.config.decoder_causal or arguments.get("causal")):
         raise ValueError(
-            f"{OP}: the decoder of {name} must not read latents that are still to come, got decoder_causal=False. {CHUNKS}"
+            f"{OP}: the decoder of {name} must not read latents that are still to come, "
+            f"got decoder_causal=False. {CHUNKS}"
         )
     if any(vae.config.decoder_inject_noise):
         raise ValueError(
@@ -112,7 +113,10 @@ def _frames(
         check.rank(OP, "latents", latent, "(B, C, H, W)")
         shape = shape or latent.shape
         if latent.shape != shape:
-            raise ValueError(f"{OP}: all latents must have the shape of the first, {tuple(shape)}, got {latent.shape}")
+            raise ValueError(
+                f"{OP}: all latents must have the shape of the first, {tuple(shape)}, "
+                f"got latents.shape={tuple(latent.shape)}"
+            )
         if denormalize:
             latent = _denormalized(vae, latent)
         if video:

@@ -39,7 +39,7 @@ class Denoiser:
 
     def __init__(self, model: nn.Module, timestep_scale: float) -> None:
         self.model = model
-        self.module: Any = unwrapped(model)  # the configuration and the dtype are here
+        self.module = unwrapped(model)  # the configuration and the dtype are here
         self.name = type(self.module).__name__
         self.timestep_scale = timestep_scale
         frames = self.patch()[0]
@@ -60,10 +60,10 @@ class Denoiser:
         config = self.module.config
         if config.out_channels not in (None, config.in_channels):
             raise ValueError(
-                f"adapt: {self.name} must predict every channel that it reads, got in_channels={config.in_channels} and "
-                f"out_channels={config.out_channels}: the others hold the picture of an image-to-video model, which "
-                f"stays with the first frames while the window moves on. Use the text-to-video weights, and begin "
-                f"from the picture with fifo.start(latents)"
+                f"adapt: {self.name} must predict every channel that it reads, "
+                f"got in_channels={config.in_channels} and out_channels={config.out_channels}. "
+                f"The others hold the image of an image-to-video model, which would stay at the beginning of every "
+                f"window. Use text-to-video weights, and begin from the image: fifo.start(latents)"
             )
         return config.in_channels
 
@@ -265,7 +265,7 @@ def adapt(model: nn.Module, *, timestep_scale: float = 1.0) -> Callable[..., Ten
     ...     denoise(latents, timesteps, encoder_hidden_states=torch.randn(1, 5, 8)).shape
     torch.Size([1, 4, 3, 8, 8])
     """
-    module = unwrapped(model) if isinstance(model, nn.Module) else model
+    module = unwrapped(model)
     name = known_class(module, DENOISERS)
     if name is None:
         raise TypeError(_refusal(module))
@@ -299,6 +299,7 @@ def _one_rate(fps: Any, name: str) -> list[int]:
     rates = fps.flatten().tolist() if isinstance(fps, Tensor) else fps if isinstance(fps, list | tuple) else [fps]
     if len(set(rates)) != 1 or rates[0] not in (0, 1):
         raise ValueError(
-            f"{OP}: fps of {name} must be 0 (16 frames per second) or 1 (others), the same for all samples, got fps={fps}"
+            f"{OP}: fps of {name} must be 0 (16 frames per second) or 1 (others), the same for all samples, "
+            f"got fps={fps}"
         )
     return [int(rates[0])]

@@ -1,12 +1,13 @@
 """Which class of diffusers a model is, without an import of diffusers: whoever has such a model has imported it."""
 
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, DistributedDataParallel, FullyShardedDataParallel and PEFT."""
+def unwrapped(model: Any) -> Any:
+    """The model inside ``torch.compile``, DistributedDataParallel, FullyShardedDataParallel and PEFT, or `model`."""
     while True:
         if hasattr(model, "get_base_model"):
             inner = model.get_base_model()
