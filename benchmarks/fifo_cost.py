@@ -120,6 +120,7 @@ def run(lengths: Sequence[int], schedulers: Sequence[str], width: int, rounds: i
             median, p20, p80 = (1e3 * x for x in (cost.median, cost.p20, cost.p80))
             peak, of_frames = cost.peak / 2**20, (cost.peak - cost.before) / 2**20
             print(f"| {scheduler} | {frames} | {median:.1f} | {p20:.1f} .. {p80:.1f} | {peak:.1f} | {of_frames:.1f} |")
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
     found = speeds(4 * width, 8, rounds)
     records.append(path, [shared | {"scheduler": "official_ddim", "speeds": found}])
     alone, together = (np.median(found[name]) for name in ("alone", "together"))
