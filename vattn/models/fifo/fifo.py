@@ -333,7 +333,7 @@ class FIFO:
             latents = inputs[:, :, start:stop].clone()  # the denoiser's own: it may write into it
             prediction = self.denoise(latents, timesteps[:, start:stop].clone(), **(arguments or {}))
             _require_prediction(prediction, inputs[:, :, start:stop])
-            return prediction[:, :, write - start :]
+            return prediction[:, :, write - start :].clone()  # the next call may return the same memory
 
         prediction = denoise(conditions)
         if unconditional is None or self.guidance_scale == 1:
