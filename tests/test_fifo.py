@@ -445,6 +445,15 @@ def test_the_state_is_that_of_the_settings() -> None:
             queue_of(sizes, **settings).load_state_dict(state)  # type: ignore[arg-type]
 
 
+def test_a_state_that_was_loaded_may_be_written_to() -> None:
+    fifo = started()
+    expected = torch.stack(list(started().stream(2, generator=seed(1))))
+    state = fifo.state_dict()
+    fifo.load_state_dict(state)
+    state["latents"].fill_(torch.nan)
+    assert torch.equal(torch.stack(list(fifo.stream(2, generator=seed(1)))), expected)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
