@@ -130,6 +130,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "official_ddim: alphas_cumprod must have",
     ),
+    "table that ends in noise alone": (
+        lambda: official_ddim(8, alphas_cumprod=torch.linspace(0.99, 0, 1000)),
+        ValueError,
+        "official_ddim: alphas_cumprod must fall from below 1 to above 0, got alphas_cumprod from 0.99",
+    ),
+    "table that rises": (
+        lambda: official_ddim(8, alphas_cumprod=torch.linspace(0.01, 0.99, 1000)),
+        ValueError,
+        "official_ddim: alphas_cumprod must fall from below 1 to above 0, got",
+    ),
+    "table of nothing": (
+        lambda: official_ddim(8, alphas_cumprod=torch.zeros(0)),
+        ValueError,
+        "official_ddim: alphas_cumprod must have a value for each timestep, got",
+    ),
+    "no noise at first": (
+        lambda: official_ddim(8, linear_start=0, eta=0.0),
+        ValueError,
+        "official_ddim: alphas_cumprod must fall from below 1 to above 0, got alphas_cumprod from 1",
+    ),
     "noise": (
         lambda: official_ddim(2).step(clip(1), clip(1), [0]),
         ValueError,
