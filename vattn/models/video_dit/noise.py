@@ -1,0 +1,109 @@
+"""How a video is noised, and what a model may predict of it.
+
+    x_t = a_t x_0 + s_t e        x_0: the video, e: noise of the normal distribution, t: the timestep
+
+    prediction   a_t               s_t                  the model predicts
+    epsilon      sqrt(abar_t)      sqrt(1 - abar_t)     e
+    v            sqrt(abar_t)      sqrt(1 - abar_t)     a_t e - s_t x_0
+    flow         1 - t / N         t / N                e - x_0
+
+N is the number of timesteps of training, abar_t the product of ``1 - beta_i`` over i up to t, and the square root of beta
+is linear in t. Timesteps and signs are those of the schedulers of diffusers (``prediction_type`` "epsilon" and
+"v_prediction", ``beta_schedule`` "scaled_linear"; for flow `FlowMatchEulerDiscreteScheduler`), and epsilon and betas those
+of VideoCrafter2, with which the official FIFO-Diffusion runs.
+
+Ho et al., "Denoising Diffusion Probabilistic Models" (NeurIPS 2020); Salimans and Ho, "Progressive Distillation for Fast
+Sampling of Diffusion Models" (ICLR 2022), on v; Lipman et al., "Flow Matching for Generative Modeling" (ICLR 2023).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vattn import _checks
+from vattn.models.draws import Draws
+from vattn.models.settings import number
+from vattn.models.tables import Table
+
+PREDICTIONS = ("epsilon", "v", "flow")
+"""What a :class:`VideoDiT` may predict."""
+
+
+class Noising:
+    """The share of video and of noise at every timestep, and what a model predicts there.
+
+    Args:
+        op: for messages.
+        prediction: one of ``PREDICTIONS``.
+        num_timesteps: N.
+        betas: the first and the last one; flow has none.
+
+    Raises:
+        TypeError, ValueError: a setting that does not fit.
+    """
+
+    def __init__(self, op: str, prediction: str, num_timesteps: int, betas: Sequence[float]) -> None:
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"{op}: prediction must be one of {', '.join(PREDICTIONS)}, got prediction={prediction!r}")
+        _checks.integer(op, "num_timesteps", num_timesteps, least=1)
+        if len(betas) != 2:
+            raise ValueError(f"{op}: betas must be the first and the last one, got betas={betas!r}")
+        for beta in betas:
+            number(op, "betas", beta, 0, 0.999)
+        self.prediction, self.num_timesteps = prediction, num_timesteps
+        self.first_beta, self.last_beta = betas
+        roots = torch.linspace(
+            self.first_beta**0.5, self.last_beta**0.5, num_timesteps, dtype=torch.float64, device="cpu"
+        )
+        self._abar = Table((1 - roots.square()).cumprod(0).float())
+
+    def shares(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """a_t and s_t, float32, of the shape of `timesteps`."""
+        if self.prediction == "flow":
+            noise = timesteps.float() / self.num_timesteps
+            return 1 - noise, noise
+        abar = self._abar.on(timesteps.device)[timesteps.round().long()]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def draw(self, draws: Draws, *shape: int, device: torch.device) -> Tensor:
+        """Timesteps to train on, all as likely: float32, whole numbers but for flow."""
+        timesteps = self.num_timesteps * draws.uniforms(*shape, device=device)
+        return self.num_timesteps - timesteps if self.prediction == "flow" else timesteps.floor()
+
+    def target(self, video: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        """What a model predicts of a video and its noise, whose shares are `a` and `s`."""
+        if self.prediction == "flow":
+            return noise - video
+        return noise if self.prediction == "epsilon" else a * noise - s * video
+
+    def split(self, noised: Tensor, predicted: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The video and the noise that a prediction says a noised video is made of."""
+        if self.prediction == "flow":
+            return noised - s * predicted, noised + a * predicted
+        if self.prediction == "epsilon":
+            return (noised - s * predicted) / a, predicted
+        return a * noised - s * predicted, s * noised + a * predicted
+
+    def path(self, num_steps: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps ``(num_steps,)`` from pure noise on, and a and s ``(num_steps + 1,)``, the last those of a video."""
+        first = self.num_timesteps if self.prediction == "flow" else self.num_timesteps - 1
+        last = first / num_steps if self.prediction == "flow" else 0
+        timesteps = torch.linspace(first, last, num_steps, dtype=torch.float32, device="cpu")
+        timesteps = timesteps if self.prediction == "flow" else timesteps.round()
+        a, s = self.shares(timesteps)
+        ends = (torch.cat([x, torch.full((1,), end, device="cpu", dtype=x.dtype)]) for x, end in ((a, 1.0), (s, 0.0)))
+        return timesteps.to(device), *(x.to(device) for x in ends)
+
+    def scheduler_settings(self) -> dict[str, Any]:
+        """Of a scheduler of diffusers that agrees with all this."""
+        if self.prediction == "flow":
+            return {"num_train_timesteps": self.num_timesteps}
+        return {
+            "num_train_timesteps": self.num_timesteps,
+            "beta_start": self.first_beta,
+            "beta_end": self.last_beta,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "epsilon" if self.prediction == "epsilon" else "v_prediction",
+        }
