@@ -5,8 +5,8 @@
     x = x + g2 axial_attention(scale2 LN(x) + shift2)     along time
     x = x + g3 MLP(scale3 LN(x) + shift3)
 
-Gates, scales and shifts are those of each frame: a linear layer makes them of its timestep and of the class. Its weights
-begin as 0, and with them all that is added to x.
+Gates, scales and shifts are those of each frame: a linear layer makes them of its timestep and of the class. Its
+weights begin as 0, and so do the gates.
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023).
 """
@@ -63,7 +63,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def waves(x: Tensor, channels: int, longest: float) -> Tensor:
-    """Cosines and sines of numbers ``(...)``, with wavelengths from 2 pi to `longest` times that: ``(..., channels)``."""
+    """Cosines and sines of numbers ``(...)``, whose wavelengths are 2 pi to 2 pi `longest`: ``(..., channels)``."""
     half = channels // 2
     exponents = torch.arange(half, dtype=torch.float32, device=x.device) / max(1, half)
     angles = x.float()[..., None] * (-math.log(longest) * exponents).exp()

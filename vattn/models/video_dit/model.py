@@ -4,9 +4,9 @@
     condition_t = MLP(waves(timestep of frame t)) + class               (B, T, C)
     prediction  = W LN(blocks(tokens, condition, text))                 see :class:`vattn.models.video_dit.Block`
 
-Frames of other timesteps are what diagonal denoising asks for (:mod:`vattn.models.fifo`): a queue in which the first
-frame is nearly clean, and the last one is noise. A model has seen that if it was trained with noise of its own for every
-frame (:meth:`VideoDiT.training_loss`).
+Diagonal denoising (:mod:`vattn.models.fifo`) asks for that: in its queue the first frame is nearly clean, and the last
+one is noise. A model knows such a queue if every frame had noise of its own in training (`per_frame` of
+:meth:`VideoDiT.training_loss`).
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023); Chen et al., "Diffusion Forcing: Next-token
 Prediction Meets Full-Sequence Diffusion" (NeurIPS 2024), on noise for every frame.

@@ -7,19 +7,20 @@
     v            sqrt(abar_t)      sqrt(1 - abar_t)     a_t e - s_t x_0
     flow         1 - t / N         t / N                e - x_0
 
-N is the number of timesteps of training, abar_t the product of ``1 - beta_i`` over i up to t, and the square root of beta
-is linear in t. Timesteps and signs are those of the schedulers of diffusers (``prediction_type`` "epsilon" and
-"v_prediction", ``beta_schedule`` "scaled_linear"; for flow `FlowMatchEulerDiscreteScheduler`), and epsilon and betas those
-of VideoCrafter2, with which the official FIFO-Diffusion runs.
+N is the number of timesteps of training, abar_t the product of ``1 - beta_i`` over i up to t, and the square root of
+beta is linear in t. Timesteps and signs are those of the schedulers of diffusers (``prediction_type`` "epsilon" and
+"v_prediction", ``beta_schedule`` "scaled_linear"; for flow `FlowMatchEulerDiscreteScheduler`). Epsilon, with the betas
+that are the default, is what VideoCrafter2 has, with which the official FIFO-Diffusion runs.
 
-Ho et al., "Denoising Diffusion Probabilistic Models" (NeurIPS 2020); Salimans and Ho, "Progressive Distillation for Fast
-Sampling of Diffusion Models" (ICLR 2022), on v; Lipman et al., "Flow Matching for Generative Modeling" (ICLR 2023).
+Ho et al., "Denoising Diffusion Probabilistic Models" (NeurIPS 2020); Salimans and Ho, "Progressive Distillation for
+Fast Sampling of Diffusion Models" (ICLR 2022), on v; Lipman et al., "Flow Matching for Generative Modeling" (2023).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vattn import _checks
@@ -87,14 +88,14 @@ class Noising:
         return a * noised - s * predicted, s * noised + a * predicted
 
     def path(self, num_steps: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps ``(num_steps,)`` from pure noise on, and a and s ``(num_steps + 1,)``, the last those of a video."""
+        """Timesteps ``(num_steps,)`` from pure noise on; a and s ``(num_steps + 1,)``, the last of no noise."""
         first = self.num_timesteps if self.prediction == "flow" else self.num_timesteps - 1
         last = first / num_steps if self.prediction == "flow" else 0
         timesteps = torch.linspace(first, last, num_steps, dtype=torch.float32, device="cpu")
         timesteps = timesteps if self.prediction == "flow" else timesteps.round()
         a, s = self.shares(timesteps)
-        ends = (torch.cat([x, torch.full((1,), end, device="cpu", dtype=x.dtype)]) for x, end in ((a, 1.0), (s, 0.0)))
-        return timesteps.to(device), *(x.to(device) for x in ends)
+        a, s = F.pad(a, (0, 1), value=1.0), F.pad(s, (0, 1))
+        return timesteps.to(device), a.to(device), s.to(device)
 
     def scheduler_settings(self) -> dict[str, Any]:
         """Of a scheduler of diffusers that agrees with all this."""

@@ -1,0 +1,307 @@
+"""The video diffusion transformer: timesteps of frames, conditions, and the conventions of diffusers' schedulers."""
+
+import pytest
+import torch
+
+from tests.model_zoo import MODELS, randomize
+from vattn.models.video_dit import PREDICTIONS, VideoDiT, generate
+
+SHAPE = (2, 3, 4, 6)
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+def video(batch=2, number=1):
+    return torch.randn(batch, *SHAPE, generator=seed(number))
+
+
+def small(**settings):
+    return VideoDiT(2, 3, (4, 6), dim=12, depth=2, num_heads=2, levels=(1, None), **settings)
+
+
+def knows_all(model, truth, monkeypatch):
+    """Let `model` predict what is right of noised versions of `truth`, whatever their noise is."""
+
+    def forward(latents, timesteps, **conditions):
+        a, s = model._shares(model._per_frame(timesteps, latents), latents)
+        noise = (latents - a * truth) / s
+        return model.noising.target(truth, noise, a, s)
+
+    monkeypatch.setattr(model, "forward", forward)
+    return model.eval()
+
+
+@pytest.fixture
+def model():
+    return MODELS["VideoDiT"].make()
+
+
+class TestTimesteps:
+    """One for every frame."""
+
+    @pytest.mark.parametrize("steps", [700, 700.0, torch.tensor(700), torch.tensor([700]), torch.full((2, 1), 700.0)])
+    def test_one_number_is_that_of_all_frames(self, steps, model):
+        assert torch.equal(model(video(), steps), model(video(), torch.full((2, 3), 700)))
+
+    def test_one_number_for_each_sample(self, model):
+        steps = torch.tensor([3, 600])
+        assert torch.equal(model(video(), steps), model(video(), steps[:, None].expand(-1, 3)))
+
+    def test_every_frame_knows_its_own(self, model):
+        """With attention off, the prediction of a frame depends on its own timestep alone."""
+        for block in model.blocks:
+            for layer in (block.leap.proj, block.text.proj, block.time.fc):
+                layer.weight.data.zero_()
+        found = model(video(), torch.tensor([[10, 500, 900]]))
+        for frame, step in enumerate((10, 500, 900)):
+            torch.testing.assert_close(found[:, :, frame], model(video(), step)[:, :, frame])
+            assert not torch.allclose(found[:, :, frame], model(video(), 300)[:, :, frame], atol=1e-2)
+
+    def test_frames_see_each_other(self, model):
+        x = video().requires_grad_()
+        model(x, 500)[0, :, 1].sum().backward()
+        assert x.grad[0].abs().amin() > 0 and not x.grad[1].any()
+
+    @pytest.mark.parametrize("steps", [torch.zeros(3), torch.zeros(2, 2), torch.zeros(2, 3, 1), torch.zeros(3, 3)])
+    def test_other_shapes_are_refused(self, steps, model):
+        with pytest.raises(ValueError, match=r"^VideoDiT: timesteps must be one number, or have shape \(2,\) or \(2, "):
+            model(video(), steps)
+
+    @pytest.mark.parametrize("steps", [True, torch.tensor(True), torch.tensor(1j)])
+    def test_other_numbers_are_refused(self, steps, model):
+        with pytest.raises(TypeError, match=r"^VideoDiT: timesteps must be real numbers, got timesteps.dtype=torch"):
+            model(video(), steps)
+
+
+class TestConditions:
+    """Classes, texts, and going without."""
+
+    @pytest.fixture
+    def described(self):
+        return {"classes": torch.tensor([2, 0]), "text": torch.randn(2, 4, 5, generator=seed(2))}
+
+    def test_change_what_is_predicted(self, model, described):
+        found = [model(video(), 500, **part) for part in ({}, described, *({k: described[k]} for k in described))]
+        for i, one in enumerate(found):
+            assert all(not torch.allclose(one, other, atol=1e-3) for other in found[:i])
+
+    def test_hidden_ones_are_as_if_they_were_not_given(self, model, described):
+        hidden = torch.tensor([True, False])
+        mask = torch.tensor([[True, False, True, True]] * 2)
+        for given in (described, described | {"text_mask": mask}):
+            found = model(video(), 500, hidden=hidden, **given)
+            torch.testing.assert_close(found[0], model(video(), 500)[0])
+            torch.testing.assert_close(found[1], model(video(), 500, **given)[1])
+
+    def test_words_that_are_masked_are_not_read(self, model, described):
+        mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+        found = model(video(), 500, text_mask=mask, **described)
+        shorter = described | {"text": described["text"][:, :2]}
+        torch.testing.assert_close(found[0], model(video(), 500, **shorter)[0])
+        torch.testing.assert_close(found[1], model(video(), 500, **described)[1])
+
+    def test_a_text_without_words_is_none(self, model, described):
+        text, mask = described["text"], torch.tensor([[False] * 4, [True] * 4])
+        found, none = model(video(), 500, text=text, text_mask=mask), model(video(), 500)
+        torch.testing.assert_close(found[0], none[0])
+        torch.testing.assert_close(found[1], model(video(), 500, text=text)[1])
+        assert torch.equal(model(video(), 500, text=text[:, :0]), none)
+
+    def test_training_hides_them_from_some(self, model, described):
+        seen = []
+        model.register_forward_pre_hook(lambda _, args, given: seen.append(given["hidden"]), with_kwargs=True)
+        for i in range(100):
+            model.training_loss(video(), generator=seed(i), **described)
+        assert 0.1 < torch.stack(seen).float().mean() < 0.3  # drop_conditions is 0.2
+
+    @pytest.mark.parametrize(
+        "given, message",
+        [
+            ({"classes": torch.tensor([1])}, r"classes must have shape \(2,\), got classes.shape=\(1,\)"),
+            ({"text": torch.zeros(2, 4, 6)}, r"text must have shape \(2, words, 5\), got text.shape=\(2, 4, 6\)"),
+            (
+                {"text": torch.zeros(2, 4, 5), "text_mask": torch.ones(2, 4)},
+                r"text_mask must be bool, of shape \(2, 4\), got text_mask of torch.float32, of shape \(2, 4\)",
+            ),
+            ({"hidden": torch.tensor([True])}, r"hidden must have shape \(2,\), got hidden.shape=\(1,\)"),
+        ],
+    )
+    def test_that_do_not_fit_are_refused(self, given, message, model):
+        with pytest.raises(ValueError, match=f"^VideoDiT: {message}$"):
+            model(video(), 500, **given)
+
+    @pytest.mark.parametrize("name", ["classes", "text"])
+    def test_of_a_model_without_them_are_refused(self, name, described):
+        with pytest.raises(ValueError, match=f"^VideoDiT: {name} must not be given to a model without "):
+            small()(video(), 500, **{name: described[name]})
+
+
+class TestSchedulers:
+    """What is right here is right for the schedulers of diffusers: timesteps, signs, shares of noise."""
+
+    def scheduler(self, model, name):
+        diffusers = pytest.importorskip("diffusers")
+        return getattr(diffusers, name)(**model.scheduler_settings)
+
+    @pytest.mark.parametrize("prediction", ["epsilon", "v"])
+    def test_noise_is_that_of_ddpm(self, prediction):
+        model, steps = small(prediction=prediction), torch.tensor([0, 999])
+        expected = self.scheduler(model, "DDPMScheduler").add_noise(video(), video(2, 5), steps)
+        torch.testing.assert_close(model.add_noise(video(), video(2, 5), steps), expected)
+
+    def test_noise_is_that_of_flow_matching(self):
+        model = small(prediction="flow")
+        scheduler = self.scheduler(model, "FlowMatchEulerDiscreteScheduler")
+        steps = scheduler.timesteps[[3, 700]]
+        expected = scheduler.scale_noise(video(), steps, video(2, 5))
+        torch.testing.assert_close(model.add_noise(video(), video(2, 5), steps), expected)
+
+    @pytest.mark.parametrize(
+        "prediction, name",
+        [
+            ("epsilon", "DDIMScheduler"),
+            ("epsilon", "DPMSolverMultistepScheduler"),
+            ("v", "DDIMScheduler"),
+            ("v", "EulerDiscreteScheduler"),
+            ("v", "UniPCMultistepScheduler"),
+            ("flow", "FlowMatchEulerDiscreteScheduler"),
+        ],
+    )
+    def test_the_right_predictions_lead_to_the_video(self, prediction, name, monkeypatch):
+        truth = video(2, 7).clamp(-1, 1)
+        model = knows_all(small(prediction=prediction), truth, monkeypatch)
+        scheduler = self.scheduler(model, name)
+        scheduler.set_timesteps(12)
+        x = video() * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else video()
+        for step in scheduler.timesteps:
+            seen = scheduler.scale_model_input(x, step) if hasattr(scheduler, "scale_model_input") else x
+            x = scheduler.step(model(seen, step), step, x).prev_sample
+        torch.testing.assert_close(x, truth, atol=2e-2, rtol=0)  # some schedulers leave a little noise
+
+    @pytest.mark.parametrize("prediction", PREDICTIONS)
+    def test_generation_finds_the_video(self, prediction, monkeypatch):
+        truth = video(2, 7)
+        model = knows_all(small(prediction=prediction), truth, monkeypatch)
+        torch.testing.assert_close(generate(model, 2, num_steps=5), truth, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("prediction", PREDICTIONS)
+    def test_generation_is_that_of_an_euler_scheduler(self, prediction):
+        """Which takes the same steps, and divides a video by its share."""
+        model = randomize(small(prediction=prediction))
+        found = generate(model, 2, num_steps=4, generator=seed(3))
+        steps, a, _ = model.noising.path(4, torch.device("cpu"))
+        x = torch.randn(2, *SHAPE, generator=seed(3))
+        if prediction == "flow":
+            scheduler = self.scheduler(model, "FlowMatchEulerDiscreteScheduler")
+            scheduler.set_timesteps(sigmas=(steps / 1000).tolist())
+        else:
+            scheduler = self.scheduler(model, "EulerDiscreteScheduler")
+            scheduler.set_timesteps(4)
+            x = x / a[0]
+        torch.testing.assert_close(scheduler.timesteps.float(), steps)
+        with torch.no_grad():
+            for step in scheduler.timesteps:
+                seen = x if prediction == "flow" else scheduler.scale_model_input(x, step)
+                x = scheduler.step(model(seen, step), step, x).prev_sample
+        torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
+
+
+class TestTraining:
+    """The loss."""
+
+    @pytest.mark.parametrize("prediction", PREDICTIONS)
+    def test_is_that_of_what_is_predicted(self, prediction):
+        """A new model predicts 0: its loss is the variance of what it should predict, at any timestep."""
+        model, flat = small(prediction=prediction), torch.zeros(64, *SHAPE)
+        expected = {"epsilon": 1.0, "v": None, "flow": 1.0}[prediction]
+        loss = model.training_loss(flat, per_frame=True, generator=seed()).item()
+        if expected is None:
+            timesteps = torch.arange(1000)
+            expected = float(model.noising.shares(timesteps)[0].square().mean())
+        assert loss == pytest.approx(expected, rel=0.1)
+
+    @pytest.mark.parametrize("per_frame", [False, True])
+    def test_frames_draw_timesteps_of_their_own(self, per_frame, model):
+        seen = []
+        model.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+        model.training_loss(video(50), per_frame=per_frame, generator=seed())
+        (steps,) = seen
+        assert steps.shape == (50, 3) and steps.min() >= 0 and steps.max() <= 999
+        assert bool((steps == steps[:, :1]).all()) is not per_frame
+        assert len(steps[:, 0].unique()) > 40
+
+    def test_flow_draws_no_timestep_without_noise(self):
+        steps = small(prediction="flow").noising.draw(MaximalDraws(), 2, 3, device=torch.device("cpu"))
+        assert steps.min() > 0
+
+    def test_is_what_its_seed_says(self, model):
+        losses = [model.training_loss(video(), generator=seed(i)) for i in (0, 0, 1)]
+        assert losses[0] == losses[1] != losses[2]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("prediction", PREDICTIONS)
+    def test_a_few_steps_teach_what_is_always_there(self, prediction):
+        torch.manual_seed(0)
+        truth = video(1, 7).clamp(-1, 1)
+        model = VideoDiT(2, 3, (4, 6), dim=32, depth=2, num_heads=2, levels=(1,), prediction=prediction)
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(150):
+            optimizer.zero_grad()
+            model.training_loss(truth.expand(16, -1, -1, -1, -1), per_frame=True).backward()
+            optimizer.step()
+        error = (generate(model.eval(), 4, num_steps=20, generator=seed(5)) - truth).square().mean()
+        assert error < 0.15  # of noise it is near 2
+
+
+class MaximalDraws:
+    """Uniform numbers as large as they can be."""
+
+    def uniforms(self, *shape, device):
+        return torch.full(shape, 1 - 2**-24, device=device)
+
+
+def test_guidance_goes_beyond_the_condition():
+    model = randomize(small(num_classes=3, prediction="flow"))
+    classes, start = torch.tensor([1, 2]), torch.randn(2, *SHAPE, generator=seed())
+    free, bound = model(start, 1000), model(start, 1000, classes=classes)
+    for scale in (0.0, 1.0, 3.0):
+        found = generate(model, 2, classes=classes, num_steps=1, guidance_scale=scale, generator=seed())
+        torch.testing.assert_close(found, start - (free + scale * (bound - free)))
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"prediction": "x"}, ValueError, "prediction must be one of epsilon, v, flow, got prediction='x'"),
+        ({"num_timesteps": 0}, ValueError, "num_timesteps must be at least 1, got num_timesteps=0"),
+        ({"betas": (0.1, 1.0)}, ValueError, "betas must be at least 0 and at most 0.999, got betas=1.0"),
+        ({"betas": (0.1,)}, ValueError, r"betas must be the first and the last one, got betas=\(0.1,\)"),
+        ({"drop_conditions": 2}, ValueError, "drop_conditions must be at least 0 and at most 1, got drop_conditions=2"),
+        ({"patch_size": 4}, ValueError, "width must be a multiple of patch_size=4, got width=6"),
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got num_classes=0"),
+        ({"text_dim": 1.5}, TypeError, "text_dim must be an int, got text_dim=1.5"),
+        ({"mlp_ratio": 0}, ValueError, "mlp_ratio must be above 0, got mlp_ratio=0"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, error, message):
+    with pytest.raises(error, match=f"^VideoDiT: {message}"):
+        small(**settings)
+
+
+def test_what_is_no_video():
+    with pytest.raises(
+        TypeError, match=r"^VideoDiT: latents must be a floating-point tensor, got latents=torch.uint8$"
+    ):
+        small()(video().byte(), 0)
+    order = r"that is \(B, T, C, H, W\), of which latents.transpose\(1, 2\) has this order$"
+    with pytest.raises(ValueError, match=rf"^VideoDiT: latents must have shape \(B, 2, 3, 4, 6\), got .*{order}"):
+        small()(video().transpose(1, 2), 0)
+
+
+def test_generation_that_cannot_be(model):
+    with pytest.raises(ValueError, match=r"^generate: model must be in evaluation mode, got model.training=True$"):
+        generate(model.train())
+    with pytest.raises(ValueError, match=r"^generate: num_steps must be at least 1, got num_steps=0$"):
+        generate(model.eval(), num_steps=0)
