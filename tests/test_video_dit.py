@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.model_zoo import MODELS, randomize
+from vattn.models.fifo import FIFO, official_ddim
 from vattn.models.video_dit import PREDICTIONS, VideoDiT, generate
 
 SHAPE = (2, 3, 4, 6)
@@ -206,6 +207,47 @@ class TestSchedulers:
                 seen = x if prediction == "flow" else scheduler.scale_model_input(x, step)
                 x = scheduler.step(model(seen, step), step, x).prev_sample
         torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
+
+
+class TestDiagonalDenoising:
+    """The model is the `denoise` of a FIFO."""
+
+    LEVELS = 6
+
+    def scheduler(self, prediction):
+        if prediction == "epsilon":
+            return official_ddim(self.LEVELS)
+        diffusers = pytest.importorskip("diffusers")
+        name = "FlowMatchEulerDiscreteScheduler" if prediction == "flow" else "DDIMScheduler"
+        scheduler = getattr(diffusers, name)(**small(prediction=prediction).scheduler_settings)
+        scheduler.set_timesteps(self.LEVELS)
+        return scheduler
+
+    @pytest.mark.parametrize("lookahead", [False, True])
+    @pytest.mark.parametrize("prediction", PREDICTIONS)
+    def test_the_right_predictions_lead_to_the_video(self, prediction, lookahead, monkeypatch):
+        """Of a video that stands still: frames are at other places of the window in every step."""
+        truth = video(2, 7)[:, :, :1].clamp(-1, 1).expand(-1, -1, 3, -1, -1)
+        model = knows_all(small(prediction=prediction), truth[:, :, :1], monkeypatch)
+        fifo = FIFO(model, self.scheduler(prediction), frames=3, partitions=2, lookahead=lookahead)
+        fifo.start(truth, generator=seed())
+        for frame in fifo.stream(8, generator=seed(1)):
+            torch.testing.assert_close(frame, truth[:, :, 0], atol=0.1, rtol=0)  # DDIM leaves a little noise
+
+    @pytest.mark.parametrize("prediction", PREDICTIONS)
+    def test_conditions_and_guidance(self, prediction):
+        model = randomize(small(prediction=prediction, num_classes=3))
+
+        def run(scale, **conditions):
+            scheduler = self.scheduler(prediction)
+            fifo = FIFO(model, scheduler, frames=3, partitions=2, lookahead=True, guidance_scale=scale)
+            fifo.start(video(), generator=seed())
+            return torch.stack([*fifo.stream(4, generator=seed(1), **conditions)], 2)
+
+        given = {"conditions": {"classes": torch.tensor([1, 2])}, "unconditional": {}}
+        runs = [run(1.0), run(1.0, **given), run(3.0, **given)]
+        assert all(x.shape == (2, 2, 4, 4, 6) and x.isfinite().all() for x in runs)
+        assert not torch.allclose(runs[0], runs[1]) and not torch.allclose(runs[1], runs[2])
 
 
 class TestTraining:
