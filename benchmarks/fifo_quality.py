@@ -126,9 +126,11 @@ def run(options: argparse.Namespace) -> None:
         for training in TRAININGS:
             path = options.outputs / f"fifo_quality_{training.replace(' ', '_')}_{seed}.pt"
             per_frame = training == "per frame"
-            done = train(trained, SMALLER, options.steps, path, per_frame=per_frame, seed=seed, resume=options.resume)
+            model, _ = train(
+                trained, SMALLER, options.steps, path, per_frame=per_frame, seed=seed, resume=options.resume
+            )
             for method in METHODS:
-                videos = videos_of(done.model, method, options.first, options.last, seed)
+                videos = videos_of(model, method, options.first, options.last, seed)
                 line = Line(**shared, training=training, seed=seed, method=method, measures=measure([*videos], real))
                 store(options, [line])
                 print(f"seed {seed}, {training}, {method}: {line.measures}", flush=True)

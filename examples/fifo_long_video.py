@@ -18,8 +18,8 @@ import argparse
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -70,7 +70,7 @@ def batches(videos: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def train(
     videos: Sequence[Tensor], of: Size, steps: int, path: pathlib.Path, *, per_frame: bool, seed: int, resume: bool
-) -> Training:
+) -> tuple[VideoDiT, Training]:
     """A denoiser that has learned from windows of `videos` ``(T, 3, size, size)``, or that goes on to."""
     torch.manual_seed(seed)
     model = denoiser(len(videos), videos[0].shape[-1], of)
@@ -78,7 +78,7 @@ def train(
     if resume:
         training.resume()
     training.run(batches(videos), lambda batch: model.training_loss(batch[0], classes=batch[1], per_frame=per_frame))
-    return training
+    return model, training
 
 
 def queue(model: VideoDiT, partitions: int, lookahead: bool) -> FIFO:
@@ -117,7 +117,8 @@ def stream(model: VideoDiT, classes: Tensor, num_frames: int, partitions: int, g
         now = max(0, frame) * len(classes) // num_frames
         return {"classes": torch.cat([classes, classes[now : now + 1]])}
 
-    base = generate(model, len(classes) + 1, num_steps=WINDOW * partitions, generator=generator, **conditions(0))
+    steps, first = WINDOW * partitions, conditions(0)["classes"]
+    base = generate(model, len(first), classes=first, num_steps=steps, generator=generator)
     fifo.start(base, generator=generator)
     frames: list[Tensor] = []
     memory: list[int] = []
@@ -128,7 +129,7 @@ def stream(model: VideoDiT, classes: Tensor, num_frames: int, partitions: int, g
         memory.append(resident("VmRSS"))
     seconds = (time.perf_counter() - start) / num_frames
     left, levels = fifo.state_dict()["latents"], [0.0] * (WINDOW // 2)
-    levels += [(i + 1) / (WINDOW * partitions) for i in range(WINDOW * partitions)]
+    levels += [(i + 1) / steps for i in range(steps)]
     return Streamed(torch.stack(frames, 2), memory, seconds, left, levels)
 
 
@@ -175,11 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     real = [*videos.values()]
     path, partitions = options.outputs / "fifo_denoiser.pt", PARTITIONS // 2 if options.short else PARTITIONS
     of = SMALLER if options.short else SMALL
-    training = train(real, of, options.steps, path, per_frame=True, seed=options.seed, resume=options.resume)
+    model, training = train(real, of, options.steps, path, per_frame=True, seed=options.seed, resume=options.resume)
 
     generator = torch.Generator().manual_seed(options.seed)
     names = [*videos][:SHOWN]
-    made = stream(training.model, torch.arange(len(names)), options.frames, partitions, generator)
+    made = stream(model, torch.arange(len(names)), options.frames, partitions, generator)
     written = [options.outputs / f"fifo_{name}" for name in ("videos.gif", "queue.png", "memory.png", "loss.png")]
     pixels = made.videos.float() / 127.5 - 1
     columns = dict(zip([*names, "one after another"], pixels[:, None], strict=True))
