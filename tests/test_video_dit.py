@@ -255,14 +255,15 @@ class TestTraining:
 
     @pytest.mark.parametrize("prediction", PREDICTIONS)
     def test_is_that_of_what_is_predicted(self, prediction):
-        """A new model predicts 0: its loss is the variance of what it should predict, at any timestep."""
-        model, flat = small(prediction=prediction), torch.zeros(64, *SHAPE)
-        expected = {"epsilon": 1.0, "v": None, "flow": 1.0}[prediction]
-        loss = model.training_loss(flat, per_frame=True, generator=seed()).item()
-        if expected is None:
-            timesteps = torch.arange(1000)
-            expected = float(model.noising.shares(timesteps)[0].square().mean())
-        assert loss == pytest.approx(expected, rel=0.1)
+        """A new model is the best linear one, whose error is known; one whose network adds to that is worse."""
+        model, x = small(prediction=prediction, deviation=0.7), 0.7 * video(400)
+        timesteps = torch.linspace(0, 999, 5000)
+        _, scale, _ = model.noising.around(*model.noising.shares(timesteps))
+        loss = model.training_loss(x, per_frame=True, generator=seed()).item()
+        assert loss == pytest.approx(float(scale.square().mean()), rel=0.03)
+        model.head.bias.data.fill_(1.0)
+        worse = model.training_loss(x, per_frame=True, generator=seed()).item()
+        assert worse == pytest.approx(2 * loss, rel=0.05)
 
     @pytest.mark.parametrize("per_frame", [False, True])
     def test_frames_draw_timesteps_of_their_own(self, per_frame, model):
@@ -320,6 +321,7 @@ def test_guidance_goes_beyond_the_condition():
         ({"num_timesteps": 0}, ValueError, "num_timesteps must be at least 1, got num_timesteps=0"),
         ({"betas": (0.1, 1.0)}, ValueError, "betas must be at least 0 and at most 0.999, got betas=1.0"),
         ({"betas": (0.1,)}, ValueError, r"betas must be the first and the last one, got betas=\(0.1,\)"),
+        ({"deviation": 0.0}, ValueError, "deviation must be above 0, got deviation=0.0"),
         ({"drop_conditions": 2}, ValueError, "drop_conditions must be at least 0 and at most 1, got drop_conditions=2"),
         ({"patch_size": 4}, ValueError, "width must be a multiple of patch_size=4, got width=6"),
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got num_classes=0"),

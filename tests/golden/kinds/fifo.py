@@ -26,26 +26,26 @@ def fifo_queue(golden: Any) -> None:
     meta = golden.meta
     print(meta)
     f, n = meta["f"], meta["n"]
-    sched = official_ddim(f*n, eta=meta["eta"])
-    den=_Denoiser(golden)
+    sched = official_ddim(f * n, eta=meta["eta"])
+    den = _Denoiser(golden)
     fifo = FIFO(den, sched, frames=f, partitions=n, lookahead=meta["lookahead"], guidance_scale=meta["cfg_scale"])
-    W=len(fifo._windows)
-    sn=golden["step_noise"]
-    normals=list(golden["init_noise"].unbind(2))
-    video=golden["video"]
+    W = len(fifo._windows)
+    sn = golden["step_noise"]
+    normals = list(golden["init_noise"].unbind(2))
+    video = golden["video"]
     for it in range(meta["iterations"]):
         for p in range(W):
             for i in range(f):
-                normals.append(sn[it,p,:,:,i] if sn.numel() else torch.zeros_like(video[:,:,0]))
+                normals.append(sn[it, p, :, :, i] if sn.numel() else torch.zeros_like(video[:, :, 0]))
         normals.append(golden["enqueued_noise"][it])
-    r=Replay(normals=normals)
-    fifo.start(video,generator=r)
-    s=1e-9 if golden.dtype==torch.float64 else 1e-5
-    m=golden._largest("queue_after_denoise")
-    golden.close("init_latents",fifo._queue.latents,atol=s*m)
+    r = Replay(normals=normals)
+    fifo.start(video, generator=r)
+    s = 1e-9 if golden.dtype == torch.float64 else 1e-5
+    m = golden._largest("queue_after_denoise")
+    golden.close("init_latents", fifo._queue.latents, atol=s * m)
     for it in range(meta["iterations"]):
-        fifo._queue=fifo._queue._replace(number=5)
-        x=fifo._advance({"cond":golden["cond"]},{"cond":golden["uncond"]},r)
-        d=golden["dequeued"][:,:,it]
-        print((x-d).abs().max()/m)
+        fifo._queue = fifo._queue._replace(number=5)
+        x = fifo._advance({"cond": golden["cond"]}, {"cond": golden["uncond"]}, r)
+        d = golden["dequeued"][:, :, it]
+        print((x - d).abs().max() / m)
     r.assert_used_up("x")

@@ -2,7 +2,8 @@
 
     tokens      = patches of the noised frames + places + frames        (B, T, N, C)
     condition_t = MLP(waves(timestep of frame t)) + class               (B, T, C)
-    prediction  = W LN(blocks(tokens, condition, text))                 see :class:`vattn.models.video_dit.Block`
+    F           = W LN(blocks(tokens, condition, text))                 see :class:`vattn.models.video_dit.Block`
+    prediction  = F and the noised frames, as the timestep mixes them   see :mod:`vattn.models.video_dit.noise`
 
 Diagonal denoising (:mod:`vattn.models.fifo`) asks for that: in its queue the first frame is nearly clean, and the last
 one is noise. A model knows such a queue if every frame had noise of its own in training (`per_frame` of
@@ -50,6 +51,7 @@ class VideoDiT(PretrainedModel):
         prediction: "epsilon", the noise; "v", the velocity of Salimans and Ho; or "flow", noise minus video.
         num_timesteps: of training.
         betas: the first and the last one, between which their square roots are linear; flow has none.
+        deviation: of the videos; pixels from -1 to 1 have about 0.5, scaled latents 1.
 
     Shape:
         noised videos ``(B, channels, T, height, width)`` and timesteps to predictions of the same shape. Timesteps are
@@ -94,6 +96,7 @@ class VideoDiT(PretrainedModel):
         prediction: str = "v",
         num_timesteps: int = 1000,
         betas: tuple[float, float] = (0.00085, 0.012),
+        deviation: float = 0.5,
     ) -> None:
         super().__init__()
         height, width = (size, size) if isinstance(size, int) else size
@@ -109,7 +112,7 @@ class VideoDiT(PretrainedModel):
                 raise ValueError(f"VideoDiT: {name} must be a multiple of patch_size={patch_size}, got {name}={side}")
         number("VideoDiT", "mlp_ratio", mlp_ratio, 0, above=True)
         probabilities("VideoDiT", drop_conditions=drop_conditions)
-        self.noising = Noising("VideoDiT", prediction, num_timesteps, betas)
+        self.noising = Noising("VideoDiT", prediction, num_timesteps, betas, deviation)
         self.shape = (channels, num_frames, height, width)
         self.patch_size, self.num_classes, self.text_dim = patch_size, num_classes, text_dim
         self.drop_conditions = drop_conditions
@@ -167,9 +170,10 @@ class VideoDiT(PretrainedModel):
     ) -> Tensor:
         self._require_video("VideoDiT", "latents", latents)
         batch, (channels, num_frames, height, width) = latents.shape[0], self.shape
-        x = self.patches(latents.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
-        x = x.unflatten(0, (batch, num_frames)) + self.places + self.frames
         steps = self._per_frame(timesteps, latents)
+        size, scale, share = (x[:, None, :, None, None].to(latents.dtype) for x in self._around(steps))
+        x = self.patches((latents / size).transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+        x = x.unflatten(0, (batch, num_frames)) + self.places + self.frames
         condition = self.timestep(waves(steps, WAVES, 10000.0).to(x.dtype))  # (B, T, C)
         if hidden is not None and hidden.shape != (batch,):
             raise ValueError(f"VideoDiT: hidden must have shape ({batch},), got hidden.shape={tuple(hidden.shape)}")
@@ -179,9 +183,9 @@ class VideoDiT(PretrainedModel):
         for block in self.blocks:
             x = block(x, condition, words, bias)
         x = self.head(modulated(x, *self.modulation(condition)[:, :, None].chunk(2, -1)))
-        size = self.patch_size
-        x = x.view(batch, num_frames, height // size, width // size, channels, size, size)
-        return x.permute(0, 4, 1, 2, 5, 3, 6).reshape(latents.shape)
+        side = self.patch_size
+        x = x.view(batch, num_frames, height // side, width // side, channels, side, side)
+        return scale * x.permute(0, 4, 1, 2, 5, 3, 6).reshape(latents.shape) + share * latents
 
     def add_noise(self, video: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
         """A video ``(B, channels, T, height, width)`` with the share of `noise` that belongs to its timesteps.
@@ -209,7 +213,7 @@ class VideoDiT(PretrainedModel):
         """The mean squared error of what is predicted of a video with noise that is drawn; 0 if B is 0.
 
         Args:
-            video: clean ``(B, channels, T, height, width)``; pixels from -1 to 1, or latents whose variance is about 1.
+            video: clean ``(B, channels, T, height, width)``, of about the deviation that the model was made for.
             classes, text, text_mask: as in :meth:`forward`; both are hidden in as many samples as `drop_conditions`
                 says, at random.
             per_frame: whether every frame draws a timestep of its own, rather than every sample. FIFO-Diffusion wants
@@ -240,7 +244,8 @@ class VideoDiT(PretrainedModel):
         return (
             f"shape={self.shape}, patch_size={self.patch_size}, num_classes={self.num_classes}, "
             f"text_dim={self.text_dim}, drop_conditions={self.drop_conditions}, prediction={noising.prediction!r}, "
-            f"num_timesteps={noising.num_timesteps}, betas={(noising.first_beta, noising.last_beta)}"
+            f"num_timesteps={noising.num_timesteps}, betas={(noising.first_beta, noising.last_beta)}, "
+            f"deviation={noising.deviation}"
         )
 
     def _require_video(self, op: str, name: str, video: Tensor) -> None:
@@ -276,6 +281,10 @@ class VideoDiT(PretrainedModel):
         """Of video and of noise in every frame, broadcastable to `video`."""
         a, s = (x[:, None, :, None, None].to(video.dtype) for x in self.noising.shares(steps))
         return a, s
+
+    def _around(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each frame ``(B, T)``, see :meth:`Noising.around`."""
+        return self.noising.around(*self.noising.shares(steps))
 
     def _class(self, classes: Tensor | None, hidden: Tensor | None, latents: Tensor) -> Tensor | float:
         """The embedding of each sample's class ``(B, 1, C)``, which is the last one where there is none."""

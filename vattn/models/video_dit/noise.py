@@ -12,8 +12,14 @@ beta is linear in t. Timesteps and signs are those of the schedulers of diffuser
 "v_prediction", ``beta_schedule`` "scaled_linear"; for flow `FlowMatchEulerDiscreteScheduler`). Epsilon, with the betas
 that are the default, is what VideoCrafter2 has, with which the official FIFO-Diffusion runs.
 
+The network F of a model has variance 1 as its input, and is to give what has variance 1. Of a video of deviation d, a
+multiple of x_t is the best linear prediction, and F predicts the rest::
+
+    p e + q x_0 = (p s_t + q a_t d**2) / c**2 x_t + d abs(p a_t - q s_t) / c F(x_t / c),   c**2 = (a_t d)**2 + s_t**2
+
 Ho et al., "Denoising Diffusion Probabilistic Models" (NeurIPS 2020); Salimans and Ho, "Progressive Distillation for
-Fast Sampling of Diffusion Models" (ICLR 2022), on v; Lipman et al., "Flow Matching for Generative Modeling" (2023).
+Fast Sampling of Diffusion Models" (ICLR 2022), on v; Lipman et al., "Flow Matching for Generative Modeling" (2023);
+Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (NeurIPS 2022), appendix B.6, on F.
 """
 
 from collections.abc import Sequence
@@ -40,12 +46,13 @@ class Noising:
         prediction: one of ``PREDICTIONS``.
         num_timesteps: N.
         betas: the first and the last one; flow has none.
+        deviation: d.
 
     Raises:
         TypeError, ValueError: a setting that does not fit.
     """
 
-    def __init__(self, op: str, prediction: str, num_timesteps: int, betas: Sequence[float]) -> None:
+    def __init__(self, op: str, prediction: str, num_timesteps: int, betas: Sequence[float], deviation: float) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(f"{op}: prediction must be one of {', '.join(PREDICTIONS)}, got prediction={prediction!r}")
         _checks.integer(op, "num_timesteps", num_timesteps, least=1)
@@ -53,7 +60,8 @@ class Noising:
             raise ValueError(f"{op}: betas must be the first and the last one, got betas={betas!r}")
         for beta in betas:
             number(op, "betas", beta, 0, 0.999)
-        self.prediction, self.num_timesteps = prediction, num_timesteps
+        number(op, "deviation", deviation, 0, above=True)
+        self.prediction, self.num_timesteps, self.deviation = prediction, num_timesteps, deviation
         self.first_beta, self.last_beta = betas
         roots = torch.linspace(
             self.first_beta**0.5, self.last_beta**0.5, num_timesteps, dtype=torch.float64, device="cpu"
@@ -75,9 +83,21 @@ class Noising:
 
     def target(self, video: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
         """What a model predicts of a video and its noise, whose shares are `a` and `s`."""
-        if self.prediction == "flow":
-            return noise - video
-        return noise if self.prediction == "epsilon" else a * noise - s * video
+        p, q = self._parts(a, s)
+        return p * noise + q * video
+
+    def around(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a network's input is divided by, what its output is multiplied with, and the share of x_t beside it."""
+        p, q = self._parts(a, s)
+        square = (a * self.deviation).square() + s.square()
+        size = square.sqrt()
+        return size, self.deviation * (p * a - q * s).abs() / size, (p * s + q * a * self.deviation**2) / square
+
+    def _parts(self, a: Tensor, s: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """p and q of what is predicted, ``p e + q x_0``."""
+        if self.prediction == "v":
+            return a, -s
+        return 1.0, -1.0 if self.prediction == "flow" else 0.0
 
     def split(self, noised: Tensor, predicted: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The video and the noise that a prediction says a noised video is made of."""
