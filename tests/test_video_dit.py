@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.model_zoo import MODELS, randomize
+from vattn.models.draws import Draws
 from vattn.models.fifo import FIFO, official_ddim
 from vattn.models.video_dit import PREDICTIONS, VideoDiT, generate
 
@@ -275,9 +276,21 @@ class TestTraining:
         assert bool((steps == steps[:, :1]).all()) is not per_frame
         assert len(steps[:, 0].unique()) > 40
 
-    def test_flow_draws_no_timestep_without_noise(self):
-        steps = small(prediction="flow").noising.draw(MaximalDraws(), 2, 3, device=torch.device("cpu"))
-        assert steps.min() > 0
+    @pytest.mark.parametrize("prediction", ["v", "flow"])
+    @pytest.mark.parametrize("per_frame", [False, True])
+    def test_all_timesteps_are_as_likely(self, prediction, per_frame):
+        noising = small(prediction=prediction).noising
+        steps = noising.draw(Draws(seed()), 20000, 3, per_frame, torch.device("cpu"))
+        for frame in steps.T:
+            share = frame.histc(10, 0, 1000) / len(frame)
+            torch.testing.assert_close(share, torch.full((10,), 0.1), atol=0.01, rtol=0)
+
+    def test_windows_of_all_kinds_are_seen(self):
+        """Those of much noise alone, of little alone, and of both."""
+        steps = small().noising.draw(Draws(seed()), 20000, 3, True, torch.device("cpu"))
+        low, high = steps.amin(1), steps.amax(1)
+        for kind in (low > 850, high < 150, high - low > 700, high - low < 20):
+            assert kind.float().mean() > 0.02
 
     def test_is_what_its_seed_says(self, model):
         losses = [model.training_loss(video(), generator=seed(i)) for i in (0, 0, 1)]
@@ -296,13 +309,6 @@ class TestTraining:
             optimizer.step()
         error = (generate(model.eval(), 4, num_steps=20, generator=seed(5)) - truth).square().mean()
         assert error < 0.15  # of noise it is near 2
-
-
-class MaximalDraws:
-    """Uniform numbers as large as they can be."""
-
-    def uniforms(self, *shape, device):
-        return torch.full(shape, 1 - 2**-24, device=device)
 
 
 def test_guidance_goes_beyond_the_condition():

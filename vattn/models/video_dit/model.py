@@ -216,8 +216,9 @@ class VideoDiT(PretrainedModel):
             video: clean ``(B, channels, T, height, width)``, of about the deviation that the model was made for.
             classes, text, text_mask: as in :meth:`forward`; both are hidden in as many samples as `drop_conditions`
                 says, at random.
-            per_frame: whether every frame draws a timestep of its own, rather than every sample. FIFO-Diffusion wants
-                it. A clip whose frames all have one timestep is then seldom seen.
+            per_frame: whether every frame draws a timestep of its own, which FIFO-Diffusion wants, rather than every
+                sample. How far they are from each other is drawn for every sample: were they independent of each
+                other, no window would ever be as noisy as those at the end of a queue are, or as a new clip is.
             generator: its seed decides timesteps, noise, and what is hidden.
 
         Raises:
@@ -229,8 +230,7 @@ class VideoDiT(PretrainedModel):
         """
         self._require_video("VideoDiT.training_loss", "video", video)
         draws, batch, device = draws_of(generator), video.shape[0], video.device
-        steps = self.noising.draw(draws, batch, self.num_frames if per_frame else 1, device=device)
-        steps = steps.expand(-1, self.num_frames)
+        steps = self.noising.draw(draws, batch, self.num_frames, per_frame, device)
         noise = draws.normal(*video.shape, device=device).to(video.dtype)
         hidden = None
         if self.classes is not None or self.words is not None:

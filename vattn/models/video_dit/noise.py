@@ -76,10 +76,19 @@ class Noising:
         abar = self._abar.on(timesteps.device)[timesteps.round().long()]
         return abar.sqrt(), (1 - abar).sqrt()
 
-    def draw(self, draws: Draws, *shape: int, device: torch.device) -> Tensor:
-        """Timesteps to train on, all as likely: float32, whole numbers but for flow."""
-        timesteps = self.num_timesteps * draws.uniforms(*shape, device=device)
-        return self.num_timesteps - timesteps if self.prediction == "flow" else timesteps.floor()
+    def draw(self, draws: Draws, batch: int, frames: int, per_frame: bool, device: torch.device) -> Tensor:
+        """Timesteps to train on, ``(batch, frames)``, all as likely: float32, whole numbers but for flow.
+
+        A sample draws one, and with `per_frame` also how far from it its frames are at most, each of which draws a
+        distance, up or down. What would leave the range is reflected, so that all timesteps stay as likely.
+        """
+        levels = draws.uniforms(batch, 1, device=device)
+        if per_frame:
+            farthest = draws.uniforms(batch, 1, device=device)
+            levels = levels + farthest * (2 * draws.uniforms(batch, frames, device=device) - 1)
+            levels = 1 - (1 - levels.remainder(2)).abs()
+        timesteps = (self.num_timesteps * levels).expand(-1, frames)
+        return timesteps if self.prediction == "flow" else timesteps.floor().clamp(max=self.num_timesteps - 1)
 
     def target(self, video: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
         """What a model predicts of a video and its noise, whose shares are `a` and `s`."""
