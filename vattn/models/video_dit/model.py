@@ -171,7 +171,7 @@ class VideoDiT(PretrainedModel):
         self._require_video("VideoDiT", "latents", latents)
         batch, (channels, num_frames, height, width) = latents.shape[0], self.shape
         steps = self._per_frame(timesteps, latents)
-        size, scale, share = (x[:, None, :, None, None].to(latents.dtype) for x in self._around(steps))
+        size, scale, share = self._around(steps, latents)
         x = self.patches((latents / size).transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
         x = x.unflatten(0, (batch, num_frames)) + self.places + self.frames
         condition = self.timestep(waves(steps, WAVES, 10000.0).to(x.dtype))  # (B, T, C)
@@ -210,7 +210,10 @@ class VideoDiT(PretrainedModel):
         per_frame: bool = False,
         generator: Randomness = None,
     ) -> Tensor:
-        """The mean squared error of what is predicted of a video with noise that is drawn; 0 if B is 0.
+        """The mean squared error of the network for a video with noise that is drawn; 0 if B is 0.
+
+        That is the error of what is predicted over what the best linear prediction would leave at each timestep: about
+        1 for a new model, and no timestep counts for more than others because it is harder.
 
         Args:
             video: clean ``(B, channels, T, height, width)``, of about the deviation that the model was made for.
@@ -237,7 +240,8 @@ class VideoDiT(PretrainedModel):
             hidden = draws.uniforms(batch, device=device) < self.drop_conditions
         a, s = self._shares(steps, video)
         found = self(a * video + s * noise, steps, classes=classes, text=text, text_mask=text_mask, hidden=hidden)
-        return F.mse_loss(found, self.noising.target(video, noise, a, s), reduction=reduction(video))
+        size = self._around(steps, video)[1]
+        return F.mse_loss(found / size, self.noising.target(video, noise, a, s) / size, reduction=reduction(video))
 
     def extra_repr(self) -> str:
         noising = self.noising
@@ -282,9 +286,12 @@ class VideoDiT(PretrainedModel):
         a, s = (x[:, None, :, None, None].to(video.dtype) for x in self.noising.shares(steps))
         return a, s
 
-    def _around(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each frame ``(B, T)``, see :meth:`Noising.around`."""
-        return self.noising.around(*self.noising.shares(steps))
+    def _around(self, steps: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Noising.around`, of every frame, broadcastable to `video`."""
+        size, scale, share = (
+            x[:, None, :, None, None].to(video.dtype) for x in self.noising.around(*self.noising.shares(steps))
+        )
+        return size, scale, share
 
     def _class(self, classes: Tensor | None, hidden: Tensor | None, latents: Tensor) -> Tensor | float:
         """The embedding of each sample's class ``(B, 1, C)``, which is the last one where there is none."""
