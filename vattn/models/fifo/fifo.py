@@ -53,8 +53,8 @@ class FIFO:
         frames: f, frames that the denoiser sees at once: those it was trained with.
         partitions: n; noise levels of neighbouring frames are ``1 / (f * n)`` apart, the more the better.
         lookahead: whether windows overlap by half.
-        guidance_scale: s of classifier-free guidance, ``u + s * (c - u)``, where `stream` is given `unconditional`; with
-            1 the unconditional denoiser is not called.
+        guidance_scale: s of classifier-free guidance, ``u + s * (c - u)``, where `stream` is given `unconditional`;
+            1 calls the denoiser once per window, others twice.
         group: a ProcessGroup or a one-dimensional DeviceMesh, whose ranks share the windows of a step, and all have the
             same queue, bit by bit; None is this process alone. All ranks make the same calls, with the same arguments
             and equal generators, in the same order; the denoiser draws nothing from these generators.
@@ -68,6 +68,7 @@ class FIFO:
         arXiv:2405.11473), sections 4.1 (diagonal denoising), 4.2 (latent partitioning) and 4.3 (lookahead denoising).
 
     Example:
+        >>> from vattn.models.fifo import FIFO, official_ddim
         >>> fifo = FIFO(lambda latents, timesteps: 0.5 * latents, official_ddim(8), frames=4, partitions=2)
         >>> fifo.start(torch.zeros(1, 3, 4, 2, 2), generator=torch.Generator().manual_seed(0))
         >>> video = torch.stack(list(fifo.stream(10, generator=torch.Generator().manual_seed(1))), 2)
@@ -120,17 +121,16 @@ class FIFO:
     ) -> None:
         """Fill the queue, and number frames from 0 again.
 
-        From a clip or an image, which `stream` carries on: its first frame, repeated, stands before it in the queue, and
-        these repetitions are never yielded. Or from noise: the first steps, which yield nothing, denoise it until the
-        frames are one level apart; there are as many as the queue has levels, or one less without lookahead.
+        From a clip or an image, which `stream` carries on: its first frame, repeated, stands before it in the queue,
+        and these repetitions are never yielded. Or from noise: the first steps, which yield nothing, denoise it until
+        the frames are one level apart; there are as many as the queue has levels, or one less without lookahead.
 
         Args:
             latents: ``(B, C, frames, H, W)`` clean latents of a clip, or ``(B, C, 1, H, W)`` of an image: float32,
                 bfloat16, float16 or float64. The scheduler adds noise to them, by its ``add_noise`` or ``scale_noise``.
             shape: ``(B, C, frames, H, W)``, for noise instead.
             dtype, device: of noise; float32 and PyTorch's default.
-            generator: see :class:`vattn.models.draws.Draws`. With :func:`official_ddim`, numbers are drawn in the order of
-                the official code.
+            generator: see :class:`vattn.models.draws.Draws`. Numbers are drawn in the order of the official code.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the scheduler cannot add noise to frames.
@@ -170,28 +170,30 @@ class FIFO:
     ) -> Iterator[Tensor]:
         """The next frames of the video, one by one; the first call warms up first, a later one goes on at once.
 
-        Memory does not grow with the number of frames, and a frame that is yielded is the caller's. The queue has moved on
-        by then, so that its state can be saved, and the stream be closed, between any two frames.
+        Memory does not grow with the number of frames, and a frame that is yielded is the caller's. The queue has moved
+        on by then, so that its state can be saved, and the stream be closed, between any two frames.
 
         Args:
             num_frames: how many; None is endless.
-            conditions: keyword arguments of the denoiser, in a dict; or a function that gives them, called once a step with
-                the number of the frame that leaves in it: negative in the warm-up, and counted since `start`.
+            conditions: keyword arguments of the denoiser, in a dict; or a function that gives them, called once a step
+                with the number of the frame that leaves in it: negative in the warm-up, and counted since `start`.
             unconditional: the same for the unconditional denoiser of classifier-free guidance. None: no guidance.
-            generator: see :class:`vattn.models.draws.Draws`; the noise of steps and of frames that enter. It is not part of
-                the state: the caller saves it.
+            generator: see :class:`vattn.models.draws.Draws`; for the noise of steps, and of frames that enter. It is no
+                part of the state: the caller saves it. With :func:`official_ddim`, numbers are drawn in the order of
+                the official code.
 
         Yields:
             latents ``(B, C, H, W)`` of a frame. With :func:`official_ddim` they keep the noise of timestep 0, as in the
             official code.
 
         Raises:
-            TypeError, ValueError: an argument does not fit, or `start` was not called; while it runs: conditions that are no
-                dict, a prediction of another shape, dtype or device than the latents, or ranks that differ. The queue is
-                then as before the step.
-            RuntimeError: the denoiser failed on another rank.
+            TypeError, ValueError: an argument does not fit, or `start` was not called; while it runs: conditions that
+                are no dict, a prediction of another shape, dtype or device than the latents, or ranks that differ.
+            RuntimeError: a step failed on another rank.
+            Exception: what the denoiser raises. The queue is then as it was before the step.
 
         Example:
+            >>> from vattn.models.fifo import FIFO, official_ddim
             >>> def conditions(frame):
             ...     return {"prompt": 0.0 if frame < 100 else 1.0}
             >>> denoise = lambda latents, timesteps, prompt: 0.1 * latents + prompt
@@ -268,14 +270,15 @@ class FIFO:
         else:  # frames in front are not clean yet: the window of the cleanest writes them, too
             windows = [*windows[:-1], windows[-1]._replace(write=0)]
             moving = [i for i, step in enumerate(steps) if step < self._ready[i]]
-        noise = self.scheduler.draw(draws, windows, latents)
         running = [window for window in windows if any(window.write <= i < window.stop for i in moving)]
-        predictions = dict(
-            zip(running, self._predictions(self._queue, running, noise, conditions, unconditional), strict=True)
-        )
-        of_frame = {i: (window, i - window.write) for window in running for i in range(window.write, window.stop)}
+        predictions, noise = self._predictions(self._queue, windows, running, conditions, unconditional, draws)
+        of_frame = {
+            window.write + i: frame
+            for window, prediction in zip(running, predictions, strict=True)
+            for i, frame in enumerate(prediction.unbind(2))
+        }
         stepped, after = self.scheduler.step(
-            torch.stack([predictions[of_frame[i][0]][:, :, of_frame[i][1]] for i in moving], 2),
+            torch.stack([of_frame[i] for i in moving], 2),
             latents[:, :, moving],
             [steps[i] for i in moving],
             [histories[i] for i in moving],
@@ -296,23 +299,26 @@ class FIFO:
         self,
         queue: Queue,
         windows: Sequence[Window],
-        noise: Tensor | None,
+        running: Sequence[Window],
         conditions: Conditions,
         unconditional: Conditions,
-    ) -> list[Tensor]:
-        """The predictions ``(B, C, stop - write, H, W)`` of windows, from all ranks."""
-        latents, error, own, given = queue.latents, None, {}, (None, None)
+        draws: Draws,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Predictions ``(B, C, stop - write, H, W)`` of windows that run, from all ranks; noise of all windows."""
+        latents, noise, own, error = queue.latents, None, {}, None
+        given: list[Mapping[str, Any] | None] = [None, None]
         try:
-            given = (_now("conditions", conditions, queue.number), _now("unconditional", unconditional, queue.number))
+            given = [_now("conditions", conditions, queue.number), _now("unconditional", unconditional, queue.number)]
+            noise = self.scheduler.draw(draws, windows, latents)
             seen = [min(step, len(self.scheduler.timesteps) - 1) for step in queue.steps]
             inputs = self.scheduler.model_input(latents, seen)
             timesteps = self.scheduler.timesteps[seen].to(latents.device).expand(len(latents), -1)
-            for i in self._ranks.own(len(windows)):
-                own[i] = self._predict(inputs, timesteps, windows[i], *given)
+            for i in self._ranks.own(len(running)):
+                own[i] = self._predict(inputs, timesteps, running[i], *given)
         except Exception as problem:  # the other ranks wait for this one
             error = problem
         self._ranks.agree(error, queue.number, latents, noise, *given)
-        return self._ranks.share(own, _written(latents, windows), latents)
+        return self._ranks.share(own, _written(latents, running), latents), noise
 
     def _predict(
         self,
@@ -393,7 +399,8 @@ def _require_prediction(prediction: object, latents: Tensor) -> None:
         )
     if prediction.dtype != latents.dtype:
         raise TypeError(
-            f"{op}: denoise must return the dtype of its latents ({latents.dtype}), got prediction.dtype={prediction.dtype}"
+            f"{op}: denoise must return the dtype of its latents ({latents.dtype}), "
+            f"got prediction.dtype={prediction.dtype}"
         )
     if prediction.device != latents.device:
         raise ValueError(

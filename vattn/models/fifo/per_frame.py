@@ -72,7 +72,9 @@ class PerFrameScheduler(FrameScheduler):
     def __init__(self, scheduler: Any, **settings: Any) -> None:
         self.name = type(scheduler).__name__
         if (why := _refusal(scheduler)) is not None:
-            raise ValueError(f"{OP}: scheduler must be one whose frames can be a step apart, got {self.name}, which {why}")
+            raise ValueError(
+                f"{OP}: scheduler must be one whose frames can be a step apart, got {self.name}, which {why}"
+            )
         if not callable(getattr(scheduler, "step", None)) or not isinstance(
             getattr(scheduler, "timesteps", None), Tensor
         ):
@@ -209,8 +211,8 @@ class _Drawn(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.randn:
             shape = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-            dtype, device = kwargs.get("dtype") or torch.get_default_dtype(), torch.device(kwargs.get("device") or "cpu")
-            return self.draws.normal(*shape, device=device).to(dtype)
+            numbers = self.draws.normal(*shape, device=torch.device(kwargs.get("device") or "cpu"))
+            return numbers.to(kwargs.get("dtype") or torch.get_default_dtype())
         if func is torch.randn_like:
             return self.draws.normal(*args[0].shape, device=args[0].device).to(kwargs.get("dtype") or args[0].dtype)
         return func(*args, **kwargs)

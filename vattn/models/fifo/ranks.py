@@ -118,10 +118,10 @@ class Ranks:
 
 
 def fingerprint(value: Any) -> int:
-    """A number (int64) of what `value` says: of every bit of tensors, of numbers, strings, and lists and dicts of them."""
+    """A number (int64) of all that tensors, numbers, strings, and lists and dicts of them say."""
     if isinstance(value, Tensor):
         x = torch.view_as_real(value) if value.is_complex() else value
-        total = x.detach().contiguous().view(_INTEGERS[x.element_size()]).sum() if x.dim() else x.detach()
+        total = x.detach().flatten().contiguous().view(_INTEGERS[x.element_size()]).sum()
         return zlib.crc32(repr((tuple(value.shape), value.dtype, total.item())).encode())
     if isinstance(value, Mapping):
         return zlib.crc32(repr([(name, fingerprint(value[name])) for name in sorted(value, key=str)]).encode())

@@ -4,7 +4,6 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from vattn import _checks

@@ -5,7 +5,7 @@ Steps are numbered as diffusers numbers them: before step 0 a frame is noise, an
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,19 +86,25 @@ class OfficialDDIM(FrameScheduler):
                 "alphas": str(self.alphas.tolist())}  # fmt: skip
 
     def add_noise(self, frame: Tensor, noise: Tensor, step: int) -> Tensor:
-        alpha = self.alphas[step].item()
-        return alpha**0.5 * frame + (1 - alpha) ** 0.5 * noise.to(frame.dtype)
+        alpha, dtype = self.alphas[step].item(), _compute_dtype(frame)
+        return (alpha**0.5 * frame.to(dtype) + (1 - alpha) ** 0.5 * noise.to(dtype)).to(frame.dtype)
 
     def draw(self, draws: Draws, windows: Sequence[Window], latents: Tensor) -> Tensor:
-        """In the official order: window by window, also for frames that are read only, and without need of noise."""
+        """In the official order: window by window, also for frames that are only read, and where `eta` is 0."""
         batch, channels, length, height, width = latents.shape
-        noise: list[Tensor] = [latents[:, :, 0]] * length
+        noise: dict[int, Tensor] = {}
         for start, write, stop in windows:
             for i in range(start, stop):
                 drawn = draws.normal(batch, channels, height, width, device=latents.device)
                 if i >= write:
-                    noise[i] = drawn.to(latents.dtype)
-        return torch.stack(noise, 2)
+                    noise[i] = drawn
+        return torch.stack([noise.get(i, drawn) for i in range(length)], 2)
+
+    def clean(self, predictions: Tensor, latents: Tensor, steps: Sequence[int]) -> Tensor:
+        """What is left of frames ``(B, C, L, H, W)`` without the noise that is predicted, before these L steps."""
+        dtype, of = _compute_dtype(latents), _coefficients(latents, steps)
+        noise = of(self.sqrt_one_minus_alphas) * predictions.to(dtype)
+        return (latents.to(dtype) - noise) / of(self.alphas.sqrt())
 
     def step(
         self,
@@ -109,27 +115,37 @@ class OfficialDDIM(FrameScheduler):
         noise: Tensor | None = None,
         draws: Draws | None = None,
     ) -> tuple[Tensor, list[History]]:
-        """Frames ``(B, C, L, H, W)`` after their steps.
+        """Frames after these steps, and histories, which are empty.
 
         Args:
-            predictions: of the noise, like `latents`.
+            predictions: of the noise in `latents`, and like them.
             latents: ``(B, C, L, H, W)``.
-            steps: L numbers, 0 for the noisiest.
-            histories: empty mappings: nothing is remembered.
-            noise: like `latents`, of variance 1; not needed if `eta` is 0.
+            steps: L numbers of steps, 0 for the noisiest.
+            histories: not used.
+            noise: like `latents`, of variance 1; needed unless `eta` is 0.
             draws: not used.
+
+        Raises:
+            ValueError: there is no noise where it is needed.
         """
-        dtype = torch.promote_types(latents.dtype, torch.float32)
+        if self.eta and noise is None:
+            raise ValueError(f"OfficialDDIM.step: noise must be given unless eta is 0, got eta={self.eta}")
+        dtype, of = _compute_dtype(latents), _coefficients(latents, steps)
+        direction = of((1 - self.alphas_prev - self.sigmas**2).sqrt()) * predictions.to(dtype)
+        after = of(self.alphas_prev.sqrt()) * self.clean(predictions, latents, steps) + direction
+        if self.eta and noise is not None:
+            after = after + of(self.sigmas) * noise.to(dtype)
+        return after.to(latents.dtype), [{} for _ in steps]
 
-        def of(values: Tensor) -> Tensor:
-            return values[list(steps)].to(latents.device, dtype)[:, None, None]
 
-        sample, epsilon, alpha_prev, sigma = latents.to(dtype), predictions.to(dtype), of(self.alphas_prev), of(self.sigmas)
-        clean = (sample - of(self.sqrt_one_minus_alphas) * epsilon) / of(self.alphas).sqrt()
-        following = alpha_prev.sqrt() * clean + (1 - alpha_prev - sigma**2).sqrt() * epsilon
-        if self.eta:
-            following = following + sigma * noise.to(dtype)
-        return following.to(latents.dtype), [{}] * len(steps)
+def _compute_dtype(latents: Tensor) -> torch.dtype:
+    return torch.promote_types(latents.dtype, torch.float32)
+
+
+def _coefficients(latents: Tensor, steps: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """From ``(S,)`` to what multiplies frames before these steps."""
+    dtype, chosen = _compute_dtype(latents), list(steps)
+    return lambda values: values[chosen].to(latents.device, dtype)[:, None, None]
 
 
 def official_ddim(
@@ -148,7 +164,7 @@ def official_ddim(
 
     Args:
         steps: ``frames * partitions`` of the queue.
-        eta: how much noise a step adds: 0 none, 1 as much as DDPM.
+        eta: how much noise a step adds: 0 none, 1 as much as DDPM does.
         linear_start, linear_end: betas go from one to the other, linearly in their square roots; the defaults are those
             of VideoCrafter2, Stable Diffusion and Latte.
         num_train_timesteps: with how many timesteps the denoiser was trained.
@@ -167,7 +183,7 @@ def official_ddim(
     """
     op = "official_ddim"
     _checks.integer(op, "steps", steps, least=1)
-    number(op, "eta", eta, 0, 1)
+    number(op, "eta", eta, 0)
     if alphas_cumprod is None:
         _checks.integer(op, "num_train_timesteps", num_train_timesteps, least=1)
         number(op, "linear_start", linear_start, 0, 1)
@@ -176,9 +192,12 @@ def official_ddim(
         alphas_cumprod = (1 - roots**2).cumprod(0).float()
     else:
         _checks.tensor(op, "alphas_cumprod", alphas_cumprod)
-        _checks.rank(op, "alphas_cumprod", alphas_cumprod, "(num_train_timesteps,)")
+        _checks.rank(op, "alphas_cumprod", alphas_cumprod, "(num_train_timesteps)")
         alphas_cumprod = alphas_cumprod.detach().cpu()
     last = len(alphas_cumprod) - 1
     gap = last / (steps - 1) if steps > 1 else 0.0
     timesteps = [round(i * gap) for i in range(steps)]  # half to even, as NumPy rounds
-    return OfficialDDIM(torch.tensor(timesteps[::-1]), alphas_cumprod, float(eta))
+    scheduler = OfficialDDIM(torch.tensor(timesteps[::-1]), alphas_cumprod, float(eta))
+    if (scheduler.sigmas**2 > 1 - scheduler.alphas_prev).any():
+        raise ValueError(f"{op}: eta must add no more noise than there is after a step, got eta={eta}")
+    return scheduler
