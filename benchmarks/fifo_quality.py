@@ -3,7 +3,7 @@
     python -m benchmarks.fifo_quality              train, generate, print, append benchmarks/results/fifo_quality.jsonl
     python -m benchmarks.fifo_quality --table      print the stored lines of the last run
 
-The denoiser is the small one of `examples.fifo_long_video`, for the same three clips. It learns once from clips whose
+The denoiser is the small one of `examples.fifo_long_video`, for the same clips. It learns once from clips whose
 frames all have the same noise, as pretrained models do, and once with noise of its own for every frame; each for every
 seed, which also draws the noise of the queue. A video of each clip is made in five ways, and measured from the
 64th frame on, eight times the length of training::
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks import records
 from examples import clips
-from examples.fifo_long_video import PARTITIONS, SMALLER, WINDOW, queue, train
+from examples.fifo_long_video import NAMES, PARTITIONS, PATCH, SMALLER, WINDOW, queue, train
 from examples.quality import frame_statistics, frechet_distance, jumps
 from vattn.models.video_dit import VideoDiT, generate
 
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
         "first": options.first,
         "last": options.last,
     }
-    trained, held_out = clips.split(options.size)
+    trained, held_out = clips.split(options.size, NAMES)
     real = [video.transpose(0, 1) for video in trained]
     store(options, [Line(**shared, training="none", seed=0, method="the clips", measures=measure(real, real))])
     rest = [video.transpose(0, 1) for video in held_out]
@@ -202,7 +202,7 @@ def document(lines: Sequence[Line]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{NAME}", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=800, help="of training, for each denoiser")
-    parser.add_argument("--size", type=int, default=32, help="of a frame in pixels, a multiple of 8")
+    parser.add_argument("--size", type=int, default=32, help=f"of a frame in pixels, a multiple of {PATCH}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=8 * WINDOW, help="frame that is measured")
     parser.add_argument("--last", type=int, default=24 * WINDOW, help="frame that is not measured any more")

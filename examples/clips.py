@@ -83,9 +83,9 @@ def batches(
         yield to_model(torch.stack(videos)), torch.arange(len(videos))
 
 
-def split(size: int) -> tuple[list[Tensor], list[Tensor]]:
+def split(size: int, names: Sequence[str] | None = None) -> tuple[list[Tensor], list[Tensor]]:
     """For each clip the frames to train on, and those that are held out, ``(T, 3, size, size)`` in -1 to 1."""
-    videos = [to_model(decode(name, size)) for name in NAMES]
+    videos = [to_model(decode(name, size)) for name in names or NAMES]
     ends = [round(len(video) * (1 - HELD_OUT)) for video in videos]
     parts = list(zip(videos, ends, strict=True))
     return [video[:end] for video, end in parts], [video[end:] for video, end in parts]

@@ -10,7 +10,6 @@ from vattn.models.video_dit import VideoDiT
 
 
 def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(clips, "NAMES", ("carphone_pristine", "bigbuckbunny"))
     monkeypatch.setattr(fifo_long_video, "SMALLER", fifo_long_video.Size(16, 1))
     arguments = ["--steps", "2", "--size", "16", "--frames", "9", "--short", "--outputs", str(tmp_path)]
     assert fifo_long_video.main(arguments) == 0
