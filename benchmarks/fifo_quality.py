@@ -202,7 +202,7 @@ def document(lines: Sequence[Line]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{NAME}", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=800, help="of training, for each denoiser")
-    parser.add_argument("--size", type=int, default=32, help=f"of a frame in pixels, a multiple of {PATCH}")
+    parser.add_argument("--size", type=int, default=16, help=f"of a frame in pixels, a multiple of {PATCH}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=8 * WINDOW, help="frame that is measured")
     parser.add_argument("--last", type=int, default=24 * WINDOW, help="frame that is not measured any more")
