@@ -38,6 +38,7 @@ WINDOW = 8  # frames
 BATCH = 6
 PATCH = 4  # pixels
 PARTITIONS = 4
+GUIDANCE = 3.0  # without any, frames that are there already win over a prompt that changes
 SHOWN = 3  # videos, and one more that goes through all of them
 
 
@@ -83,12 +84,14 @@ def train(
     return model, training
 
 
-def queue(model: VideoDiT, partitions: int, lookahead: bool) -> FIFO:
+def queue(model: VideoDiT, partitions: int, lookahead: bool, guidance_scale: float = 1.0) -> FIFO:
     """One that moves from noise to video in ``WINDOW * partitions`` equal steps."""
     scheduler = FlowMatchEulerDiscreteScheduler(**model.scheduler_settings)
     levels = WINDOW * partitions
     scheduler.set_timesteps(sigmas=[1 - i / levels for i in range(levels)])
-    return FIFO(model, scheduler, frames=WINDOW, partitions=partitions, lookahead=lookahead)
+    return FIFO(
+        model, scheduler, frames=WINDOW, partitions=partitions, lookahead=lookahead, guidance_scale=guidance_scale
+    )
 
 
 class Streamed(NamedTuple):
@@ -113,19 +116,19 @@ def stream(model: VideoDiT, classes: Tensor, num_frames: int, partitions: int, g
     Args:
         classes: ``(B - 1,)`` int64.
     """
-    fifo = queue(model, partitions, lookahead=True)
+    fifo = queue(model, partitions, lookahead=True, guidance_scale=GUIDANCE)
 
     def conditions(frame: int) -> dict[str, Tensor]:
         now = max(0, frame) * len(classes) // num_frames
         return {"classes": torch.cat([classes, classes[now : now + 1]])}
 
     steps, first = WINDOW * partitions, conditions(0)["classes"]
-    base = generate(model, len(first), classes=first, num_steps=steps, generator=generator)
+    base = generate(model, len(first), classes=first, num_steps=steps, guidance_scale=GUIDANCE, generator=generator)
     fifo.start(base, generator=generator)
     frames: list[Tensor] = []
     memory: list[int] = []
     start = time.perf_counter()
-    latents = fifo.stream(num_frames, conditions=conditions, generator=generator)
+    latents = fifo.stream(num_frames, conditions=conditions, unconditional={}, generator=generator)
     for latent in tqdm(latents, desc="FIFO", total=num_frames, unit="frame"):
         frames.append(((latent.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
         memory.append(resident("VmRSS"))

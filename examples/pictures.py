@@ -34,7 +34,7 @@ def gif(columns: Mapping[str, Tensor], path: pathlib.Path) -> None:
     """Videos ``(B, 3, T, H, W)`` in -1 to 1, side by side under their titles, the batch from top to bottom."""
     grid = torch.cat([torch.cat(list(videos), -2) for videos in columns.values()], -1)  # (3, T, B * H, columns * W)
     pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
-    zoom, header = 4, 14
+    zoom, header = max(4, 128 * len(columns) // pixels.shape[2]), 14  # titles need room
     height, width = (zoom * x for x in pixels.shape[1:3])
     frames = []
     for frame in pixels:

@@ -14,7 +14,7 @@ def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
     arguments = ["--steps", "2", "--size", "16", "--frames", "9", "--short", "--outputs", str(tmp_path)]
     assert fifo_long_video.main(arguments) == 0
     with Image.open(tmp_path / "fifo_videos.gif") as picture:
-        assert picture.n_frames == 9 and picture.width == 3 * 4 * 16
+        assert picture.n_frames == 9 and picture.width == 3 * 8 * 16
     for name in ("queue", "memory", "loss"):
         assert (tmp_path / f"fifo_{name}.png").stat().st_size > 0
     printed = capsys.readouterr().out
