@@ -1,4 +1,4 @@
-"""The windows of the queue over ranks: the same frames bit by bit, bytes that are counted, no difference without a word.
+"""The windows of the queue over ranks: the same frames bit by bit, bytes that are counted, and differences named.
 
 Four processes run all cases, alone and in groups of two and four, and write what they found; the tests look at that.
 """
@@ -33,7 +33,6 @@ class Euler:
 
     def __init__(self, levels: int) -> None:
         self.timesteps = torch.linspace(900, 100, levels)
-        self.config: dict[str, Any] = {}
         self.derivatives: list[Tensor] = []
 
     def add_noise(self, frame: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -62,8 +61,8 @@ def video(fifo: FIFO, start: str, seeds: tuple[int, int] = (0, 1), **arguments: 
         fifo.start(clip(fifo.frames, batch=2), generator=seed(seeds[0]))
     else:
         fifo.start(shape=(2, 2, fifo.frames, 3, 2), generator=seed(seeds[0]))
-    arguments = {"conditions": {"cond": 0.3}, "unconditional": {"cond": torch.tensor(0.1)}} | arguments
-    frames = list(fifo.stream(5, generator=seed(seeds[1]), **arguments))
+    given: dict[str, Any] = {"conditions": {"cond": 0.3}, "unconditional": {"cond": torch.tensor(0.1)}} | arguments
+    frames = list(fifo.stream(5, generator=seed(seeds[1]), **given))
     return {"frames": torch.stack(frames), "queue": fifo.state_dict()["latents"]}
 
 
@@ -76,7 +75,7 @@ def counted_bytes() -> Iterator[list[int]]:
         sent.append(tensor.numel() * tensor.element_size())
         return gather(tensors, tensor, *arguments, **settings)
 
-    dist.all_gather = all_gather
+    dist.all_gather = all_gather  # type: ignore[assignment]
     yield sent
     dist.all_gather = gather
 

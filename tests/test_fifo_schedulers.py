@@ -46,6 +46,7 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
     "DDIMParallel": made("DDIMParallel"), "DDPM": made("DDPM"), "DDPMParallel": made("DDPMParallel"),
     "DEIS": made("DEISMultistep", solver_order=3), "DPMSolver++": made("DPMSolverMultistep"),
     "DPMSolver++ 3": made("DPMSolverMultistep", solver_order=3, use_karras_sigmas=True),
+    "DPMSolver++ repeated timesteps": made("DPMSolverMultistep", num_train_timesteps=10, use_karras_sigmas=True),
     "DPMSolver++ SDE": made("DPMSolverMultistep", algorithm_type="sde-dpmsolver++"),
     "DPMSolver++ flow": made("DPMSolverMultistep", prediction_type="flow_prediction", use_flow_sigmas=True),
     "DPMSolver single": made("DPMSolverSinglestep", lower_order_final=True),
@@ -149,6 +150,7 @@ def test_frames_at_equal_levels_step_as_the_scheduler_alone(name: str) -> None:
         with Noise(draw):
             whole = step_alone(one, prediction, step, whole)
         numbers = [noise[:, :, i : i + 1] for i in range(3) for noise in drawn]
+        frames.step(prediction, latents, [step] * 3, histories, None, Numbers(numbers))  # which changes nothing
         draws = Numbers(numbers)
         latents, histories = frames.step(prediction, latents, [step] * 3, histories, None, draws)
         assert next(draws.numbers, None) is None, "all of the noise is used"

@@ -209,8 +209,7 @@ class FIFO:
             if not (value is None or isinstance(value, Mapping) or callable(value)):
                 raise TypeError(f"{op}: {name} must be a dict, a function or None, got {name}={value!r}")
         draws = draws_of(generator)
-        if self._queue is None:
-            raise ValueError(f"{op}: start or load_state_dict must have been called, got no frames")
+        self._begun(op)
         return self._frames(num_frames, conditions, unconditional, draws)
 
     def bytes_sent(self) -> int:
@@ -219,9 +218,7 @@ class FIFO:
         Raises:
             ValueError: there is no queue yet, on whose shape it depends.
         """
-        if self._queue is None:
-            raise ValueError("FIFO.bytes_sent: start or load_state_dict must have been called, got no frames")
-        latents = self._queue.latents
+        latents = self._begun("FIFO.bytes_sent").latents
         return self._ranks.bytes_sent(_written(latents, self._windows), latents.element_size())
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,9 +231,7 @@ class FIFO:
             TypeError: the scheduler remembers something else.
         """
         op = "FIFO.state_dict"
-        if self._queue is None:
-            raise ValueError(f"{op}: start or load_state_dict must have been called, got no frames")
-        return saved(op, self._queue._asdict()) | {"settings": self._settings()}
+        return saved(op, self._begun(op)._asdict()) | {"settings": self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was called, in an object with the same settings.
@@ -244,8 +239,12 @@ class FIFO:
         Raises:
             TypeError, ValueError: `state` is no state, or one of other settings, which are named. Nothing changes then.
         """
-        op = "FIFO.load_state_dict"
-        self._queue = restored(op, state, self._settings(), self._ready, Queue)
+        self._queue = restored("FIFO.load_state_dict", state, self._settings(), self._ready, Queue)
+
+    def _begun(self, op: str) -> Queue:
+        if self._queue is None:
+            raise ValueError(f"{op}: start or load_state_dict must have been called, got no frames")
+        return self._queue
 
     def _frames(
         self, num_frames: int | None, conditions: Conditions, unconditional: Conditions, draws: Draws
@@ -261,8 +260,7 @@ class FIFO:
     @torch.no_grad()
     def _advance(self, conditions: Conditions, unconditional: Conditions, draws: Draws) -> Tensor | None:
         """One step of the queue; the frame that leaves, unless this is a step of the warm-up."""
-        assert self._queue is not None
-        latents, steps, histories, leaves = self._queue
+        latents, steps, histories, leaves = queue = self._begun("FIFO.stream")
         is_full = steps == self._ready
         windows = self._windows
         if is_full:
@@ -271,7 +269,7 @@ class FIFO:
             windows = [*windows[:-1], windows[-1]._replace(write=0)]
             moving = [i for i, step in enumerate(steps) if step < self._ready[i]]
         running = [window for window in windows if any(window.write <= i < window.stop for i in moving)]
-        predictions, noise = self._predictions(self._queue, windows, running, conditions, unconditional, draws)
+        predictions, noise = self._predictions(queue, windows, running, conditions, unconditional, draws)
         of_frame = {
             window.write + i: frame
             for window, prediction in zip(running, predictions, strict=True)

@@ -108,7 +108,9 @@ class PerFrameScheduler(FrameScheduler):
         self._scales = self._scales_input()
 
     def settings(self) -> dict[str, str]:
-        config = {name: value for name, value in dict(self._fresh.config).items() if not name.startswith("_")}
+        config = {
+            name: value for name, value in dict(getattr(self._fresh, "config", {})).items() if not name.startswith("_")
+        }
         sigmas = getattr(self._fresh, "sigmas", None)
         return {
             "class": self.name,

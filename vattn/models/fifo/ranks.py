@@ -108,10 +108,7 @@ class Ranks:
                 raise ValueError(f"{OP}: {name} must be the same on every rank, got {_short(of_ranks)}")
 
     def _gather(self, sent: Tensor) -> list[Tensor]:
-        if dist.get_backend(self.group) == "gloo":
-            sent = sent.cpu()
-        elif not sent.is_cuda:
-            sent = sent.cuda()
+        sent = sent.to("cpu" if dist.get_backend(self.group) == "gloo" else torch.accelerator.current_accelerator())
         got = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(got, sent, self.group)
         return got
