@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_losses([training], ["squared error of the flow"], written[3])
 
     good = report(names, real, pixels[: len(names)])
-    print(f"\n{options.frames} frames, {options.frames / WINDOW:.0f} times the length of training")
+    print(f"\n{options.frames} frames, {options.frames / WINDOW:.3g} times the length of training")
     print(f"{made.seconds:.2f} s for a frame of {len(columns)} videos")
     first, last = (x / 2**20 for x in (made.memory[0], made.memory[-1]))
     print(f"memory of the process: {first:.0f} MiB at the first frame, {last:.0f} MiB at the last")

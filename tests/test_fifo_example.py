@@ -21,7 +21,7 @@ def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
     for part in (
         "distance of frame statistics",
         "carphone_pristine ",
-        "9 frames, 1 times the length of training",
+        "9 frames, 1.12 times the length of training",
         "MiB at the first frame",
     ):
         assert part in printed
