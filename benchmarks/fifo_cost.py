@@ -2,7 +2,7 @@
 
     python -m benchmarks.fifo_cost            measure, print, append benchmarks/results/fifo_cost.jsonl
 
-The denoiser is two convolutions over 8 frames of ``4 x 32 x 32`` latents, with a queue of 4 partitions and lookahead.
+The denoiser is three convolutions over 8 frames of ``4 x 32 x 32`` latents, with a queue of 4 partitions and lookahead.
 Every length has a process of its own, so that the peak of its memory is its own, too: it is that of all frames, with
 the warm-up, where glibc's allocator is told to give back what is freed. The speed is that of one process with one
 thread, and of two gloo processes with one thread each, in turn, in the same two processes, with a denoiser that is
@@ -40,12 +40,14 @@ class Convolutions(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.inner = nn.Conv3d(CHANNELS + 1, width, 3, padding=1)
-        self.outer = nn.Conv3d(width, CHANNELS, 3, padding=1)
+        self.layers = nn.Sequential(
+            nn.Conv3d(CHANNELS + 1, width, 3, padding=1), nn.ReLU(), nn.Conv3d(width, width, 3, padding=1), nn.ReLU(),
+            nn.Conv3d(width, CHANNELS, 3, padding=1),
+        )  # fmt: skip
 
     def forward(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         times = timesteps.to(latents.dtype)[:, None, :, None, None].expand_as(latents[:, :1]) / 1000
-        return self.outer(self.inner(torch.cat([latents, times], 1)).relu())
+        return self.layers(torch.cat([latents, times], 1))
 
 
 def queue(scheduler: str, width: int, group: Any = None) -> FIFO:
@@ -118,6 +120,7 @@ def run(lengths: Sequence[int], schedulers: Sequence[str], width: int, rounds: i
             median, p20, p80 = (1e3 * x for x in (cost.median, cost.p20, cost.p80))
             peak, of_frames = cost.peak / 2**20, (cost.peak - cost.before) / 2**20
             print(f"| {scheduler} | {frames} | {median:.1f} | {p20:.1f} .. {p80:.1f} | {peak:.1f} | {of_frames:.1f} |")
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
     found = speeds(4 * width, 8, rounds)
     records.append(path, [shared | {"scheduler": "official_ddim", "speeds": found}])
     alone, together = (np.median(found[name]) for name in ("alone", "together"))

@@ -234,7 +234,7 @@ class FIFO:
         return saved(op, self._begun(op)._asdict()) | {"settings": self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called, in an object with the same settings.
+        """Go on where :meth:`state_dict` was called, in an object with the same settings, on the device of its tensors.
 
         Raises:
             TypeError, ValueError: `state` is no state, or one of other settings, which are named. Nothing changes then.
