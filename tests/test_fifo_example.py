@@ -9,6 +9,7 @@ from examples import clips, fifo_long_video, quality
 from vattn.models.video_dit import VideoDiT
 
 
+@pytest.mark.slow
 def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fifo_long_video, "SMALLER", fifo_long_video.Size(16, 1))
     arguments = ["--steps", "2", "--size", "16", "--frames", "9", "--short", "--outputs", str(tmp_path)]

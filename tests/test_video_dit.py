@@ -323,6 +323,7 @@ def test_guidance_goes_beyond_the_condition():
         ({"num_timesteps": 0}, ValueError, "num_timesteps must be at least 1, got num_timesteps=0"),
         ({"betas": (0.1, 1.0)}, ValueError, "betas must be at least 0 and at most 0.999, got betas=1.0"),
         ({"betas": (0.1,)}, ValueError, r"betas must be the first and the last one, got betas=\(0.1,\)"),
+        ({"betas": (0.5, 0.9), "prediction": "epsilon"}, ValueError, "betas must leave some of the video, which eps"),
         ({"deviation": 0.0}, ValueError, "deviation must be above 0, got deviation=0.0"),
         ({"drop_conditions": 2}, ValueError, "drop_conditions must be at least 0 and at most 1, got drop_conditions=2"),
         ({"patch_size": 4}, ValueError, "width must be a multiple of patch_size=4, got width=6"),

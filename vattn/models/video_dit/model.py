@@ -212,8 +212,8 @@ class VideoDiT(PretrainedModel):
     ) -> Tensor:
         """The mean squared error of the network for a video with noise that is drawn; 0 if B is 0.
 
-        That is the error of what is predicted over what the best linear prediction would leave at each timestep: about
-        1 for a new model, and no timestep counts for more than others because it is harder.
+        It is the squared error of the prediction over that of the best linear prediction at the same timestep: for a
+        new model it is about 1, whatever the timestep and the kind of prediction.
 
         Args:
             video: clean ``(B, channels, T, height, width)``, of about the deviation that the model was made for.

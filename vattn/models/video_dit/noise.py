@@ -66,7 +66,10 @@ class Noising:
         roots = torch.linspace(
             self.first_beta**0.5, self.last_beta**0.5, num_timesteps, dtype=torch.float64, device="cpu"
         )
-        self._abar = Table((1 - roots.square()).cumprod(0).float())
+        abar = (1 - roots.square()).cumprod(0).float()
+        if prediction == "epsilon" and abar[-1] == 0:
+            raise ValueError(f"{op}: betas must leave some of the video, which epsilon needs, got betas={betas!r}")
+        self._abar = Table(abar)
 
     def shares(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and s_t, float32, of the shape of `timesteps`."""
