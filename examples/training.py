@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from vattn.models.checkpoints import PretrainedModel
 from vattn.models.vqvae import Tokenizer
 
 SAVE_EVERY = 100  # steps
+Batch = TypeVar("Batch")
 
 
 @dataclasses.dataclass
@@ -32,7 +34,7 @@ class Training:
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
 
-    def run(self, batches: Iterator[Tensor], loss_of: Callable[[Tensor], Tensor], until: int | None = None) -> None:
+    def run(self, batches: Iterator[Batch], loss_of: Callable[[Batch], Tensor], until: int | None = None) -> None:
         """Train up to step `until`, or to the last one, after which the model is saved as a folder of its own."""
         self.model.train()
         end = self.steps if until is None else until

@@ -59,6 +59,10 @@ def next_codes(generator: Generator, model: Any, codes: Tensor, classes: Tensor,
     return F.cross_entropy(model(codes, classes=classes, frames=frames).flatten(0, -2), codes.flatten())
 
 
+def denoise(generator: Generator, model: Any, clip: Tensor, steps: Tensor, classes: Tensor, text: Tensor) -> Tensor:
+    return F.mse_loss(model(clip, steps, classes=classes, text=text), clip.sin())
+
+
 def features(generator: Generator, model: Any, clip: Tensor) -> Tensor:
     return model(clip).sin().mean()
 
@@ -75,6 +79,10 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "VQGAN": (tokenize, (video(BATCH, 3, 4, 16, 16),)),
     "MeBT": (find_codes, (numbers(7, BATCH, 3, 2, 2),)),
     "VideoGPT": (next_codes, (numbers(7, BATCH, 2, 4, 4), numbers(3, BATCH), video(BATCH, 3, 1, 8, 8))),
+    "VideoDiT": (
+        denoise,
+        (video(BATCH, 2, 3, 4, 6), numbers(1000, BATCH, 3), numbers(3, BATCH), video(BATCH, 4, 5)),
+    ),
     "ResNet3d": (features, (video(BATCH, 3, 2, 8, 8),)),
 }
 """For each model a loss of it, ``loss(generator, model, *batch)``, and the batch."""

@@ -17,6 +17,7 @@ from vattn.models.checkpoints import PretrainedModel
 from vattn.models.laps import LapsVisformer, LapsViT
 from vattn.models.mebt import MeBT
 from vattn.models.svitt import SViTT, TextEncoder, VideoAnswers, VideoEncoder
+from vattn.models.video_dit import VideoDiT
 from vattn.models.videogpt import ResNet3d, VideoGPT
 from vattn.models.vqvae import VQGAN, VQVAE, Tokenizer
 
@@ -113,6 +114,14 @@ def _official_tokenizer(model: Tokenizer, part: str = "") -> dict[str, Tensor]:
 def _find_codes(model: MeBT, generator: torch.Generator) -> tuple[Tensor, ...]:
     codes, order = torch.randint(7, (2, 3, 2, 2), generator=generator), torch.arange(12).expand(2, -1)
     return (model(codes, order[:, :5], order[:, 5:]),)
+
+
+def _denoise(model: VideoDiT, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """With a class and a text, the second of fewer words, and without."""
+    latents, text = _video(generator, 2, 2, 3, 4, 6), _video(generator, 2, 4, 5)
+    steps, words = 999 * torch.rand(2, 3, generator=generator), torch.tensor([[4], [1]]) > torch.arange(4)
+    described = model(latents, steps, classes=torch.tensor([2, 0]), text=text, text_mask=words)
+    return described, model(latents, 500), model.add_noise(latents, latents.sin(), steps)
 
 
 def _next_codes(model: VideoGPT, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -218,6 +227,13 @@ MODELS: dict[str, Entry] = {
             {"heads": 2, "attn_type": "sparse", "n_cond_frames": 1},
             {"block_size": 4, "num_local_blocks": 1},
         ),
+    ),
+    "VideoDiT": Entry(
+        VideoDiT,
+        {"channels": 2, "num_frames": 3, "size": (4, 6), "dim": 12, "depth": 2, "num_heads": 2, "levels": (1, None)}
+        | {"num_classes": 3, "text_dim": 5, "drop_conditions": 0.2, "prediction": "epsilon"},
+        _denoise,
+        None,
     ),
     "ResNet3d": Entry(ResNet3d, RESNET, lambda model, generator: (model(_video(generator, 1, 3, 2, 8, 8)),), None),
 }

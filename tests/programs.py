@@ -36,6 +36,11 @@ def _words(batch: int) -> Tensor:
     return torch.randint(2, 29, (batch, 6))
 
 
+def _described(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A class, a text, and where it has words."""
+    return torch.randint(3, (batch,)), torch.randn(batch, 4, 5), torch.tensor([[True] * 3 + [False]]).repeat(batch, 1)
+
+
 def _places(batch: int) -> Tensor:
     return torch.arange(12).repeat(batch, 1)
 
@@ -64,6 +69,12 @@ PROGRAMS: dict[str, Entry] = {
     "VideoGPT": Entry(
         lambda batch: (torch.randint(7, (batch, 2, 4, 4)), torch.randint(3, (batch,)), torch.randn(batch, 3, 1, 8, 8)),
         lambda model, codes, classes, frames: model(codes, classes=classes, frames=frames),
+    ),
+    "VideoDiT": Entry(
+        lambda batch: (torch.randn(batch, 2, 3, 4, 6), 999 * torch.rand(batch, 3), *_described(batch)),
+        lambda model, latents, timesteps, classes, text, mask: model(
+            latents, timesteps, classes=classes, text=text, text_mask=mask
+        ),
     ),
     "ResNet3d": Entry(_video(3, 2, 8, 8)),
 }

@@ -20,6 +20,10 @@ def videogpt_loss(model: Any) -> Tensor:
     return model.training_loss(codes, classes=classes, frames=torch.zeros(2, 3, 1, 8, 8))
 
 
+def dit_loss(model: Any) -> Tensor:
+    return model.training_loss(torch.zeros(2, 2, 3, 4, 6), classes=torch.tensor([0, 1]), text=torch.zeros(2, 4, 5))
+
+
 def encoder_loss(model: Any) -> Tensor:
     return model(svitt.random_video()).pooled.square().sum()
 
@@ -29,6 +33,7 @@ def encoder_loss(model: Any) -> Tensor:
     [
         *(("MeBT", name, mebt_loss) for name in ("embed_drop", "attn_drop", "proj_drop")),
         *(("VideoGPT", name, videogpt_loss) for name in ("dropout", "attn_drop")),
+        ("VideoDiT", "drop_conditions", dit_loss),
         ("VideoEncoder", "drop_path", encoder_loss),
     ],
 )

@@ -151,6 +151,7 @@ ACTIONS: dict[str, Callable[[], Callable[[], Any]]] = {
     "sparse VideoGPT generates": lambda: _generate_codes("sparse"),
     "MeBT generates": lambda: _complete(MODELS["MeBT"].make()),
     "MeBT trains": lambda: _train(MODELS["MeBT"].make(), torch.randint(7, (2, 3, 2, 2))),
+    "VideoDiT trains": lambda: _train(MODELS["VideoDiT"].make(), torch.randn(2, 2, 3, 4, 6)),
     "a codebook trains": _quantize,
     "answers are ranked": lambda: _rank(MODELS["VideoAnswers"].make()),
 }

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tests import svitt_models as svitt
 from tests.model_zoo import MODELS
 from vattn import BlockLayout
-from vattn.models import mebt, videogpt
+from vattn.models import mebt, video_dit, videogpt
 from vattn.models.draws import Draws
 
 DTYPES = [pytest.param(torch.bfloat16, id="bfloat16"), pytest.param(torch.float64, id="float64")]
@@ -117,6 +117,14 @@ def videogpt_runs(model: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
     return found, model.train().training_loss(found, **conditions)
 
 
+def dit_runs(model: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+    text = torch.rand(2, 4, 5, generator=generator, dtype=torch.float32, device="cpu")
+    conditions: dict[str, Any] = {"classes": torch.tensor([2, 0], device="cpu"), "text": text}
+    found = video_dit.generate(model, 2, num_steps=3, guidance_scale=2.0, generator=generator, **conditions)
+    loss = model.train().training_loss(found / found.std(), per_frame=True, generator=generator, **conditions)
+    return found, loss
+
+
 def svitt_runs(model: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
     """With drawn layouts, negatives, masked words, and dropped residuals."""
     for block in model.video.blocks:
@@ -148,7 +156,7 @@ def answers_runs(model: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
 RUNS: dict[str, Callable[[Any, torch.Generator], tuple[Tensor, ...]]] = {
     "VQVAE": tokenizer_loss, "VQGAN": tokenizer_loss, "MeBT": mebt_runs, "VideoGPT": videogpt_runs, "SViTT": svitt_runs,
     "LapsViT": partial(laps_runs, sizes=(8, 12)), "LapsVisformer": partial(laps_runs, sizes=(32, 32)),
-    "VideoEncoder": encoder_runs, "VideoAnswers": answers_runs,
+    "VideoDiT": dit_runs, "VideoEncoder": encoder_runs, "VideoAnswers": answers_runs,
 }  # fmt: skip
 
 
@@ -170,7 +178,7 @@ def test_models_follow_no_default(name: str) -> None:
             assert one.dtype == other.dtype and torch.equal(one, other), dtype
 
 
-@pytest.mark.parametrize("name", ["VQVAE", "VQGAN", "MeBT"])
+@pytest.mark.parametrize("name", ["VQVAE", "VQGAN", "MeBT", "VideoDiT"])
 def test_models_follow_no_default_device(name: str) -> None:
     expected, model = run(name, MODELS[name].make()), MODELS[name].make()
     with default_device("meta"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import svitt_models as svitt
 from tests.model_zoo import MODELS
-from vattn.models import mebt, videogpt
+from vattn.models import mebt, video_dit, videogpt
 
 
 class Empty(NamedTuple):
@@ -79,6 +79,14 @@ NOTHING: dict[str, Empty] = {
     "VideoGPT": Empty(
         lambda model: (model(codes(2, 4, 4), **CONDITIONS), videogpt.generate(model, 0, **CONDITIONS)),
         lambda model: model.training_loss(codes(2, 4, 4), **CONDITIONS),
+    ),
+    "VideoDiT": Empty(
+        lambda model: (
+            model(videos(2, 3, 4, 6), 7, classes=codes(), text=videos(4, 5)),
+            model.add_noise(videos(2, 3, 4, 6), videos(2, 3, 4, 6), 7),
+            video_dit.generate(model, 0, num_steps=2, classes=codes(), guidance_scale=2.0),
+        ),
+        lambda model: model.training_loss(videos(2, 3, 4, 6), classes=codes(), text=videos(4, 5), per_frame=True),
     ),
     "ResNet3d": Empty(lambda model: (model(videos(3, 2, 8, 8)),)),
 }

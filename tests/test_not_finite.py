@@ -6,7 +6,7 @@ import torch
 from tests.model_zoo import MODELS
 
 # Of MeBT, the latents of the last block that writes them are read by nobody.
-EVERY_LAYER_COUNTS = ["LapsViT", "VideoGPT", "VideoEncoder", "TextEncoder"]
+EVERY_LAYER_COUNTS = ["LapsViT", "VideoGPT", "VideoEncoder", "TextEncoder", "VideoDiT"]
 
 
 @pytest.mark.parametrize("name", EVERY_LAYER_COUNTS)
