@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vattn import _checks as check
 from vattn.models.fifo.diffusers_models import known_class, unwrapped
+from vattn.models.settings import number
 
 OP = "denoise"
 
@@ -72,6 +73,12 @@ class Denoiser:
 
     def __call__(self, latents: Tensor, timesteps: Tensor, **conditions: Any) -> Tensor:
         self.check(latents, timesteps)
+        text = conditions.get("encoder_hidden_states")
+        if isinstance(text, Tensor) and len(text) != len(latents):
+            raise ValueError(
+                f"{OP}: encoder_hidden_states must have a text for each of {len(latents)} samples (negative ones are "
+                f"for unconditional), got encoder_hidden_states.shape={tuple(text.shape)}"
+            )
         dtype = self.module.dtype
         for name in LIKE_THE_LATENTS:
             if name in conditions:
@@ -254,7 +261,7 @@ def adapt(model: nn.Module, *, timestep_scale: float = 1.0) -> Callable[..., Ten
     Raises TypeError for any other class, with what to do instead, and ValueError for a configuration that cannot have
     a timestep per frame: image-to-video weights with channels for the image, patches of more than one frame.
     `denoise` raises for latents of another number of channels, sizes that the patches do not divide, timesteps that
-    are not ``(B, f)``, and while a cache of diffusers is enabled, which would answer one window with another.
+    are not ``(B, f)``, another number of texts than samples, and while a cache of diffusers is enabled, which would answer one window with another.
 
     >>> from diffusers import WanTransformer3DModel
     >>> model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
@@ -265,6 +272,7 @@ def adapt(model: nn.Module, *, timestep_scale: float = 1.0) -> Callable[..., Ten
     ...     denoise(latents, timesteps, encoder_hidden_states=torch.randn(1, 5, 8)).shape
     torch.Size([1, 4, 3, 8, 8])
     """
+    number("adapt", "timestep_scale", timestep_scale, 0, above=True)
     module = unwrapped(model)
     name = known_class(module, DENOISERS)
     if name is None:
