@@ -261,7 +261,8 @@ def adapt(model: nn.Module, *, timestep_scale: float = 1.0) -> Callable[..., Ten
     Raises TypeError for any other class, with what to do instead, and ValueError for a configuration that cannot have
     a timestep per frame: image-to-video weights with channels for the image, patches of more than one frame.
     `denoise` raises for latents of another number of channels, sizes that the patches do not divide, timesteps that
-    are not ``(B, f)``, another number of texts than samples, and while a cache of diffusers is enabled, which would answer one window with another.
+    are not ``(B, f)``, another number of texts than samples, and while a cache of diffusers is enabled, which would
+    answer one window with another.
 
     >>> from diffusers import WanTransformer3DModel
     >>> model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,

@@ -190,8 +190,8 @@ class FIFO:
             TypeError, ValueError: an argument does not fit, or `start` was not called; while it runs: conditions that
                 are no dict, a prediction of another shape, dtype or device than the latents, or ranks that differ.
             RuntimeError: a step failed on another rank.
-            Exception: what the denoiser raises. The queue is then as it was before the step, but numbers of the generator
-                may have been drawn: to repeat the step as it would have been, set back the generator, too.
+            Exception: what the denoiser raises. The queue is then as it was before the step, but the generator may have
+                drawn numbers: for the frames that there would have been, set it back to where it was, too.
 
         Example:
             >>> from vattn.models.fifo import FIFO, official_ddim
