@@ -347,6 +347,20 @@ def test_what_is_no_video():
         small()(video().transpose(1, 2), 0)
 
 
+def test_videos_of_another_dtype_are_refused_unless_autocast_casts_them(model):
+    for other in (torch.bfloat16, torch.float64):
+        message = rf"^VideoDiT: latents must have the dtype of the model \(torch.float32\), got latents.dtype={other}$"
+        with pytest.raises(TypeError, match=message):
+            model(video().to(other), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(video().bfloat16(), 0).shape == video().shape
+
+
+def test_a_text_is_embedded_already(model):
+    with pytest.raises(TypeError, match=r"^VideoDiT: text must be a torch.Tensor, got text=str$"):
+        model(video(), 500, text="a fox")
+
+
 def test_generation_that_cannot_be(model):
     with pytest.raises(ValueError, match=r"^generate: model must be in evaluation mode, got model.training=True$"):
         generate(model.train())

@@ -169,6 +169,11 @@ class VideoDiT(PretrainedModel):
         hidden: Tensor | None = None,
     ) -> Tensor:
         self._require_video("VideoDiT", "latents", latents)
+        dtype = self.places.dtype
+        if latents.dtype != dtype and not torch.is_autocast_enabled(latents.device.type):
+            raise TypeError(
+                f"VideoDiT: latents must have the dtype of the model ({dtype}), got latents.dtype={latents.dtype}"
+            )
         batch, (channels, num_frames, height, width) = latents.shape[0], self.shape
         steps = self._per_frame(timesteps, latents)
         size, scale, share = self._around(steps, latents)
@@ -316,6 +321,8 @@ class VideoDiT(PretrainedModel):
             if text is not None:
                 raise ValueError("VideoDiT: text must not be given to a model without it, got text=a tensor")
             return None, None
+        if not isinstance(text, Tensor | None):
+            raise TypeError(f"VideoDiT: text must be a torch.Tensor, got text={type(text).__name__}")
         if text is None or text.shape[1] == 0:
             return self.any_text.expand(batch, -1, -1), None
         if text.dim() != 3 or text.shape[0] != batch or text.shape[2] != self.text_dim:
