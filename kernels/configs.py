@@ -82,7 +82,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
             384: Tiles(64, 16, 4, 3), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
-        "forward_bias": {128: Tiles(64, 16, 4, 3)},
+        "forward_bias": {128: Tiles(64, 16, 4, 3), 256: Tiles(64, 32, 4, 3)},
         "backward_query_bias": {128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 3), 256: Tiles(32, 32, 4, 2)},
         "jvp_bias": {
             128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 2), 256: Tiles(16, 32, 4, 1), 384: Tiles(32, 32, 4, 1),
