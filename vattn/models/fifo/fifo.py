@@ -65,7 +65,7 @@ class FIFO:
 
     Source:
         Kim et al., "FIFO-Diffusion: Generating Infinite Videos from Text without Training" (NeurIPS 2024,
-        arXiv:2405.11473), sections 4.1 (diagonal denoising), 4.2 (latent partitioning) and 4.3 (lookahead denoising).
+        arXiv:2405.11473), sections 3.1 (diagonal denoising), 3.2 (latent partitioning) and 3.3 (lookahead denoising).
 
     Example:
         >>> from vattn.models.fifo import FIFO, official_ddim

@@ -175,7 +175,7 @@ def official_ddim(
 
     Source:
         Song et al., "Denoising Diffusion Implicit Models" (ICLR 2021), equation 12; Kim et al., "FIFO-Diffusion:
-        Generating Infinite Videos from Text without Training" (NeurIPS 2024, arXiv:2405.11473), section 4.1.
+        Generating Infinite Videos from Text without Training" (NeurIPS 2024, arXiv:2405.11473), section 3.1.
 
     Example:
         >>> official_ddim(4, eta=0.0).timesteps
