@@ -28,7 +28,7 @@ OP = "decode_stream"
 CACHED = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
 """Autoencoders whose decoder is given a list of caches."""
 CAUSAL = ("AutoencoderKLLTX2Video", "AutoencoderKLLTXVideo")
-"""Autoencoders whose decoder is causal, or not, by their configuration, and which has no caches."""
+"""Autoencoders whose configuration says whether the decoder is causal; it has no caches."""
 IMAGES = ("AutoencoderDC", "AutoencoderKL", "AutoencoderTiny")
 """Autoencoders of images."""
 

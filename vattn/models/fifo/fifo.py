@@ -50,8 +50,9 @@ class FIFO:
         scheduler: :func:`official_ddim`, or a scheduler of diffusers that evaluates the denoiser once per step, after
             ``set_timesteps(frames * partitions)``. It is copied: each frame has a copy with its own history. For
             arguments of its step, such as ``eta``: :class:`PerFrameScheduler`.
-        frames: f, frames that the denoiser sees at once: those it was trained with.
-        partitions: n; noise levels of neighbouring frames are ``1 / (f * n)`` apart, the more the better.
+        frames: f, how many frames the denoiser sees at once: the length of the clips that it was trained with.
+        partitions: n; frames of a window are ``1 / n`` of the noise levels apart. More are
+            closer to what the denoiser was trained with, one level per clip; a frame costs n evaluations.
         lookahead: whether windows overlap by half.
         guidance_scale: s of classifier-free guidance, ``u + s * (c - u)``, where `stream` is given `unconditional`;
             1 calls the denoiser once per window, others twice.

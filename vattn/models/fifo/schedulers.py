@@ -21,14 +21,14 @@ History = Mapping[str, Any]
 
 
 class FrameScheduler(ABC):
-    """What a queue wants of a scheduler. A frame is ``(B, C, H, W)``, frames in a row are ``(B, C, L, H, W)``."""
+    """What a queue needs of a scheduler. A frame is ``(B, C, H, W)``, frames in a row are ``(B, C, L, H, W)``."""
 
     timesteps: Tensor
     """``(S,)``: what the denoiser is told, noisiest first."""
 
     @abstractmethod
     def settings(self) -> dict[str, str]:
-        """What makes two schedulers the same one."""
+        """What two schedulers must have in common for one to go on with frames of the other."""
 
     @abstractmethod
     def add_noise(self, frame: Tensor, noise: Tensor, step: int) -> Tensor:
@@ -101,7 +101,7 @@ class OfficialDDIM(FrameScheduler):
         return torch.stack([noise.get(i, drawn) for i in range(length)], 2)
 
     def clean(self, predictions: Tensor, latents: Tensor, steps: Sequence[int]) -> Tensor:
-        """What is left of frames ``(B, C, L, H, W)`` without the noise that is predicted, before these L steps."""
+        """Clean frames, as predicted from frames ``(B, C, L, H, W)`` and their noise before these L steps."""
         dtype, of = _compute_dtype(latents), _coefficients(latents, steps)
         noise = of(self.sqrt_one_minus_alphas) * predictions.to(dtype)
         return (latents.to(dtype) - noise) / of(self.alphas.sqrt())
