@@ -429,6 +429,16 @@ def test_the_state_is_that_of_the_settings() -> None:
             queue_of(sizes, **settings).load_state_dict(state)  # type: ignore[arg-type]
 
 
+def test_a_state_may_be_written_to() -> None:
+    fifo = started()
+    state, expected = fifo.state_dict(), list(started().stream(3, generator=seed(1)))
+    for _ in range(2):
+        state["latents"].fill_(torch.nan)
+        assert torch.equal(torch.stack(list(fifo.stream(3, generator=seed(1)))), torch.stack(expected))
+        state = started().state_dict()
+        fifo.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
