@@ -168,7 +168,8 @@ def official_ddim(
         linear_start, linear_end: betas go from one to the other, linearly in their square roots; the defaults are those
             of VideoCrafter2, Stable Diffusion and Latte.
         num_train_timesteps: with how many timesteps the denoiser was trained.
-        alphas_cumprod: ``(num_train_timesteps,)``, a denoiser's own products of ``1 - beta``, instead of these three.
+        alphas_cumprod: ``(num_train_timesteps,)``, a denoiser's own products of ``1 - beta``, instead of these three:
+            above 0, below 1, and none greater than the one before.
 
     Raises:
         TypeError, ValueError: a setting that does not fit.
@@ -194,6 +195,16 @@ def official_ddim(
         _checks.tensor(op, "alphas_cumprod", alphas_cumprod)
         _checks.rank(op, "alphas_cumprod", alphas_cumprod, "(num_train_timesteps)")
         alphas_cumprod = alphas_cumprod.detach().cpu()
+    if not len(alphas_cumprod) or not ((0 < alphas_cumprod) & (alphas_cumprod < 1)).all():
+        values = f"from {alphas_cumprod.min()} to {alphas_cumprod.max()}" if len(alphas_cumprod) else "none"
+        raise ValueError(
+            f"{op}: alphas_cumprod, given or of linear_start and linear_end, must be above 0 and below 1, got {values}"
+        )
+    if (alphas_cumprod.diff() > 0).any():
+        raise ValueError(
+            f"{op}: alphas_cumprod must not grow with the timestep, got alphas_cumprod[0]={alphas_cumprod[0]} and "
+            f"alphas_cumprod[-1]={alphas_cumprod[-1]}"
+        )
     last = len(alphas_cumprod) - 1
     gap = last / (steps - 1) if steps > 1 else 0.0
     timesteps = [round(i * gap) for i in range(steps)]  # half to even, as NumPy rounds
