@@ -130,6 +130,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "official_ddim: alphas_cumprod must have",
     ),
+    "table without noise": (
+        lambda: official_ddim(8, linear_start=0.0),
+        ValueError,
+        "official_ddim: alphas_cumprod, given or of linear_start and linear_end, must be above 0 and below 1, got",
+    ),
+    "table of nothing": (
+        lambda: official_ddim(8, alphas_cumprod=torch.ones(0)),
+        ValueError,
+        "must be above 0 and below 1, got none",
+    ),
+    "table of NaN": (
+        lambda: official_ddim(8, alphas_cumprod=torch.full((8,), torch.nan)),
+        ValueError,
+        "must be above 0 and below 1, got from nan to nan",
+    ),
+    "table that grows": (
+        lambda: official_ddim(8, alphas_cumprod=torch.linspace(0.25, 0.75, 8)),
+        ValueError,
+        "alphas_cumprod must not grow with the timestep, got alphas_cumprod[0]=0.25 and alphas_cumprod[-1]=0.75",
+    ),
     "noise": (
         lambda: official_ddim(2).step(clip(1), clip(1), [0]),
         ValueError,
