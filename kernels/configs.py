@@ -71,18 +71,18 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 4, 1), 1024: Tiles(32, 16, 8, 1),
         },
         "backward_key": {
-            128: Tiles(32, 64, 4, 3), 192: Tiles(64, 64, 4, 3), 256: Tiles(32, 64, 4, 3),
+            128: Tiles(32, 64, 4, 3), 160: Tiles(64, 64, 4, 3), 192: Tiles(32, 64, 4, 3), 256: Tiles(32, 64, 4, 3),
             384: Tiles(16, 64, 4, 3), 512: Tiles(32, 64, 8, 2), 1024: Tiles(16, 32, 8, 1),
         },
         "forward_group": {
-            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 64, 4, 3),
+            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
             384: Tiles(64, 32, 4, 3), 512: Tiles(64, 32, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "backward_query_group": {
             128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
             384: Tiles(64, 16, 4, 3), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
-        "forward_bias": {128: Tiles(64, 16, 4, 3), 256: Tiles(64, 32, 4, 3)},
+        "forward_bias": {128: Tiles(64, 16, 4, 3)},
         "backward_query_bias": {128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 3), 256: Tiles(32, 32, 4, 2)},
         "jvp_bias": {
             128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 2), 256: Tiles(16, 32, 4, 1), 384: Tiles(32, 32, 4, 1),

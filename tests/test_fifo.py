@@ -400,6 +400,22 @@ def test_what_is_given_away_may_be_written_to(sizes: str) -> None:
     assert torch.equal(latents, clip(fifo.frames))
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_denoiser_may_return_the_same_memory_each_time(scale: float) -> None:
+    """As a compiled one may, or one that writes into a buffer of its own."""
+    buffer = torch.empty(1, 2, 4, 3, 2)
+
+    def buffered(latents: Tensor, timesteps: Tensor, cond: float) -> Tensor:
+        return buffer.copy_(denoise(latents, timesteps, cond))
+
+    videos = []
+    for model in (denoise, buffered):
+        fifo = started("f4 n2 lookahead", model=model, guidance_scale=scale)
+        frames = fifo.stream(4, conditions={"cond": 0.4}, unconditional={"cond": 0.1}, generator=seed(1))
+        videos.append(torch.stack(list(frames)))
+    assert torch.equal(*videos)
+
+
 def test_the_queue_holds_no_more_than_its_frames() -> None:
     fifo = started("f4 n2 lookahead")
     stream = fifo.stream(generator=seed(1))

@@ -223,6 +223,8 @@ def test_latents_come_one_by_one():
     vae = autoencoder("AutoencoderKLWan", WAN)
     with pytest.raises(TypeError, match=r"decode_stream: latents must be an iterable .*got latents=tensor of shape"):
         decode_stream(vae, clip())
+    with pytest.raises(TypeError, match=r"decode_stream: latents must be an iterable .*got latents=object"):
+        decode_stream(vae, object())
     for latent, error, message in (
         (clip(), ValueError, r"latents must have shape \(B, C, H, W\), got latents.shape=\(2, 2, 5, 6, 6\)"),
         (clip()[:, :, 0].long(), TypeError, r"latents must be float32, .*got latents.dtype=torch.int64"),

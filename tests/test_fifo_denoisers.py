@@ -329,3 +329,18 @@ def test_a_cache_of_earlier_steps_is_refused():
         denoise(video(), torch.zeros(2, 3), encoder_hidden_states=TEXT)
     model.disable_cache()
     assert denoise(video(), torch.zeros(2, 3), encoder_hidden_states=TEXT).shape == video().shape
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("texts", [1, 4])
+def test_a_text_for_each_sample(case, texts):
+    denoise = adapt(case.model())
+    conditions = {name: x.repeat(2, 1, 1)[:texts] if x is TEXT else x for name, x in case.conditions.items()}
+    with pytest.raises(ValueError, match=rf"denoise: encoder_hidden_states must .* 2 samples.*got .*\({texts}, 5, 8\)"):
+        denoise(video(), torch.zeros(2, 3), **conditions)
+
+
+@pytest.mark.parametrize("scale, error", [("1", TypeError), (0, ValueError), (float("nan"), ValueError)])
+def test_a_scale_of_timesteps_is_a_number_above_zero(scale, error):
+    with pytest.raises(error, match="adapt: timestep_scale must be "):
+        adapt(wan.model(), timestep_scale=scale)

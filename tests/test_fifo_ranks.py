@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tests.svitt_models import seed
 from tests.test_fifo import SIZES, clip, denoise, queue_of
 from vattn.models.fifo import FIFO, PerFrameScheduler
+from vattn.models.fifo.ranks import fingerprint
 
 WORLD = 4
 CASES = ("f4 n2", "f4 n2 lookahead", "f5 n2 lookahead", "f1 n3", "f5 n1")
@@ -240,3 +241,11 @@ def test_a_denoiser_that_fails_on_one_rank_fails_on_all(found: list[dict[str, An
     assert other == (
         "RuntimeError: FIFO: a step must succeed on every rank, got FloatingPointError('overflow') on rank 1"
     )
+
+
+def test_ranks_notice_values_in_another_order() -> None:
+    for shape, axis in (((4,), 0), ((2, 3), 0), ((2, 3), 1), ((2, 3, 2), 1), ((2, 2, 3, 2), 0)):
+        values = torch.randn(shape, generator=seed(0))
+        assert fingerprint(values) == fingerprint(values.clone())
+        assert fingerprint(values) != fingerprint(values.flip(axis))
+    fingerprint(torch.tensor(1.0)), fingerprint(torch.zeros(2, 0)), fingerprint(torch.zeros(0, 2, dtype=torch.bool))

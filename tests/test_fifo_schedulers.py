@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from tests.svitt_models import seed
 from vattn.models.draws import Draws
 from vattn.models.fifo import FIFO, PerFrameScheduler, official_ddim
+from vattn.models.fifo.per_frame import REFUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy, in diffusers
 
@@ -157,6 +158,13 @@ def test_frames_at_equal_levels_step_as_the_scheduler_alone(name: str) -> None:
         assert torch.equal(latents, whole), f"step {step}"
 
 
+def test_every_scheduler_of_diffusers_is_tried_or_refused() -> None:
+    names = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
+    tried = {type(make()).__name__ for make in SCHEDULERS.values()}
+    assert sorted(names - tried - set(REFUSED)) == []
+    assert not tried & set(REFUSED)
+
+
 @pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_frames_at_staggered_levels_step_as_if_alone(name: str, lookahead: bool) -> None:
@@ -267,6 +275,30 @@ def test_the_scheduler_of_the_caller_is_not_changed() -> None:
     again.start(torch.zeros(2, 3, FRAMES, 2, 2), generator=seed(0))
     expected = [*again.stream(2, generator=seed(1)), *again.stream(2, generator=seed(2))]
     assert torch.equal(torch.stack(video), torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", ["UniPC", "LMS", "DDIM"])
+def test_a_scheduler_is_copied_with_its_numbers(name: str) -> None:
+    scheduler = SCHEDULERS[name]()
+    frames = PerFrameScheduler(scheduler)
+    for value in vars(scheduler).values():
+        if isinstance(value, Tensor):
+            value.zero_()
+    expected = PerFrameScheduler(SCHEDULERS[name]())
+    assert frames.settings() == expected.settings()
+    sample, prediction = torch.randn(2, *SHAPE, generator=seed(1))[:, :, :, None]
+    steps = [one.step(prediction, sample, [2], [one.history(2)], None, Draws())[0] for one in (frames, expected)]
+    assert torch.equal(*steps)
+
+
+@pytest.mark.parametrize("name", ["UniPC", "LMS", "official"])
+def test_a_copy_of_a_queue_goes_on_by_itself(name: str) -> None:
+    fifo = queue_for_state(name)
+    fifo.start(torch.ones(2, 3, FRAMES, 2, 2), generator=seed(0))
+    list(fifo.stream(2, generator=seed(1)))
+    twin = copy.deepcopy(fifo)
+    videos = [torch.stack(list(one.stream(3, generator=seed(2)))) for one in (fifo, twin)]
+    assert torch.equal(*videos)
 
 
 @pytest.mark.parametrize(

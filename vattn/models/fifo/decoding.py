@@ -84,10 +84,11 @@ def decode_stream(
         >>> [tuple(frame.shape) for frame in frames]
         [(1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8)]
     """
-    if isinstance(latents, Tensor):
+    if isinstance(latents, Tensor) or not isinstance(latents, Iterable):
+        got = f"tensor of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
         raise TypeError(
-            f"{OP}: latents must be an iterable of tensors (B, C, H, W), such as clip.unbind(2) of a clip "
-            f"(B, C, T, H, W), got latents=tensor of shape {tuple(latents.shape)}"
+            f"{OP}: latents must be an iterable of tensors (B, C, H, W), such as fifo.stream(), or clip.unbind(2) of "
+            f"a clip (B, C, T, H, W), got latents={got}"
         )
     module = unwrapped(vae)
     name = known_class(module, (*CACHED, *CAUSAL, *IMAGES))

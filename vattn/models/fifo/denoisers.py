@@ -75,6 +75,12 @@ class Denoiser(ABC):
 
     def __call__(self, latents: Tensor, timesteps: Tensor, **conditions: Any) -> Tensor:
         self.check(latents, timesteps)
+        text = conditions.get("encoder_hidden_states")
+        if isinstance(text, Tensor) and len(text) != len(latents):
+            raise ValueError(
+                f"{OP}: encoder_hidden_states must have a text for each of {len(latents)} samples (negative ones are "
+                f"for unconditional), got encoder_hidden_states.shape={tuple(text.shape)}"
+            )
         dtype = self.module.dtype
         for name in LIKE_THE_LATENTS:
             if name in conditions:
@@ -258,8 +264,8 @@ def adapt(model: nn.Module, *, timestep_scale: float = 1.0) -> Callable[..., Ten
 
         It gives ``(B, C, f, H, W)`` in the dtype of `latents`: noise or velocity, whichever the model predicts. It
         raises TypeError or ValueError for latents of another number of channels, sizes that the patches do not divide,
-        timesteps that are not ``(B, f)``, and while a cache of diffusers is enabled, which would answer one window with
-        another.
+        timesteps that are not ``(B, f)``, another number of texts than samples, and while a cache of diffusers is
+        enabled, which would answer one window with another.
 
     Raises:
         TypeError: `model` is of any other class; the message says what to do instead.

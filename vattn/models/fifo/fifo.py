@@ -191,7 +191,8 @@ class FIFO:
             TypeError, ValueError: an argument does not fit, or `start` was not called; while it runs: conditions that
                 are no dict, a prediction of another shape, dtype or device than the latents, or ranks that differ.
             RuntimeError: a step failed on another rank.
-            Exception: what the denoiser raises. The queue is then as it was before the step.
+            Exception: what the denoiser raises. The queue is then as it was before the step, but the generator may have
+                drawn numbers: for the frames that there would have been, set it back to where it was, too.
 
         Example:
             >>> from vattn.models.fifo import FIFO, official_ddim
@@ -334,7 +335,7 @@ class FIFO:
             latents = inputs[:, :, start:stop].clone()  # the denoiser's own: it may write into it
             prediction = self.denoise(latents, timesteps[:, start:stop].clone(), **(arguments or {}))
             _require_prediction(prediction, inputs[:, :, start:stop])
-            return prediction[:, :, write - start :]
+            return prediction[:, :, write - start :].clone()  # the next call may return the same memory
 
         prediction = denoise(conditions)
         if unconditional is None or self.guidance_scale == 1:

@@ -30,6 +30,7 @@ REFUSED = {
     "HeunDiscreteScheduler": _TWICE, "FlowMatchHeunDiscreteScheduler": _TWICE, "PNDMScheduler": _TWICE,
     "KDPM2DiscreteScheduler": _TWICE, "KDPM2AncestralDiscreteScheduler": _TWICE, "DPMSolverSDEScheduler": _TWICE,
     "KarrasVeScheduler": _TWICE, "ScoreSdeVeScheduler": _TWICE,
+    "ScoreSdeVpScheduler": "has no method step",
     "CosineDPMSolverMultistepScheduler": "draws from a noise sampler of its own, which does not follow a generator",
     "DDIMInverseScheduler": _BACK, "DPMSolverMultistepInverseScheduler": _BACK,
     "AmusedScheduler": _TOKENS, "BlockRefinementScheduler": _TOKENS, "DiscreteDDIMScheduler": _TOKENS,
@@ -82,7 +83,7 @@ class PerFrameScheduler(FrameScheduler):
                 f"{OP}: scheduler must be official_ddim(...) or a scheduler of diffusers after set_timesteps, "
                 f"got scheduler={self.name}"
             )
-        self._parameters = inspect.signature(scheduler.step).parameters
+        self._parameters = dict(inspect.signature(scheduler.step).parameters)
         for name, value in settings.items():
             if name not in self._parameters or name in _OURS:
                 raise TypeError(f"{OP}: settings must be arguments of {self.name}.step, got {name}={value!r}")
@@ -98,12 +99,12 @@ class PerFrameScheduler(FrameScheduler):
                 f"got {self.name} with step_index={scheduler.step_index}"
             )
         self._step_settings = settings
-        self._fresh = _copy(scheduler)
+        self._fresh = copy.deepcopy(scheduler)
         if hasattr(scheduler, "is_scale_input_called"):  # it warns otherwise, in copies that only step
             self._fresh.is_scale_input_called = True
         if hasattr(scheduler, "get_lms_coefficient"):  # a numerical integral, the same for all frames at a level
-            self._fresh.get_lms_coefficient = functools.cache(_copy(scheduler).get_lms_coefficient)
-        self.timesteps: Tensor = scheduler.timesteps
+            self._fresh.get_lms_coefficient = functools.cache(copy.copy(self._fresh).get_lms_coefficient)
+        self.timesteps: Tensor = self._fresh.timesteps
         self._times = list(self.timesteps.unbind())
         self._scales = self._scales_input()
 

@@ -64,4 +64,4 @@ def restored(op: str, state: object, settings: Mapping[str, str], ready: list[in
     if not all(0 <= step <= most for step, most in zip(steps, ready, strict=True)):
         raise ValueError(f"{op}: steps must be from 0 to {ready}, got steps={steps}")
     _checks.integer(op, "number", number, least=-length)
-    return queue(latents.clone(), list(steps), [saved(op, history) for history in histories], int(number))
+    return queue(*saved(op, [latents, steps, histories, number]))

@@ -189,7 +189,8 @@ def official_ddim(
         _checks.integer(op, "num_train_timesteps", num_train_timesteps, least=1)
         number(op, "linear_start", linear_start, 0, 1)
         number(op, "linear_end", linear_end, 0, 1)
-        roots = torch.linspace(linear_start**0.5, linear_end**0.5, num_train_timesteps, dtype=torch.float64)
+        ends = linear_start**0.5, linear_end**0.5
+        roots = torch.linspace(*ends, num_train_timesteps, dtype=torch.float64, device="cpu")
         alphas_cumprod = (1 - roots**2).cumprod(0).float()
     else:
         _checks.tensor(op, "alphas_cumprod", alphas_cumprod)
@@ -208,7 +209,7 @@ def official_ddim(
     last = len(alphas_cumprod) - 1
     gap = last / (steps - 1) if steps > 1 else 0.0
     timesteps = [round(i * gap) for i in range(steps)]  # half to even, as NumPy rounds
-    scheduler = OfficialDDIM(torch.tensor(timesteps[::-1]), alphas_cumprod, float(eta))
+    scheduler = OfficialDDIM(torch.tensor(timesteps[::-1], device="cpu"), alphas_cumprod, float(eta))
     if (scheduler.sigmas**2 > 1 - scheduler.alphas_prev).any():
         raise ValueError(f"{op}: eta must add no more noise than there is after a step, got eta={eta}")
     return scheduler
