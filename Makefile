@@ -71,8 +71,9 @@ fifo: $(BUILT)
 retrieval: $(BUILT)
 	$(RUN) -m examples.svitt_retrieval
 
+# One process per core. Threads of kernels that wait let those of other processes run.
 test: $(BUILT)
-	$(RUN) -m pytest --durations=10
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=10
 
 fuzz: $(BUILT)
 	EXAMPLES=$(EXAMPLES) $(RUN) -m pytest tests/test_any_input.py --hypothesis-profile=fuzz --durations=0 -v \

@@ -71,11 +71,11 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 4, 1), 1024: Tiles(32, 16, 8, 1),
         },
         "backward_key": {
-            128: Tiles(32, 64, 4, 3), 192: Tiles(64, 64, 4, 3), 256: Tiles(32, 64, 4, 3),
+            128: Tiles(32, 64, 4, 3), 160: Tiles(64, 64, 4, 3), 192: Tiles(32, 64, 4, 3), 256: Tiles(32, 64, 4, 3),
             384: Tiles(16, 64, 4, 3), 512: Tiles(32, 64, 8, 2), 1024: Tiles(16, 32, 8, 1),
         },
         "forward_group": {
-            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 64, 4, 3),
+            128: Tiles(64, 32, 4, 3), 192: Tiles(64, 32, 4, 3), 256: Tiles(64, 32, 4, 3),
             384: Tiles(64, 32, 4, 3), 512: Tiles(64, 32, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "backward_query_group": {
@@ -95,7 +95,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             384: Tiles(64, 16, 4, 2), 512: Tiles(64, 16, 8, 2), 1024: Tiles(64, 16, 8, 2),
         },
         "backward_key_group": {
-            128: Tiles(32, 64, 4, 3), 192: Tiles(32, 64, 4, 3), 256: Tiles(16, 64, 4, 3),
+            128: Tiles(32, 64, 4, 3), 160: Tiles(32, 64, 4, 3), 192: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 3),
             384: Tiles(16, 64, 4, 2), 512: Tiles(16, 64, 8, 2), 1024: Tiles(16, 64, 8, 2),
         },
     },

@@ -174,7 +174,8 @@ class Call(SplitCall):
 
     def listed_keys(self) -> tuple[attention.Part, int]:
         """A program for every tile of the list and every split of the queries, and how many splits there are."""
-        Lq, tiles = self.query.shape[2], configs.tiles("backward_key", self.query, self.extras)
+        # Where the keys lie, and how often they are listed, wants registers.
+        Lq, tiles = self.query.shape[2], configs.tiles("backward_key", self.query, self.extras + 1)
         count = launch.cdiv(self.K, tiles["BLOCK_K"])
         splits = self.splits(count, Lq, tiles["BLOCK_Q"])
         numbers = Lq, splits, self.K, self.keys[0].shape[2]

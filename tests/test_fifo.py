@@ -343,7 +343,7 @@ def test_the_device_of_latents_is_not_that_of_the_generator() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 4, 3, 2), (1, 2, 4, 0, 2)])
-def test_frames_of_nothing(shape: tuple[int, ...]) -> None:
+def test_empty_latents(shape: tuple[int, ...]) -> None:
     fifo = queue_of()
     fifo.start(torch.zeros(shape))
     assert next(fifo.stream()).shape == (*shape[:2], *shape[3:])
@@ -445,13 +445,14 @@ def test_the_state_is_that_of_the_settings() -> None:
             queue_of(sizes, **settings).load_state_dict(state)  # type: ignore[arg-type]
 
 
-def test_a_state_that_was_loaded_may_be_written_to() -> None:
+def test_a_state_may_be_written_to() -> None:
     fifo = started()
-    expected = torch.stack(list(started().stream(2, generator=seed(1))))
-    state = fifo.state_dict()
-    fifo.load_state_dict(state)
-    state["latents"].fill_(torch.nan)
-    assert torch.equal(torch.stack(list(fifo.stream(2, generator=seed(1)))), expected)
+    state, expected = fifo.state_dict(), list(started().stream(3, generator=seed(1)))
+    for _ in range(2):
+        state["latents"].fill_(torch.nan)
+        assert torch.equal(torch.stack(list(fifo.stream(3, generator=seed(1)))), torch.stack(expected))
+        state = started().state_dict()
+        fifo.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +468,7 @@ def test_a_state_that_was_loaded_may_be_written_to() -> None:
         ({"settings": 3}, TypeError, "settings must be a dict"),
     ],
 )
-def test_a_state_that_is_none_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_wrong_state_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     fifo = started()
     state = fifo.state_dict()
     with pytest.raises(error, match=f"FIFO.load_state_dict: {message}"):

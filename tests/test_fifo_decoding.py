@@ -151,8 +151,9 @@ def test_what_is_carried_does_not_grow(name):
     stream = decode_stream(vae, latents(), **arguments)
     for _ in stream:
         (caches,) = stream.gi_frame.f_locals["vae"].decoder.caches
-        tensors = caches.values() if isinstance(caches, dict) else caches
-        bytes_carried.append(sum(x.untyped_storage().nbytes() for x in tensors if isinstance(x, Tensor)))
+        tensors = [x for x in (caches.values() if isinstance(caches, dict) else caches) if isinstance(x, Tensor)]
+        bytes_carried.append(sum(x.untyped_storage().nbytes() for x in tensors))
+        assert bytes_carried[-1] == sum(x.nbytes for x in tensors), "views would keep more"
         if len(latents_alive) == 12:
             break
     gc.collect()

@@ -288,6 +288,12 @@ def test_configurations_without_a_timestep_per_frame_are_refused_by_name(name, o
         adapt(CASES[name].model(**overrides))
 
 
+def test_a_scale_is_a_positive_number():
+    for scale, error, message in ((0, ValueError, "above 0, got timestep_scale=0"), ("1", TypeError, "a number, got")):
+        with pytest.raises(error, match=f"adapt: timestep_scale must be {message}"):
+            adapt(wan.model(), timestep_scale=scale)
+
+
 @every_class
 def test_a_wrong_window_is_refused_before_the_model_runs(case):
     model = case.model()

@@ -176,7 +176,8 @@ def run_all(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_all, (str(folder),), nprocs=WORLD)
+    torch.multiprocessing.set_forkserver_preload([__name__])  # what all processes import, once
+    torch.multiprocessing.start_processes(run_all, (str(folder),), nprocs=WORLD, start_method="forkserver")
     results = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for result in results:
         assert "error" not in result, result["error"]

@@ -322,6 +322,22 @@ def test_settings_of_a_step(name: str, settings: dict[str, Any]) -> None:
     assert not torch.equal(plain, changed)
 
 
+class NoiseLikeTheSample(diffusers.DDIMScheduler):
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: Any = None, return_dict: bool = True
+    ) -> tuple[Tensor]:
+        return (sample + torch.randn_like(sample),)
+
+
+def test_schedulers_of_others_may_draw_noise_like_the_sample() -> None:
+    one = NoiseLikeTheSample()
+    one.set_timesteps(LEVELS)
+    noises = [torch.randn(SHAPE, generator=seed(i))[:, :, None] for i in range(2)]
+    sample = torch.randn(2, 3, 2, 2, 2, generator=seed(2)).half()
+    after, _ = PerFrameScheduler(one).step(sample, sample, [3, 0], [{}, {}], None, Numbers(noises))
+    assert torch.equal(after, sample + torch.cat(noises, 2).half())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["DDIM", "Euler", "UniPC", "FlowMatch", "DPMSolver++ SDE", "DDPM"])
 def test_dtypes(name: str, dtype: torch.dtype) -> None:

@@ -42,7 +42,8 @@ class _Denoiser:
 class _Conditions:
     def __init__(self, golden: Any, cond: Tensor, scale: float | None) -> None:
         self.cond, self.scale = cond, 1.0 if scale is None else scale
-        self.uncond = golden["uncond"] if "uncond" in golden.arrays else None
+        uncond = golden["uncond"] if "uncond" in golden.arrays else None
+        self.uncond = None if uncond is None or not uncond.numel() else uncond  # an empty array stands for None
 
 
 def fifo_schedule(golden: Any) -> None:
@@ -66,27 +67,47 @@ def _check_table(golden: Any, model: str) -> None:
     if not len(betas):
         assert products is None
         return
-    start, end = BETAS[model]
-    scheduler = official_ddim(len(betas), eta=0.0, linear_start=start, linear_end=end, num_train_timesteps=len(betas))
-    golden.close(f"{model}/alphas_cumprod", scheduler.alphas.flip(0), atol=1e-7)  # of a model, which has float32
+    if model in BETAS:
+        start, end = BETAS[model]
+        levels = len(betas)
+        scheduler = official_ddim(levels, eta=0.0, linear_start=start, linear_end=end, num_train_timesteps=levels)
+        golden.close(f"{model}/alphas_cumprod", scheduler.alphas.flip(0), atol=1e-7)  # of a model, which has float32
     own = (1 - torch.from_numpy(golden.arrays[f"{model}/betas"])).cumprod(0)
     golden.close(f"{model}/alphas_cumprod", own, atol=1e-9)
 
 
 def fifo_base_ddim(golden: Any) -> None:
     meta = golden.meta
-    assert not meta.get("use_scale"), "the official queue ignores it, and so does official_ddim"
     scheduler = official_ddim(meta["S"], eta=meta["eta"] or 0.0)
     _check_coefficients(golden, scheduler)
     denoise = _Denoiser(golden)
     conditions = _Conditions(golden, torch.tensor(meta["cond"], dtype=golden.dtype), meta["cfg"])
     latents, noises = golden["x_T"], golden["noise"]
+    scales = _scales(golden, scheduler) if meta.get("use_scale") else None
     for step, time in enumerate(scheduler.timesteps):
         timesteps = time.expand(latents.shape[0], latents.shape[2])
         prediction = denoise.guided(latents, timesteps, conditions)
         noise = noises[step] if noises.numel() else torch.zeros_like(latents)
-        latents, _ = scheduler.step(prediction, latents, [step] * latents.shape[2], noise=noise)
+        steps = [step] * latents.shape[2]
+        after, _ = scheduler.step(prediction, latents, steps, noise=noise)
+        if scales is not None:
+            now, later = (scale[step] for scale in scales)
+            clean = scheduler.clean(prediction, latents, steps)
+            after = after + (later / now - 1) * scheduler.alphas_prev[step].sqrt().to(golden.dtype) * clean
+        latents = after
     golden.close("out", latents, atol=1e-5 if golden.dtype == torch.float64 else _tolerance(golden, "out"))
+
+
+def _scales(golden: Any, scheduler: OfficialDDIM) -> tuple[Tensor, Tensor]:
+    """What VideoCrafter's sampler divides clean latents by, and multiplies them with: the queue does neither."""
+    if "ddim_scale_arr" in golden.arrays:
+        return golden["ddim_scale_arr"].flip(0), golden["ddim_scale_arr_prev"].flip(0)
+    if "scale_arr" in golden.arrays:
+        table = golden["scale_arr"]
+    else:  # of VideoCrafter2
+        table = torch.cat([torch.linspace(1.0, 0.7, 400), torch.full((600,), 0.7)]).to(golden.dtype)
+    times = scheduler.timesteps
+    return table[times], table[torch.cat([times[1:], times[-1:]])]
 
 
 def fifo_queue(golden: Any) -> None:
@@ -111,7 +132,7 @@ def fifo_queue(golden: Any) -> None:
     tolerance = _tolerance(golden, "queue_after_denoise")
     fifo.start(video, generator=recorded)
     queue = fifo.state_dict()["latents"]
-    golden.close("init_latents", queue, atol=tolerance)
+    golden.close("init_latents", queue, atol=_tolerance(golden, "init_latents"))
 
     step, moved = scheduler.step, []
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vattn import _checks as check
+from vattn import _checks
 from vattn.models.fifo.diffusers_models import known_class, unwrapped
 
 OP = "decode_stream"
@@ -28,12 +28,15 @@ OP = "decode_stream"
 CACHED = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
 """Autoencoders whose decoder is given a list of caches."""
 CAUSAL = ("AutoencoderKLLTX2Video", "AutoencoderKLLTXVideo")
-"""Autoencoders whose decoder is causal, or not, by their configuration, and which has no caches."""
+"""Autoencoders whose configuration says whether the decoder is causal; it has no caches."""
 IMAGES = ("AutoencoderDC", "AutoencoderKL", "AutoencoderTiny")
 """Autoencoders of images."""
 
 CONVOLUTIONS = ("LTX2VideoCausalConv3d", "LTXVideoCausalConv3d")
 UPSAMPLERS = ("LTX2VideoUpsampler3d", "LTXVideoUpsampler3d")
+
+CHUNKS = "Decode it in chunks of latents that overlap instead, with vae.decode, and drop the frames decoded twice"
+"""What to do with other autoencoders."""
 
 
 def decode_stream(
@@ -41,33 +44,45 @@ def decode_stream(
 ) -> Iterator[Tensor]:
     """Frames of a video, one by one, from its latents, one by one, in the memory of a single latent.
 
-    `vae` is an autoencoder of diffusers, and is left as it is, so that any number of streams may be over it at once:
+    Args:
+        vae: an autoencoder of diffusers. It is not changed: any number of streams may be over it at once.
 
-    - AutoencoderKLWan (also of SkyReels, AnyFlow and Cosmos Predict2) and AutoencoderKLQwenImage: the caches of their
-      convolutions are carried from latent to latent;
-    - AutoencoderKLLTXVideo and AutoencoderKLLTX2Video with a causal decoder (``decoder_causal=True`` in the
-      configuration, or ``causal=True`` here for LTX 2): likewise;
-    - AutoencoderKL, AutoencoderTiny and AutoencoderDC, which know images only: each latent is decoded alone.
+            - AutoencoderKLWan (also of SkyReels, AnyFlow and Cosmos Predict2) and AutoencoderKLQwenImage: the caches of
+              their convolutions are carried from latent to latent;
+            - AutoencoderKLLTXVideo and AutoencoderKLLTX2Video with a causal decoder (``decoder_causal=True`` in the
+              configuration, or ``causal=True`` here for LTX 2): likewise;
+            - AutoencoderKL, AutoencoderTiny and AutoencoderDC, which know images only: each latent is decoded alone.
 
-    `latents` gives tensors ``(B, C, H, W)`` of one shape, such as ``fifo.stream(...)``, or ``clip.unbind(2)`` of a
-    clip ``(B, C, T, H, W)``. They are cast to the dtype of `vae`. What comes out are frames ``(B, 3, height, width)``
-    with the values of ``vae.decode(clip).sample``, mostly in [-1, 1], and stacked along axis 2 they are that clip to
-    rounding error. The first latent of a Wan autoencoder is one frame, and each other one four (LTX: one and eight).
+            Tiles and slices (``vae.enable_tiling()``) are respected.
+        latents: gives tensors ``(B, C, H, W)`` of one shape, float32, bfloat16, float16 or float64, such as
+            ``fifo.stream(...)``, or ``clip.unbind(2)`` of a clip ``(B, C, T, H, W)``. They are cast to the dtype of
+            `vae`.
+        denormalize: latents are those of a denoiser, which are normalized, rather than what ``vae.decode`` takes: they
+            are multiplied by ``latents_std`` and divided by ``scaling_factor``, and ``latents_mean`` or
+            ``shift_factor`` is added, whichever `vae` has.
+        arguments: of ``vae.decode``, such as ``temb`` for an LTX autoencoder with ``timestep_conditioning``.
 
-    Latents are by default what ``vae.decode`` takes. Those of a denoiser are normalized: with ``denormalize=True`` they
-    are multiplied by ``latents_std`` and divided by ``scaling_factor``, and ``latents_mean`` or ``shift_factor`` is
-    added, whichever `vae` has. `arguments` go to ``vae.decode``: ``temb`` for an LTX autoencoder with
-    ``timestep_conditioning``. Tiles and slices (``vae.enable_tiling()``) are respected. There is no gradient.
+    Yields:
+        Frames ``(B, 3, height, width)`` with the values of ``vae.decode(clip).sample``, mostly in [-1, 1]; stacked
+        along axis 2 they are that clip to rounding error. The first latent of a Wan autoencoder is one frame, and each
+        other one four (LTX: one and eight). They have no gradient.
 
-    Raises TypeError for an autoencoder of any other class, which is not known to be causal, and ValueError for an LTX
-    one that is not, or that adds noise while it decodes. Latents of a wrong shape raise when their turn comes.
+    Raises:
+        TypeError: `vae` is of any other class, which is not known to be causal, or `latents` is one tensor.
+        ValueError: an LTX autoencoder that is not causal, or that adds noise while it decodes.
+        TypeError, ValueError: a latent of a wrong shape or dtype, when its turn comes.
 
-    >>> from diffusers import AutoencoderKLWan
-    >>> vae = AutoencoderKLWan(base_dim=4, z_dim=2, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
-    ...                        latents_mean=[0.0, 0.0], latents_std=[1.0, 1.0])
-    >>> frames = decode_stream(vae, (torch.randn(1, 2, 4, 4) for _ in range(3)))
-    >>> [tuple(frame.shape) for frame in frames]
-    [(1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8)]
+    Source:
+        Wan Team, "Wan: Open and Advanced Large-Scale Video Generative Models" (arXiv:2503.20314), on the feature cache
+        of its autoencoder.
+
+    Example:
+        >>> from diffusers import AutoencoderKLWan
+        >>> vae = AutoencoderKLWan(base_dim=4, z_dim=2, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
+        ...                        latents_mean=[0.0, 0.0], latents_std=[1.0, 1.0])
+        >>> frames = decode_stream(vae, (torch.randn(1, 2, 4, 4) for _ in range(3)))
+        >>> [tuple(frame.shape) for frame in frames]
+        [(1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8)]
     """
     if isinstance(latents, Tensor) or not isinstance(latents, Iterable):
         got = f"tensor of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
@@ -89,9 +104,6 @@ def decode_stream(
     return _frames(module, name not in IMAGES, latents, denormalize, arguments)
 
 
-CHUNKS = "Decode it in chunks of latents that overlap instead, with vae.decode, and drop the frames decoded twice"
-
-
 def _check_causal(vae: Any, name: str, arguments: dict[str, Any]) -> None:
     if not (vae.config.decoder_causal or arguments.get("causal")):
         raise ValueError(
@@ -110,8 +122,8 @@ def _frames(
 ) -> Iterator[Tensor]:
     shape = None
     for latent in latents:
-        check.tensor(OP, "latents", latent)
-        check.rank(OP, "latents", latent, "(B, C, H, W)")
+        _checks.tensor(OP, "latents", latent)
+        _checks.rank(OP, "latents", latent, "(B, C, H, W)")
         shape = shape or latent.shape
         if latent.shape != shape:
             raise ValueError(

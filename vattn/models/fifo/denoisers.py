@@ -11,17 +11,18 @@ modulates tokens rather than clips, and each class of diffusers wants that times
     AnyFlowTransformer3DModel      (B, f), twice: where a step begins and where it ends; frames before channels
 
 Kim et al., "FIFO-Diffusion: Generating Infinite Videos from Text without Training", NeurIPS 2024 (arXiv:2405.11473),
-section 3 (diagonal denoising).
+section 3.1 (diagonal denoising).
 """
 
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vattn import _checks as check
+from vattn import _checks
 from vattn.models.fifo.diffusers_models import known_class, unwrapped
 from vattn.models.settings import number
 
@@ -31,7 +32,7 @@ LIKE_THE_LATENTS = ("encoder_hidden_states", "encoder_hidden_states_image", "con
 """Conditions that the pipelines give in the dtype of the model."""
 
 
-class Denoiser:
+class Denoiser(ABC):
     """``denoise(latents, timesteps, **conditions)`` of one transformer, checks included.
 
     A class below says how its transformer is called (`predict`), and where its configuration is its own: `patch`
@@ -68,8 +69,9 @@ class Denoiser:
             )
         return config.in_channels
 
+    @abstractmethod
     def predict(self, latents: Tensor, timesteps: Tensor, conditions: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        """The call of the transformer."""
 
     def __call__(self, latents: Tensor, timesteps: Tensor, **conditions: Any) -> Tensor:
         self.check(latents, timesteps)
@@ -88,8 +90,8 @@ class Denoiser:
         return self.predict(latents.to(dtype), timesteps, conditions).to(latents.dtype)
 
     def check(self, latents: Tensor, timesteps: Tensor) -> None:
-        check.tensor(OP, "latents", latents)
-        check.rank(OP, "latents", latents, "(B, C, f, H, W)")
+        _checks.tensor(OP, "latents", latents)
+        _checks.rank(OP, "latents", latents, "(B, C, f, H, W)")
         batch, channels, frames, height, width = latents.shape
         if channels != self.num_channels:
             raise ValueError(
@@ -178,13 +180,16 @@ class Cosmos(Denoiser):
                 f"beside the CPU build of torch; got concat_padding_mask=True"
             )
 
-    def channels(self) -> int:
+    def has_condition_mask(self) -> bool:
+        """Whether a channel of the input says which frames are given."""
         config = self.module.config
-        self.has_condition_mask = config.in_channels == config.out_channels + 1
-        return config.out_channels if self.has_condition_mask else super().channels()
+        return config.in_channels == config.out_channels + 1
+
+    def channels(self) -> int:
+        return self.module.config.out_channels if self.has_condition_mask() else super().channels()
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditions: dict[str, Any]) -> Tensor:
-        if self.has_condition_mask:  # 1 where a frame is given; here all are generated
+        if self.has_condition_mask():  # 1 where a frame is given; here all are generated
             conditions.setdefault("condition_mask", torch.zeros_like(latents[:, :1]))
         if self.module.config.concat_padding_mask:
             conditions.setdefault("padding_mask", latents.new_zeros(1, 1, *latents.shape[3:]))
@@ -236,48 +241,57 @@ ONE_TIMESTEP = ("CogVideoXTransformer3DModel", "HunyuanVideoTransformer3DModel")
 def adapt(model: nn.Module, *, timestep_scale: float = 1.0) -> Callable[..., Tensor]:
     """A denoiser for :class:`FIFO`, made of a video transformer of diffusers.
 
-    `model` is an AnyFlow, Cosmos, LTXVideo, SanaVideo, SkyReelsV2 or WanTransformer3DModel, or of a class derived from
-    one, also inside ``torch.compile``, DistributedDataParallel or PEFT, and in any dtype. Its weights stay where they
-    are, and its mode (train or eval) is left alone.
+    Args:
+        model: an AnyFlow, Cosmos, LTXVideo, SanaVideo, SkyReelsV2 or WanTransformer3DModel, or of a class derived from
+            one, also inside ``torch.compile``, DistributedDataParallel or PEFT, and in any dtype. It is not
+            changed, and stays in its mode (train or eval) and on its device.
+        timestep_scale: factor of the timesteps that the model reads. Cosmos Predict2 and Predict2.5 read the noise
+            level itself, so that a scheduler of 1000 timesteps needs 0.001; the others need 1, also the first Cosmos
+            with its EDMEulerScheduler.
 
-    Returns ``denoise(latents, timesteps, **conditions) -> prediction``:
+    Returns:
+        ``denoise(latents, timesteps, **conditions)``. `latents` is a window ``(B, C, f, H, W)`` in the units of the
+        model's pipeline, float32, bfloat16, float16 or float64; it is cast to the dtype of the model. `timesteps`
+        ``(B, f)``, float or int, are those of the scheduler. `conditions` are what else the pipeline passes to the
+        model, by the same names: ``encoder_hidden_states``, masks, ``fps``, ``guidance``. Some have a default or a
+        meaning of their own here:
 
-    - ``latents (B, C, f, H, W)``: a window, in the units of the model's pipeline. It is cast to the dtype of the
-      model, and the prediction back to that of the latents.
-    - ``timesteps (B, f)``, float or int: one for each frame, as the scheduler gives them; `timestep_scale` times that
-      is what the model reads. Cosmos Predict2 and Predict2.5 read the noise level itself, so that a scheduler of 1000
-      timesteps needs ``timestep_scale=0.001``. The first Cosmos, with its EDMEulerScheduler, needs no scale.
-    - ``conditions``: what else the pipeline passes to the model, by the same names: ``encoder_hidden_states``, masks,
-      ``fps``, ``guidance``. Three have a meaning of their own here. ``frame_rate`` (LTX, default 25) gives
-      ``rope_interpolation_scale`` as the pipeline does, unless that or ``video_coords`` is there. ``r_timestep``
-      (AnyFlow), where a step ends: a tensor ``(B, f)`` or a function of the timesteps that returns one; without it,
-      the model predicts the velocity at the timestep. Cosmos's ``condition_mask`` and ``padding_mask`` are zeros
-      unless given.
-    - ``prediction (B, C, f, H, W)``: what the model predicts (noise or velocity), for the scheduler to step with.
+        - ``frame_rate`` (LTX, default 25) gives ``rope_interpolation_scale`` as the pipeline does, unless that or
+          ``video_coords`` is there;
+        - ``r_timestep`` (AnyFlow) is where a step ends: a tensor ``(B, f)`` or a function of the timesteps that returns
+          one. Without it, the model predicts the velocity at the timestep;
+        - ``condition_mask`` and ``padding_mask`` (Cosmos) are zeros unless given.
 
-    Source: Kim et al., "FIFO-Diffusion: Generating Infinite Videos from Text without Training", NeurIPS 2024
-    (arXiv:2405.11473), section 3.
+        It gives ``(B, C, f, H, W)`` in the dtype of `latents`: noise or velocity, whichever the model predicts. It
+        raises TypeError or ValueError for latents of another number of channels, sizes that the patches do not divide,
+        timesteps that are not ``(B, f)``, another number of texts than samples, and while a cache of diffusers is
+        enabled, which would answer one window with another.
 
-    Raises TypeError for any other class, with what to do instead, and ValueError for a configuration that cannot have
-    a timestep per frame: image-to-video weights with channels for the image, patches of more than one frame.
-    `denoise` raises for latents of another number of channels, sizes that the patches do not divide, timesteps that
-    are not ``(B, f)``, another number of texts than samples, and while a cache of diffusers is enabled, which would
-    answer one window with another.
+    Raises:
+        TypeError: `model` is of any other class; the message says what to do instead.
+        ValueError: a configuration that cannot have a timestep per frame: image-to-video weights with channels for the
+            image, patches of more than one frame; or a Cosmos that needs torchvision, which is not installed.
+        TypeError, ValueError: `timestep_scale` is no positive number.
 
-    >>> from diffusers import WanTransformer3DModel
-    >>> model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-    ...                               text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1)
-    >>> denoise = adapt(model)
-    >>> latents, timesteps = torch.randn(1, 4, 3, 8, 8), torch.tensor([[1, 334, 667]])
-    >>> with torch.no_grad():
-    ...     denoise(latents, timesteps, encoder_hidden_states=torch.randn(1, 5, 8)).shape
-    torch.Size([1, 4, 3, 8, 8])
+    Source:
+        Kim et al., "FIFO-Diffusion: Generating Infinite Videos from Text without Training" (NeurIPS 2024,
+        arXiv:2405.11473), section 3.1 (diagonal denoising).
+
+    Example:
+        >>> from diffusers import WanTransformer3DModel
+        >>> model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        ...                               text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1)
+        >>> denoise = adapt(model)
+        >>> latents, timesteps = torch.randn(1, 4, 3, 8, 8), torch.tensor([[1, 334, 667]])
+        >>> with torch.no_grad():
+        ...     denoise(latents, timesteps, encoder_hidden_states=torch.randn(1, 5, 8)).shape
+        torch.Size([1, 4, 3, 8, 8])
     """
-    number("adapt", "timestep_scale", timestep_scale, 0, above=True)
     module = unwrapped(model)
     name = known_class(module, DENOISERS)
     if name is None:
         raise TypeError(_refusal(module))
+    number("adapt", "timestep_scale", timestep_scale, 0, above=True)
     return DENOISERS[name](model, timestep_scale)
 
 

@@ -50,8 +50,9 @@ class FIFO:
         scheduler: :func:`official_ddim`, or a scheduler of diffusers that evaluates the denoiser once per step, after
             ``set_timesteps(frames * partitions)``. It is copied: each frame has a copy with its own history. For
             arguments of its step, such as ``eta``: :class:`PerFrameScheduler`.
-        frames: f, frames that the denoiser sees at once: those it was trained with.
-        partitions: n; noise levels of neighbouring frames are ``1 / (f * n)`` apart, the more the better.
+        frames: f, how many frames the denoiser sees at once: the length of the clips that it was trained with.
+        partitions: n; frames of a window are ``1 / n`` of the noise levels apart. More are
+            closer to what the denoiser was trained with, one level per clip; a frame costs n evaluations.
         lookahead: whether windows overlap by half.
         guidance_scale: s of classifier-free guidance, ``u + s * (c - u)``, where `stream` is given `unconditional`;
             1 calls the denoiser once per window, others twice.
@@ -65,7 +66,7 @@ class FIFO:
 
     Source:
         Kim et al., "FIFO-Diffusion: Generating Infinite Videos from Text without Training" (NeurIPS 2024,
-        arXiv:2405.11473), sections 4.1 (diagonal denoising), 4.2 (latent partitioning) and 4.3 (lookahead denoising).
+        arXiv:2405.11473), sections 3.1 (diagonal denoising), 3.2 (latent partitioning) and 3.3 (lookahead denoising).
 
     Example:
         >>> from vattn.models.fifo import FIFO, official_ddim

@@ -39,12 +39,12 @@ REFUSED = {
     "ConsistencyDecoderScheduler": _STAGES, "HeliosScheduler": _STAGES, "HeliosDMDScheduler": _STAGES,
     "PiflowScheduler": _STAGES, "RePaintScheduler": _STAGES, "RFD4ProteinaScheduler": _STAGES,
 }  # fmt: skip
-"""Why schedulers of diffusers cannot step the frames of a queue; subclasses can no more."""
+"""Why schedulers of diffusers, and their subclasses, cannot step the frames of a queue."""
 _OURS = (
     "model_output", "timestep", "sample", "generator", "variance_noise", "return_dict",
     "old_pred_original_sample", "timestep_back", "prev_timestep", "per_token_timesteps",
 )  # fmt: skip
-"""Arguments of a step that the queue gives, or, of per-token timesteps, that are of no use to it."""
+"""Arguments of a step that the queue itself gives, or has no use for (timesteps per token)."""
 
 
 class PerFrameScheduler(FrameScheduler):
@@ -179,7 +179,7 @@ class PerFrameScheduler(FrameScheduler):
             old = getattr(scheduler, "old_pred_original_sample", None)
             arguments["old_pred_original_sample"] = old
             arguments["timestep_back"] = None if old is None else self._times[step - 1]
-        if hasattr(scheduler, "get_lms_coefficient"):  # its order is that of the steps before, had there been any
+        if hasattr(scheduler, "get_lms_coefficient"):  # the index alone would give an order for which steps are missing
             order = self._step_settings.get("order", self._parameters["order"].default)
             arguments["order"] = min(order, len(scheduler.derivatives) + 1)
         if "prev_timestep" in self._parameters:  # unCLIP takes it for the timestep less one

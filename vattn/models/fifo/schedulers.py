@@ -21,14 +21,14 @@ History = Mapping[str, Any]
 
 
 class FrameScheduler(ABC):
-    """What a queue wants of a scheduler. A frame is ``(B, C, H, W)``, frames in a row are ``(B, C, L, H, W)``."""
+    """What a queue needs of a scheduler. A frame is ``(B, C, H, W)``, frames in a row are ``(B, C, L, H, W)``."""
 
     timesteps: Tensor
     """``(S,)``: what the denoiser is told, noisiest first."""
 
     @abstractmethod
     def settings(self) -> dict[str, str]:
-        """What makes two schedulers the same one."""
+        """What two schedulers must have in common for one to go on with frames of the other."""
 
     @abstractmethod
     def add_noise(self, frame: Tensor, noise: Tensor, step: int) -> Tensor:
@@ -101,7 +101,7 @@ class OfficialDDIM(FrameScheduler):
         return torch.stack([noise.get(i, drawn) for i in range(length)], 2)
 
     def clean(self, predictions: Tensor, latents: Tensor, steps: Sequence[int]) -> Tensor:
-        """What is left of frames ``(B, C, L, H, W)`` without the noise that is predicted, before these L steps."""
+        """Clean frames, as predicted from frames ``(B, C, L, H, W)`` and their noise before these L steps."""
         dtype, of = _compute_dtype(latents), _coefficients(latents, steps)
         noise = of(self.sqrt_one_minus_alphas) * predictions.to(dtype)
         return (latents.to(dtype) - noise) / of(self.alphas.sqrt())
@@ -168,14 +168,15 @@ def official_ddim(
         linear_start, linear_end: betas go from one to the other, linearly in their square roots; the defaults are those
             of VideoCrafter2, Stable Diffusion and Latte.
         num_train_timesteps: with how many timesteps the denoiser was trained.
-        alphas_cumprod: ``(num_train_timesteps,)``, a denoiser's own products of ``1 - beta``, instead of these three.
+        alphas_cumprod: ``(num_train_timesteps,)``, a denoiser's own products of ``1 - beta``, instead of these three:
+            above 0, below 1, and none greater than the one before.
 
     Raises:
         TypeError, ValueError: a setting that does not fit.
 
     Source:
         Song et al., "Denoising Diffusion Implicit Models" (ICLR 2021), equation 12; Kim et al., "FIFO-Diffusion:
-        Generating Infinite Videos from Text without Training" (NeurIPS 2024, arXiv:2405.11473), section 4.1.
+        Generating Infinite Videos from Text without Training" (NeurIPS 2024, arXiv:2405.11473), section 3.1.
 
     Example:
         >>> official_ddim(4, eta=0.0).timesteps
@@ -195,12 +196,15 @@ def official_ddim(
         _checks.tensor(op, "alphas_cumprod", alphas_cumprod)
         _checks.rank(op, "alphas_cumprod", alphas_cumprod, "(num_train_timesteps)")
         alphas_cumprod = alphas_cumprod.detach().cpu()
-        if len(alphas_cumprod) == 0:
-            raise ValueError(f"{op}: alphas_cumprod must have a value for each timestep, got alphas_cumprod.shape=(0,)")
-    first, end = alphas_cumprod[0].item(), alphas_cumprod[-1].item()
-    if not (0 < end <= first < 1 and (alphas_cumprod.diff() <= 0).all()):
+    if not len(alphas_cumprod) or not ((0 < alphas_cumprod) & (alphas_cumprod < 1)).all():
+        values = f"from {alphas_cumprod.min()} to {alphas_cumprod.max()}" if len(alphas_cumprod) else "none"
         raise ValueError(
-            f"{op}: alphas_cumprod must fall from below 1 to above 0, got alphas_cumprod from {first:.6g} to {end:.6g}"
+            f"{op}: alphas_cumprod, given or of linear_start and linear_end, must be above 0 and below 1, got {values}"
+        )
+    if (alphas_cumprod.diff() > 0).any():
+        raise ValueError(
+            f"{op}: alphas_cumprod must not grow with the timestep, got alphas_cumprod[0]={alphas_cumprod[0]} and "
+            f"alphas_cumprod[-1]={alphas_cumprod[-1]}"
         )
     last = len(alphas_cumprod) - 1
     gap = last / (steps - 1) if steps > 1 else 0.0

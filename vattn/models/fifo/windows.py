@@ -10,7 +10,7 @@ window apart, and each writes only its second half: the first half is cleaner co
     window 2             r r W W
     window 3                 r r W W
 
-Kim et al., "FIFO-Diffusion" (NeurIPS 2024, arXiv:2405.11473), sections 4.2 (latent partitioning) and 4.3 (lookahead).
+Kim et al., "FIFO-Diffusion" (NeurIPS 2024, arXiv:2405.11473), sections 3.2 (latent partitioning) and 3.3 (lookahead).
 """
 
 from typing import NamedTuple
