@@ -122,6 +122,10 @@ class TestConditions:
         "given, message",
         [
             ({"classes": torch.tensor([1])}, r"classes must have shape \(2,\), got classes.shape=\(1,\)"),
+            (
+                {"classes": torch.tensor([0, 9])},
+                r"classes must be between 0 and \d, got values from classes=0 to classes=9",
+            ),
             ({"text": torch.zeros(2, 4, 6)}, r"text must have shape \(2, words, 5\), got text.shape=\(2, 4, 6\)"),
             (
                 {"text": torch.zeros(2, 4, 5), "text_mask": torch.ones(2, 4)},

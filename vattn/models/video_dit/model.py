@@ -182,7 +182,7 @@ class VideoDiT(PretrainedModel):
         condition = self.timestep(waves(steps, WAVES, 10000.0).to(x.dtype))  # (B, T, C)
         if hidden is not None and hidden.shape != (batch,):
             raise ValueError(f"VideoDiT: hidden must have shape ({batch},), got hidden.shape={tuple(hidden.shape)}")
-        condition = condition + self._class(classes, hidden, latents)
+        condition = condition + self._class(classes, hidden, batch)
         words, bias = self._text(text, text_mask, hidden, batch)
         condition = F.silu(condition)
         for block in self.blocks:
@@ -298,20 +298,22 @@ class VideoDiT(PretrainedModel):
         )
         return size, scale, share
 
-    def _class(self, classes: Tensor | None, hidden: Tensor | None, latents: Tensor) -> Tensor | float:
+    def _class(self, classes: Tensor | None, hidden: Tensor | None, batch: int) -> Tensor | float:
         """The embedding of each sample's class ``(B, 1, C)``, which is the last one where there is none."""
-        batch, known = latents.shape[0], self.num_classes
+        known = self.num_classes
         if self.classes is None or known is None:
             if classes is not None:
                 raise ValueError("VideoDiT: classes must not be given to a model without them, got classes=a tensor")
             return 0.0
+        any_class = self.classes.weight[known].expand(batch, -1)
         if classes is None:
-            classes = torch.full((batch,), known, dtype=torch.int64, device=latents.device)
-        elif classes.shape != (batch,):
+            return any_class[:, None]
+        if classes.shape != (batch,):
             raise ValueError(f"VideoDiT: classes must have shape ({batch},), got classes.shape={tuple(classes.shape)}")
-        if hidden is not None:
-            classes = classes.masked_fill(hidden, known)
-        return self.classes(classes)[:, None]
+        if classes.device.type == "cpu":  # a GPU would have to be waited for; there the lookup fails
+            _checks.in_range("VideoDiT", "classes", classes, known)
+        own = F.embedding(classes, self.classes.weight[:known])
+        return own[:, None] if hidden is None else torch.where(hidden[:, None], any_class, own)[:, None]
 
     def _text(
         self, text: Tensor | None, mask: Tensor | None, hidden: Tensor | None, batch: int
