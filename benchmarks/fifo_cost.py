@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
 import pathlib
 import tempfile
 import time
@@ -108,19 +107,18 @@ def run(lengths: Sequence[int], schedulers: Sequence[str], width: int, rounds: i
         "width": width,
     }
     path = folder / f"{NAME}.jsonl"
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # of the processes that are measured
     print(f"{shared['machine']}\n\n| scheduler | frames | ms per frame | p20 .. p80 | peak, MiB | of the frames, MiB |")
     print("|---|---|---|---|---|---|")
     for scheduler in schedulers:
         for frames in lengths:
-            cost = cost_apart(f"benchmarks.{NAME}", {"schedulers": scheduler, "lengths": frames, "width": width})
+            settings = {"schedulers": scheduler, "lengths": frames, "width": width}
+            cost = cost_apart(f"benchmarks.{NAME}", settings, {"MALLOC_MMAP_THRESHOLD_": str(2**16)})
             records.append(
                 path, [shared | {"scheduler": scheduler, "frames": frames, "cost": dataclasses.asdict(cost)}]
             )
             median, p20, p80 = (1e3 * x for x in (cost.median, cost.p20, cost.p80))
             peak, of_frames = cost.peak / 2**20, (cost.peak - cost.before) / 2**20
             print(f"| {scheduler} | {frames} | {median:.1f} | {p20:.1f} .. {p80:.1f} | {peak:.1f} | {of_frames:.1f} |")
-    del os.environ["MALLOC_MMAP_THRESHOLD_"]
     found = speeds(8 * width, 6, rounds)
     records.append(path, [shared | {"scheduler": "official_ddim", "speeds": found}])
     alone, together = (np.median(found[name]) for name in ("alone", "together"))

@@ -47,24 +47,15 @@ MEASURES = ("distance", "jump", "largest")
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Line(records.Origin):
     """One way to make videos, of one denoiser.
 
     Attributes:
-        run: when the run began, UTC.
         training: a key of `TRAININGS`; "none" for the clips themselves.
         first, last: the frames that are measured.
         measures: of `MEASURES`, the mean over the clips.
     """
 
-    run: str
-    commit: str
-    dirty: bool
-    device: str
-    machine: str
-    cores: int | None
-    threads: int | None
-    versions: dict[str, str]
     training: str
     steps: int
     seed: int

@@ -48,22 +48,13 @@ class Sizes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Line(records.Origin):
     """One model at one length.
 
     Attributes:
-        run: when the run began, UTC.
         reason: why nothing was measured.
     """
 
-    run: str
-    commit: str
-    dirty: bool
-    device: str
-    machine: str
-    cores: int | None
-    threads: int | None
-    versions: dict[str, str]
     dtype: str
     sizes: dict[str, int]
     model: str

@@ -59,22 +59,13 @@ class Sizes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Line(records.Origin):
     """One setting.
 
     Attributes:
-        run: when the run began, UTC.
         multiply_adds: of the forward; a backward has twice as many everywhere, not counting what it computes again.
     """
 
-    run: str
-    commit: str
-    dirty: bool
-    device: str
-    machine: str
-    cores: int | None
-    threads: int | None
-    versions: dict[str, str]
     dtype: str
     sizes: dict[str, int]
     setting: str

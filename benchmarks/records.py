@@ -43,7 +43,21 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Origin:
+    """Where a line comes from: `run` is when its run began, UTC; the others are what :func:`environment` says."""
+
+    run: str
+    commit: str
+    dirty: bool
+    device: str
+    machine: str
+    cores: int | None
+    threads: int | None
+    versions: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line(Origin):
     """One provider on one case in one pass.
 
     Attributes:
@@ -58,14 +72,6 @@ class Line:
         error, budget: of the tensor that was closest to its budget at the gate.
     """
 
-    run: str
-    commit: str
-    dirty: bool
-    device: str
-    machine: str
-    cores: int | None
-    threads: int | None
-    versions: dict[str, str]
     kernel: bool
     operator: str
     case: str

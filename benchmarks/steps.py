@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -45,11 +46,12 @@ def cost_of(step: Callable[[], object], rounds: int, limit: float) -> Cost:
     return Cost(median, p20, p80, len(seconds), before, resident("VmHWM"))
 
 
-def cost_apart(module: str, settings: Mapping[str, Any]) -> Cost:
-    """What ``python -m <module> --here``, with `settings` as options, prints as JSON."""
+def cost_apart(module: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Cost:
+    """What ``python -m <module> --here``, with `settings` as options, prints as JSON. `environment` comes on top."""
     arguments = [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", module, "--here", *arguments]
-    done = subprocess.run(command, cwd=records.ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    env = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, cwd=records.ROOT, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return Cost(**json.loads(done.stdout))
 
 
