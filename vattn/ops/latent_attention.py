@@ -73,6 +73,19 @@ def latent_attention(
         torch.Size([1, 4, 1000, 32])
     """
     op = "latent_attention"
+    keys, values = checked_inputs(op, query, key, value, key_lengths)
+    dropout_p = _checks.dropout(op, dropout_p)
+    scale = _checks.scale(op, scale, query.shape[-1])
+
+    seed = random_seed(query.device) if dropout_p > 0 else None
+    out, lse = attend(query, keys, values, key_lengths, dropout_p, seed, scale)
+    return (out, lse) if return_lse else out
+
+
+def checked_inputs(
+    op: str, query: Tensor, key: Tensor | Sequence[Tensor], value: Tensor | Sequence[Tensor], key_lengths: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values as lists of tensors which, with `query` and `key_lengths`, are what the operator takes."""
     _checks.tensor(op, "query", query)
     _checks.rank(op, "query", query, "(B, H, Lq, D)")
     _checks.head_dim(op, query)
@@ -98,12 +111,7 @@ def latent_attention(
         _checks.lengths(op, "key_lengths", key_lengths, query)
         if len(keys) > 1:
             raise ValueError(f"{op}: key_lengths must come with one key tensor, got len(key)={len(keys)}")
-    dropout_p = _checks.dropout(op, dropout_p)
-    scale = _checks.scale(op, scale, query.shape[-1])
-
-    seed = random_seed(query.device) if dropout_p > 0 else None
-    out, lse = attend(query, keys, values, key_lengths, dropout_p, seed, scale)
-    return (out, lse) if return_lse else out
+    return keys, values
 
 
 def attend(

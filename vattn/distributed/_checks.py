@@ -1,0 +1,29 @@
+"""Checks that functions over ranks share, besides those of :mod:`vattn._checks`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vattn._library import compute_dtype
+
+GRADS = ("full", "partial")
+
+
+def grad_mode(op: str, grad: object) -> None:
+    """`grad` names what gradients of replicated tensors are."""
+    if grad not in GRADS:
+        raise ValueError(f"{op}: grad must be one of {', '.join(GRADS)}, got grad={grad!r}")
+
+
+def settings_of(x: Tensor, **settings: Any) -> Mapping[str, Any]:
+    """What all ranks must have alike: the dtype and the kind of device of `x`, its first axes and its head dim."""
+    return {
+        "dtype": compute_dtype(x), "device type": x.device.type, "batch": x.shape[0], "heads": x.shape[1],
+        "head_dim": x.shape[-1], **settings,
+    }  # fmt: skip
+
+
+def values_of(x: Tensor | None) -> Any:
+    """The values of a tensor of integers, where they can be looked at without waiting for a device."""
+    return None if x is None else x.tolist() if x.device.type == "cpu" else (tuple(x.shape), x.dtype)

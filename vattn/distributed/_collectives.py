@@ -1,0 +1,132 @@
+"""The collectives as linear maps that are differentiated: their transposes are collectives, too.
+
+    sent      y = f(x)            f: rows that move, or a sum over the ranks
+    backward  dx = b(dy)          b: the transpose of f, or nothing, where gradients are those of all ranks already
+    forward   y' = f(x')          mode
+
+A map is started and waited for, and what a program does in between, it does meanwhile. In the backward the nodes come
+in the reverse order: waiting has become starting, and the gradients of what was done meanwhile are computed meanwhile.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vattn.distributed._ranks import Ranks
+
+
+class Exchange:
+    """Rows along the first axis that move: `sent[r]` of them to rank r, `received[r]` from it, in the order of ranks."""
+
+    def __init__(self, ranks: Ranks, sent: Sequence[int], received: Sequence[int]) -> None:
+        self.ranks, self.sent, self.received = ranks, list(sent), list(received)
+
+    @property
+    def transpose(self) -> "Exchange":
+        return Exchange(self.ranks, self.received, self.sent)
+
+    def start(self, x: Tensor) -> Tensor:
+        return self.ranks.start_exchange(x.contiguous(), self.sent, self.received)
+
+
+class Sum:
+    """The sum over all ranks, which all of them have."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def start(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float32, torch.float64):
+            return self.ranks.start_all_reduce(x.contiguous(), "sum")
+        whole = self.ranks.start_all_reduce(x.float().contiguous(), "sum")
+        return self.ranks.wait(whole).to(x.dtype)  # rounded once, not by every rank
+
+
+Map = Exchange | Sum
+
+
+class _Start(torch.autograd.Function):
+    """Start `forward`, whose transpose is `backward`; None is the identity."""
+
+    @staticmethod
+    def forward(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+        return x.view_as(x) if forward is None else forward.start(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.map, ctx.transpose = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _wait(grads[0], ctx.transpose, ctx.map), None, None
+
+
+class _Wait(torch.autograd.Function):
+    """Wait for what :class:`_Start` has started."""
+
+    @staticmethod
+    def forward(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+        return x.view_as(x) if forward is None else forward.ranks.wait(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.map, ctx.transpose = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _start(grads[0], ctx.transpose, ctx.map), None, None
+
+
+class _StartWithTangent(_Start):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _start(tangents[0], ctx.map, ctx.transpose)
+
+
+class _WaitWithTangent(_Wait):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _wait(tangents[0], ctx.map, ctx.transpose)
+
+
+def _start(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+    # Dynamo refuses a function with a jvp.
+    return (_Start if torch.compiler.is_compiling() else _StartWithTangent).apply(x, forward, backward)
+
+
+def _wait(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+    return (_Wait if torch.compiler.is_compiling() else _WaitWithTangent).apply(x, forward, backward)
+
+
+class Pending:
+    """A collective on its way: `wait` gives its result."""
+
+    def __init__(self, x: Tensor, forward: Map, backward: Map | None) -> None:
+        self._maps = forward, backward
+        self._started = _start(x, *self._maps)
+
+    def wait(self) -> Tensor:
+        return _wait(self._started, *self._maps)
+
+
+def start_exchange(x: Tensor, ranks: Ranks, sent: Sequence[int], received: Sequence[int]) -> Pending:
+    """Send rows ``x (sent[0] + sent[1] + ..., ...)`` to the ranks; what comes are as many as `received` says."""
+    there = Exchange(ranks, sent, received)
+    return Pending(x, there, there.transpose)
+
+
+def start_sum(x: Tensor, ranks: Ranks, grad: str) -> Pending:
+    """Sum the parts `x` of all ranks. The gradient of the sum is the full one on every rank, or a part of it on each."""
+    return Pending(x, Sum(ranks), Sum(ranks) if grad == "partial" else None)
+
+
+def enter(x: Tensor, ranks: Ranks, grad: str) -> Tensor:
+    """`x`, the same on every rank, as an input of what each rank does for itself.
+
+    Its gradient is the sum of those of the ranks ("full"), or each rank's own share of that ("partial").
+    """
+    if grad == "partial" or ranks.size == 1:
+        return x
+    return _wait(_start(x, None, Sum(ranks)), None, Sum(ranks))

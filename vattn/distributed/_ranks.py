@@ -1,0 +1,207 @@
+"""The ranks of a group, and how they agree on a call before they make it.
+
+    local checks     an error on one rank is an error on all of them: none waits for a call that will not come
+    handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank
+    collectives      of torch's functional ones, which compile, and are asynchronous until they are waited for
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MOST_LENGTHS = 8
+"""Numbers of tokens that one handshake tells."""
+
+
+def process_group(op: str, group: Any) -> dist.ProcessGroup:
+    """The process group that `group` means: itself, that of a one-dimensional mesh, or for None the default one.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: the mesh has more dimensions, or this process is not in the group.
+        RuntimeError: there is no default group yet.
+    """
+    if group is None:
+        if not dist.is_initialized():
+            raise RuntimeError(f"{op}: torch.distributed must be initialized (init_process_group), got group=None")
+        return dist.group.WORLD  # type: ignore[return-value]
+    if isinstance(group, dist.device_mesh.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"{op}: group must be one-dimensional, got group.ndim={group.ndim}")
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{op}: group must be a ProcessGroup, a DeviceMesh or None, got group={group!r}")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"{op}: this process must be in group, got rank={dist.get_rank()}, which is not")
+    return group
+
+
+class Ranks:
+    """The ranks of a process group: who this is, how many there are, and what they send each other."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.name = group, group.group_name
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def start_exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        return torch.ops._c10d_functional.all_to_all_single(x, received, sent, self.name)
+
+    def start_all_reduce(self, x: Tensor, how: str) -> Tensor:
+        return torch.ops._c10d_functional.all_reduce(x, how, self.name)
+
+    def start_all_gather(self, x: Tensor) -> Tensor:
+        """``(size * x.shape[0], ...)``: `x` has one shape on all ranks."""
+        return torch.ops._c10d_functional.all_gather_into_tensor(x, self.size, self.name)
+
+    def wait(self, x: Tensor) -> Tensor:
+        return torch.ops._c10d_functional.wait_tensor(x)
+
+    def all_gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Those of every rank; all have as many."""
+        device = "cpu" if "cpu" in {d.type for d in self.group._device_types} else torch.accelerator.current_accelerator()
+        told = torch.tensor([numbers], dtype=torch.int64, device=device)
+        return self.wait(self.start_all_gather(told)).tolist()
+
+    def all_gather_objects(self, x: Any) -> list[Any]:
+        """Objects of all ranks: slow, for what is said when something is wrong."""
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, x, self.group)
+        return everyone
+
+
+class PaperRanks(Ranks):
+    """One rank of a group that exists on paper: it sends nothing, but counts the bytes that it would hand over."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.sent = rank, size, 0
+
+    def start_exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        self.sent += x.nbytes
+        return x.new_empty(sum(received), *x.shape[1:])
+
+    def start_all_reduce(self, x: Tensor, how: str) -> Tensor:
+        self.sent += x.nbytes
+        return torch.empty_like(x)
+
+    def start_all_gather(self, x: Tensor) -> Tensor:
+        self.sent += x.nbytes
+        return x.new_empty(self.size * x.shape[0], *x.shape[1:])
+
+    def wait(self, x: Tensor) -> Tensor:
+        return x
+
+
+@torch.compiler.assume_constant_result
+def ranks_of(op: str, group: Any) -> Ranks:
+    """The ranks that the argument `group` of `op` means."""
+    return group if isinstance(group, Ranks) else Ranks(process_group(op, group))
+
+
+@dataclasses.dataclass
+class Agreed:
+    """What the ranks have agreed on: the lengths of all shards, of each tensor that is sharded; and the seed."""
+
+    lengths: list[list[int]]
+    seed: Tensor | None = None
+
+    def begins(self, rank: int, tensor: int = 0) -> int:
+        """The first token of a rank, of those of all ranks."""
+        return sum(self.lengths[tensor][:rank])
+
+
+def agree(
+    op: str,
+    ranks: Ranks,
+    check: Callable[[], tuple[Mapping[str, Any], Sequence[int]]],
+    lengths: Sequence[Sequence[int]] | None,
+    seed: Tensor | None = None,
+) -> Agreed:
+    """Check a call on every rank, and that all ranks make the same one.
+
+    Args:
+        check: raises for what is wrong here; gives the settings that must be the same on every rank, and how many
+            tokens this rank has of each tensor that is sharded.
+        lengths: of the shards of each such tensor, in the order of ranks, where known: then nothing is asked, unless
+            there is a seed.
+        seed: of this rank's dropout; that of rank 0 counts.
+
+    Raises:
+        Exception: what `check` raises here.
+        RuntimeError: another rank had an error.
+        ValueError: another rank has another op, setting, dtype or shape, or `lengths` are not those of the shards.
+    """
+    if lengths is not None and (seed is None or ranks.size == 1):
+        _, own = check()
+        return Agreed(_checked(op, ranks, lengths, own), seed)
+    if ranks.size == 1:
+        _, own = check()
+        return Agreed([[n] for n in own], seed)
+    if isinstance(ranks, PaperRanks):
+        raise ValueError(f"{op}: lengths must be given on paper, got lengths=None")
+    return _handshake(op, ranks, check, lengths, seed)
+
+
+def _checked(op: str, ranks: Ranks, lengths: Sequence[Sequence[int]], own: Sequence[int]) -> list[list[int]]:
+    if len(lengths) != len(own):
+        raise ValueError(f"{op}: lengths must be those of {len(own)} sharded tensors, got lengths={lengths}")
+    for of_ranks, here in zip(lengths, own, strict=True):
+        if len(of_ranks) != ranks.size:
+            raise ValueError(f"{op}: lengths must be one for each of {ranks.size} ranks, got lengths={list(of_ranks)}")
+        if of_ranks[ranks.rank] != here:
+            raise ValueError(
+                f"{op}: lengths must be those of the shards, got lengths[{ranks.rank}]={of_ranks[ranks.rank]}, "
+                f"where this rank has {here}"
+            )
+    return [list(of_ranks) for of_ranks in lengths]
+
+
+@torch.compiler.disable
+def _handshake(
+    op: str, ranks: Ranks, check: Callable[[], tuple[Mapping[str, Any], Sequence[int]]],
+    lengths: Sequence[Sequence[int]] | None, seed: Tensor | None,
+) -> Agreed:  # fmt: skip
+    error: Exception | None = None
+    settings: Mapping[str, Any] = {}
+    own: Sequence[int] = ()
+    try:
+        settings, own = check()
+        if lengths is not None:
+            settings = {**settings, "lengths": _checked(op, ranks, lengths, own)}
+    except Exception as caught:
+        error = caught
+    described = {"the operator": op, **{name: str(value) for name, value in settings.items()}}
+    whole = [*own, *[-1] * (MOST_LENGTHS - len(own))]
+    told = [error is not None, _crc(described), 0 if seed is None else int(seed), *whole]
+    everyone = ranks.all_gather_numbers([int(number) for number in told])
+    if any(one[0] or one[1] != everyone[0][1] for one in everyone):
+        _raise(op, ranks, error, described)
+    columns = list(zip(*(one[3:] for one in everyone), strict=True))
+    if seed is not None:
+        seed = torch.full_like(seed, everyone[0][2])
+    return Agreed([list(column) for column in columns[: len(own)]], seed)
+
+
+def _raise(op: str, ranks: Ranks, error: Exception | None, described: Mapping[str, str]) -> None:
+    """Say what is wrong, on every rank: all of them come here."""
+    everyone = ranks.all_gather_objects((None if error is None else f"{type(error).__name__}: {error}", described))
+    if error is not None:
+        raise error
+    for rank, (failed, _) in enumerate(everyone):
+        if failed is not None:
+            raise RuntimeError(f"{op}: the call must be right on every rank, got on rank {rank} {failed}")
+    names = dict.fromkeys(name for _, one in everyone for name in one)
+    for name in names:
+        values = [one.get(name, "nothing") for _, one in everyone]
+        if len(set(values)) > 1:
+            told = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise ValueError(f"{op}: {name} must be the same on every rank, got {told}")
+    raise ValueError(f"{op}: the ranks must make the same calls in the same order, got others")
+
+
+def _crc(described: Mapping[str, str]) -> int:
+    return zlib.crc32(repr(sorted(described.items())).encode())
