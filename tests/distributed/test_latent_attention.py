@@ -1,5 +1,6 @@
 """Latent attention over ranks is latent attention: results, gradients, tangents, masks of dropout, and bytes."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -121,7 +122,7 @@ def of_world(world: World) -> dict[str, dict[str, float]]:
     found = {}
     products = itertools.product(WAYS, (0, 1, 63), BOUNDS, ("full", "partial"), (0.0, 0.4), (False, True))
     for i, (way, tokens, dtype, grad, dropout_p, told) in enumerate(products):
-        if i % 4 == world.size % 4:  # in a group of another size, others
+        if i % 5 == world.size:  # in a group of another size, others
             call = Call(way, world.size, tokens, dtype=dtype, grad=grad, dropout_p=dropout_p, told=told, seed=i)
             name = f"{way} {tokens} {dtype} {grad} {dropout_p} {told}"
             found[name] = call.errors(world.rank, world.group, world.add_up)
@@ -157,9 +158,10 @@ def tangents(world: World) -> dict[str, float]:
         call = Call(way, world.size, 20, dropout_p=0.3, told=told, seed=5)
         primals = [x.detach() for x in call.inputs]
         along = [torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(9)) for x in primals]
-        expected = torch.func.jvp(lambda *x: call.of(x), tuple(primals), tuple(along))[1]
+        expected = torch.func.jvp(lambda *x, call=call: call.of(x), tuple(primals), tuple(along))[1]
         mine, mine_along = call.on_rank(world.rank, primals), call.on_rank(world.rank, along)
-        got = torch.func.jvp(lambda *x: call.of(x, group=world.group), tuple(mine), tuple(mine_along))[1]
+        over_ranks = functools.partial(call.of, group=world.group)
+        got = torch.func.jvp(lambda *x, of=over_ranks: of(x), tuple(mine), tuple(mine_along))[1]
         if call.sharded == "queries":
             expected = tuple(x.split(call.lengths[0], 2)[world.rank] for x in expected)
         found[f"{way} {told}"] = max(_error(a, b) for a, b in zip(got, expected, strict=True))
@@ -175,7 +177,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_compute_what_one_device_does(size: int, found: Found) -> None:
     for errors in results(found, "all", size):
-        assert len(errors) == 26
+        assert len(errors) >= 40
         for case, of_case in errors.items():
             bound = next(bound for dtype, bound in BOUNDS.items() if str(dtype) in case)
             assert max(of_case.values()) <= bound, (case, of_case)
@@ -195,8 +197,8 @@ def test_forward_mode(size: int, found: Found) -> None:
 
 
 @given(
-    way=st.sampled_from(list(WAYS)), size=st.integers(1, 6), tokens=st.integers(0, 70), dropout_p=st.sampled_from([0, 0.5]),
-    grad=st.sampled_from(["full", "partial"]), seed=st.integers(0, 10_000), data=st.data(),
+    way=st.sampled_from(list(WAYS)), size=st.integers(1, 6), tokens=st.integers(0, 70),
+    dropout_p=st.sampled_from([0, 0.5]), grad=st.sampled_from(["full", "partial"]), seed=st.integers(0, 10_000), data=st.data(),
 )  # fmt: skip
 def test_any_shards(
     way: str, size: int, tokens: int, dropout_p: float, grad: str, seed: int, data: st.DataObject
