@@ -198,7 +198,8 @@ def test_forward_mode(size: int, found: Found) -> None:
 
 @given(
     way=st.sampled_from(list(WAYS)), size=st.integers(1, 6), tokens=st.integers(0, 70),
-    dropout_p=st.sampled_from([0, 0.5]), grad=st.sampled_from(["full", "partial"]), seed=st.integers(0, 10_000), data=st.data(),
+    dropout_p=st.sampled_from([0, 0.5]), grad=st.sampled_from(["full", "partial"]), seed=st.integers(0, 10_000),
+    data=st.data(),
 )  # fmt: skip
 def test_any_shards(
     way: str, size: int, tokens: int, dropout_p: float, grad: str, seed: int, data: st.DataObject
