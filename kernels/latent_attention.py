@@ -148,7 +148,7 @@ def load_all_keys(kv, group, lane, SHAPE: tl.constexpr):
 
 @launch.kernel
 def decode_kernel(
-    q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, seed_ptr, pointers, Lq, walk,
+    q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, seed, pointers, Lq, walk,
     q_strides, k_strides, v_strides, out_strides, H, scale, threshold, keep_scale,
     SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, FULL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -170,17 +170,18 @@ def decode_kernel(
     kv = attention.heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
     k, v = load_all_keys(kv, (counts, 0, last), lane, SHAPE)
     k_columns = flash.transpose_rows(k)
+    key_number = flash.key_number(seed, lane, lane < last)
     q_ptr, out_ptr = head(q_ptr, q_strides, bh, H), head(out_ptr, out_strides, bh, H)
     lse_ptr += bh.to(tl.int64) * Lq
     for first in range(first_tile * BLOCK_Q, tl.minimum((first_tile + walk) * BLOCK_Q, Lq), BLOCK_Q):
         row = first + tl.arange(0, BLOCK_Q)
         mask = row < Lq
-        dropout = attention.dropout_of(seed_ptr, bh, row, threshold)
+        dropout = attention.dropout_of(seed, bh, row, mask, threshold)
         q = flash.load_rows(q_ptr, offsets((row,), q_strides, SHAPE), mask, SHAPE)
         s = flash.products(q, k_columns, PRECISION, SIGN)
         if not FULL:
             s = tl.where((lane < last)[None, :], s, float("-inf"))
-        out, lse = flash.forward_tile(s, scale, v, lane, dropout, keep_scale, SHAPE, PRECISION)
+        out, lse = flash.forward_tile(s, scale, v, key_number, dropout, keep_scale, SHAPE, PRECISION)
         tl.store(lse_ptr + row, lse, mask=mask)
         flash.store_rows(out_ptr, offsets((row,), out_strides, SHAPE), mask, out, SHAPE)
 
