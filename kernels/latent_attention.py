@@ -30,6 +30,7 @@ from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.launch import head, unpack
 from vattn.kernels.tokens import (
     SplitCall,
+    keys_of_sample,
     lanes,
     locate_queries,
     number,
@@ -40,14 +41,6 @@ from vattn.kernels.tokens import (
     span_queries,
     whole_tiles,
 )
-
-
-@triton.jit
-def keys_of_sample(count, lengths_ptr, sample):
-    """How many of `count` keys a sample reads."""
-    if lengths_ptr is not None:
-        count = tl.minimum(tl.maximum(tl.load(lengths_ptr + sample), 0), count).to(tl.int32)
-    return count
 
 
 @triton.jit
