@@ -24,6 +24,8 @@ class Attention(Operator):
         schema: of the forward. Its first arguments are `inputs`; one that is optional may stand among the settings.
         takes: as for :class:`Operator`, of the arguments of the forward but for what every attention takes.
         inputs: the arguments that have a gradient.
+        tokens: how many tokens queries and keys have, a sum in the words of `takes`. Of these and of batches and heads
+            `seed` may hold the numbers, see :func:`vattn.reference.dropout.numbered`.
         pairs: of the arguments, by their names: how many pairs of a query and a key meet. In a product of matrices, a
             pair takes a multiplication and an addition for each channel. The forward has two products, the others five.
         fake: as for :class:`Operator`, if not that of rows.
@@ -37,6 +39,7 @@ class Attention(Operator):
         *,
         takes: Mapping[str, str],
         inputs: Sequence[str] = ("query", "key", "value"),
+        tokens: str = "",
         pairs: Callable[..., int] | None = None,
         fake: Callable[..., Any] | None = None,
         like: Callable[[str, Tensor], Tensor] | None = None,
@@ -51,7 +54,7 @@ class Attention(Operator):
         self._rest = [x for x in kinds if x not in self._leading]
         self.pairs, self._empty = pairs, like or _like_rows
         kept = [x for x, kind in kinds.items() if kind.startswith("Tensor")]
-        takes = {**takes, "dropout_p": "0 .. 1", "seed": "1: int64", "scale": "finite"}
+        takes = {**takes, "dropout_p": "0 .. 1", "seed": f"1 | 1+B*H+{tokens}: int64", "scale": "finite"}
         super().__init__(
             schema, takes=takes, fake=fake or _fake, backward=self._backward, jvp=self._jvp,
             keeps=[*kept, "out", "lse"], constant=list(results)[2:], flops=self._flops(products=2), autocast=autocast,

@@ -114,17 +114,15 @@ def sequence(op: str, name: str, value: object) -> list[Tensor]:
     return list(value)
 
 
-def key_lengths(op: str, value: object, query: Tensor) -> None:
+def lengths(op: str, name: str, value: object, query: Tensor) -> None:
     """`value` is one int per sample; how large they are is for the kernels to see."""
-    value = index_tensor(op, "key_lengths", value)
+    value = index_tensor(op, name, value)
     if value.device != query.device:
         raise ValueError(
-            f"{op}: key_lengths must be on the device of query ({query.device}), got key_lengths.device={value.device}"
+            f"{op}: {name} must be on the device of query ({query.device}), got {name}.device={value.device}"
         )
     if value.shape != query.shape[:1]:
-        raise ValueError(
-            f"{op}: key_lengths must have shape ({query.shape[0]},), got key_lengths.shape={tuple(value.shape)}"
-        )
+        raise ValueError(f"{op}: {name} must have shape ({query.shape[0]},), got {name}.shape={tuple(value.shape)}")
 
 
 def index_tensor(op: str, name: str, x: object) -> Tensor:

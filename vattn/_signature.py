@@ -6,8 +6,8 @@ that was exported, or with what hooks made of saved tensors. What a tensor must 
     "B H L D"                 these axes, D being a head dim; one that is named twice has one size. The dtype is that
                               of the first tensor
     "... D"                   any axes before the last one
-    "G+N"                     an axis that is a sum
-    "B H Lk[] D"              in a list: an axis that each of its tensors has for itself
+    "G+N"                     an axis that is a sum; "B*H+N", one of products of axes that are known
+    "B H Lk[] D"              in a list: an axis that each of its tensors has for itself; "Lk[]", elsewhere: their sum
     "B K: int64"              another dtype; "int" is int32 or int64
     "N | B N: int64"          either
 
@@ -15,6 +15,7 @@ and what a number must be: "G", the size of an axis, ">= 1", "finite", or "0 .. 
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,8 @@ class Signature:
         first = first if isinstance(first, Tensor) else first[0]
         self._require(x.device == first.device, name, f"be on device {first.device}", x.device)
         axes, _, dtype = words.partition(":")
-        fits = any(_fits(some.replace("[]", element).split(), x.shape, sizes) for some in axes.split(" | "))
+        count = max([1, *(len(args[x]) for x in self.tensors if isinstance(args[x], (list, tuple)))])
+        fits = any(_fits(_numbered(some, element, count).split(), x.shape, sizes) for some in axes.split(" | "))
         self._require(fits, name, f"have shape ({axes}), where {sizes}", tuple(x.shape))
         allowed = DTYPES[dtype.strip()]
         if x.dtype not in allowed or (not dtype and x.dtype != first.dtype):
@@ -110,6 +112,13 @@ def _look(x: Any) -> Any:
     return tuple(map(_look, x)) if isinstance(x, (list, tuple)) else x
 
 
+def _numbered(axes: str, element: str, count: int) -> str:
+    """`axes` with the number `element` for "[]"; without one, the sum over all of `count` elements."""
+    if element:
+        return axes.replace("[]", element)
+    return re.sub(r"(\w+)\[\]", lambda axis: "+".join(f"{axis[1]}{i}" for i in range(count)), axes)
+
+
 def _fits(axes: Sequence[str], shape: Sequence[int], sizes: dict[str, int]) -> bool:
     """Whether `shape` has these axes. Those that had no size then have one."""
     if "..." in axes:
@@ -121,11 +130,11 @@ def _fits(axes: Sequence[str], shape: Sequence[int], sizes: dict[str, int]) -> b
     for axis, size in zip(axes, shape, strict=True):
         unknown = []
         for part in axis.split("+"):
-            known = int(part) if part.isdigit() else {**sizes, **found}.get(part)
-            if known is None:
+            factors = [int(x) if x.isdigit() else {**sizes, **found}.get(x) for x in part.split("*")]
+            if None in factors:
                 unknown.append(part)
             else:
-                size -= known
+                size -= math.prod(x for x in factors if x is not None)
         if unknown and size >= 0:
             found[unknown[0]] = size
         elif size != 0:

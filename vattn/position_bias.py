@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from vattn import _checks
 
+BiasTable = tuple[Tensor, Sequence[int]]
+"""A table and its window, for those who have them without the module."""
+
 
 class RelativePositionBias3D(nn.Module):
     """The bias table of one attention layer.
@@ -75,7 +78,7 @@ class RelativePositionBias3D(nn.Module):
             return self.table.to(torch.float32, copy=True)
         if positions is None:
             positions = torch.arange(math.prod(self.window), device=self.table.device)
-        return self.table[relative_position_index(self.window, self.num_global, positions)].movedim(-1, -3)
+        return dense_bias((self.table, self.window), self.num_global, positions)
 
     @classmethod
     def from_2d(cls, table: Tensor, window: Sequence[int]) -> "RelativePositionBias3D":
@@ -172,6 +175,24 @@ def check_table(op: str, table: Tensor | None, window: Sequence[int], num_global
         raise ValueError(
             f"{op}: bias_table must have {rows} rows, fewer than 2**31, got bias_table.shape={tuple(table.shape)}"
         )
+
+
+def table_of(position_bias: RelativePositionBias3D | BiasTable | None) -> tuple[Tensor | None, Sequence[int]]:
+    """The float32 table for kernels and its window, or None and none."""
+    if position_bias is None:
+        return None, []
+    if isinstance(position_bias, tuple):
+        table, window = position_bias
+        return table.float(), window
+    return position_bias(as_table=True), position_bias.window
+
+
+def dense_bias(position_bias: RelativePositionBias3D | BiasTable, num_global: int, positions: Tensor) -> Tensor:
+    """The bias of every query and key, ``(..., H, G+N, G+N)`` for `positions` ``(..., N)``."""
+    if not isinstance(position_bias, tuple):
+        return position_bias(positions)
+    table, window = position_bias
+    return table[relative_position_index(window, num_global, positions)].movedim(-1, -3)
 
 
 def num_offsets(window: Sequence[int]) -> int:

@@ -78,17 +78,25 @@ def axial_attention(
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None
-    if runs_reference(query, op):
+    out, lse = attend(query, key, value, dim, dropout_p, seed, scale)
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, dim: int, dropout_p: float, seed: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Out and lse of arguments that have been checked; for `seed`, see :func:`vattn.reference.dropout.numbered`."""
+    if runs_reference(query, "axial_attention"):
         out, lse = reference.axial_attention(
             query, key, value, dim, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
         )
-    else:
-        axis = int(dim) % len(grid)
-        lines = (math.prod(grid[:axis]), grid[axis], math.prod(grid[axis + 1 :]))
-        q, k, v = (x.reshape(*x.shape[:2], *lines, x.shape[-1]) for x in (query, key, value))
-        out, lse = _attend(q, k, v, dropout_p, seed, scale)
-        out, lse = out.view(query.shape), lse.view(query.shape[:-1])
-    return (out, lse) if return_lse else out
+        return out, lse
+    grid = query.shape[2:-1]
+    axis = int(dim) % len(grid)
+    lines = (math.prod(grid[:axis]), grid[axis], math.prod(grid[axis + 1 :]))
+    q, k, v = (x.reshape(*x.shape[:2], *lines, x.shape[-1]) for x in (query, key, value))
+    out, lse = _attend(q, k, v, dropout_p, seed, scale)
+    return out.view(query.shape), lse.view(query.shape[:-1])
 
 
 def _pairs(query: Tensor, **others: Any) -> int:
@@ -100,6 +108,7 @@ _attend = Attention(
     "axial_attention(Tensor query, Tensor key, Tensor value, float dropout_p, Tensor? seed, float scale) "
     "-> (Tensor out, Tensor lse)",
     takes=dict.fromkeys(("query", "key", "value"), "B H outer line inner D"),
+    tokens="outer*line*inner+outer*line*inner",
     pairs=_pairs,
     autocast=("query", "key", "value"),
 )

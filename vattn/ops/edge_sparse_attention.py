@@ -25,7 +25,7 @@ from vattn._attention import Attention
 from vattn._flops import values
 from vattn._library import empty_rows, runs_reference
 from vattn.layout import BlockLayout
-from vattn.position_bias import RelativePositionBias3D, check_bias, check_table
+from vattn.position_bias import BiasTable, RelativePositionBias3D, check_bias, check_table, table_of
 from vattn.reference.dropout import random_seed
 
 
@@ -100,24 +100,40 @@ def edge_sparse_attention(
         raise ValueError(f"{op}: return_importance needs a global token, got layout.num_global=0")
 
     seed = random_seed(query.device) if dropout_p > 0 else None
+    out, lse, importance = attend(
+        query, key, value, layout, position_bias, positions, causal, dropout_p, seed, scale, return_importance
+    )
+    results = (out, *([lse] if return_lse else []), *([importance] if importance is not None else []))
+    return results if len(results) > 1 else out
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout,
+    position_bias: RelativePositionBias3D | BiasTable | None, positions: Tensor | None, causal: bool, dropout_p: float,
+    seed: Tensor | None, scale: float, importance: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Out, lse and importance, or None, of arguments that have been checked.
+
+    For `seed`, see :func:`vattn.reference.dropout.numbered`.
+    """
+    op = "edge_sparse_attention"
     if runs_reference(query, op):
         if position_bias is not None and positions is not None:
-            _checks.in_range(op, "positions", positions, math.prod(position_bias.window))
-        out, lse, *importance = reference.edge_sparse_attention(
+            window = position_bias[1] if isinstance(position_bias, tuple) else position_bias.window
+            _checks.in_range(op, "positions", positions, math.prod(window))
+        out, lse, *seen = reference.edge_sparse_attention(
             query, key, value, layout, position_bias=position_bias, positions=positions, causal=causal,
-            dropout_p=dropout_p, scale=scale, return_lse=True, return_importance=return_importance, seed=seed,
+            dropout_p=dropout_p, scale=scale, return_lse=True, return_importance=importance, seed=seed,
         )  # fmt: skip
-    else:
-        table = None if position_bias is None else position_bias(as_table=True)
-        transposed = layout.transpose() if _backward_reads_transposed(query, key, value, table) else None
-        out, lse, *importance = _attend(
-            query, key, value, layout.row_offsets, layout.columns,
-            None if transposed is None else transposed.row_offsets, None if transposed is None else transposed.columns,
-            layout.block_size, layout.num_global, table, [] if position_bias is None else position_bias.window,
-            positions, causal, dropout_p, seed, scale, return_importance,
-        )  # fmt: skip
-    results = (out, *([lse] if return_lse else []), *(importance if return_importance else []))
-    return results if len(results) > 1 else out
+        return out, lse, seen[0] if importance else None
+    table, window = table_of(position_bias)
+    transposed = layout.transpose() if _backward_reads_transposed(query, key, value, table) else None
+    out, lse, seen = _attend(
+        query, key, value, layout.row_offsets, layout.columns,
+        None if transposed is None else transposed.row_offsets, None if transposed is None else transposed.columns,
+        layout.block_size, layout.num_global, table, window, positions, causal, dropout_p, seed, scale, importance,
+    )  # fmt: skip
+    return out, lse, seen if importance else None
 
 
 def _check_layout(op: str, layout: object, query: Tensor) -> None:
@@ -211,6 +227,7 @@ _attend = Attention(
     },
     also=_check_blocks,
     inputs=("query", "key", "value", "bias_table"),
+    tokens="G+N+G+N",
     fake=_fake,
     pairs=_pairs,
     autocast=("query", "key", "value"),

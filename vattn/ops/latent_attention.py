@@ -95,20 +95,28 @@ def latent_attention(
                 f"value.shape={tuple(pair[1].shape)}"
             )
     if key_lengths is not None:
-        _checks.key_lengths(op, key_lengths, query)
+        _checks.lengths(op, "key_lengths", key_lengths, query)
         if len(keys) > 1:
             raise ValueError(f"{op}: key_lengths must come with one key tensor, got len(key)={len(keys)}")
     dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None
-    if runs_reference(query, op):
+    out, lse = attend(query, keys, values, key_lengths, dropout_p, seed, scale)
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], key_lengths: Tensor | None, dropout_p: float,
+    seed: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Out and lse of arguments that have been checked; for `seed`, see :func:`vattn.reference.dropout.numbered`."""
+    if runs_reference(query, "latent_attention"):
         out, lse = reference.latent_attention(
             query, keys, values, key_lengths=key_lengths, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
         )
-    else:
-        out, lse = _attend(query, keys, values, key_lengths, dropout_p, seed, scale)
-    return (out, lse) if return_lse else out
+        return out, lse
+    return _attend(query, keys, values, key_lengths, dropout_p, seed, scale)
 
 
 def _pairs(query: Tensor, keys: list[Tensor], key_lengths: Tensor | None, **others: Any) -> int:
@@ -121,6 +129,7 @@ _attend = Attention(
     "Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
     takes={"query": "B H Lq D", "keys": "B H Lk[] D", "values": "B H Lk[] D", "key_lengths": "B: int"},
     inputs=("query", "keys", "values"),
+    tokens="Lq+Lk[]",
     pairs=_pairs,
     autocast=("query", "keys", "values"),
 )

@@ -82,17 +82,25 @@ def leap_attention(
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None
+    out, lse = attend(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale)
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, leap: int, group_size: int, fold_div: int, dropout_p: float,
+    seed: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Out and lse of arguments that have been checked; for `seed`, see :func:`vattn.reference.dropout.numbered`."""
     # Beyond the clip, distances and sizes mean the same as its length: a leap of 10**18 must not overflow.
     frames = max(query.shape[2], 1)
     leap, group_size = min(leap, frames), min(group_size, frames)
-    if runs_reference(query, op):
+    if runs_reference(query, "leap_attention"):
         out, lse = reference.leap_attention(
             query, key, value, leap, group_size=group_size, fold_div=fold_div, dropout_p=dropout_p, scale=scale,
             return_lse=True, seed=seed,
         )  # fmt: skip
-    else:
-        out, lse = _attend(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale)
-    return (out, lse) if return_lse else out
+        return out, lse
+    return _attend(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale)
 
 
 def _pairs(query: Tensor, leap: int, group_size: int, **others: Any) -> int:
@@ -113,6 +121,7 @@ _attend = Attention(
         "group_size": ">= 1",
         "fold_div": ">= 0",
     },
+    tokens="T*N+T*N",
     pairs=_pairs,
     autocast=("query", "key", "value"),
 )

@@ -8,7 +8,6 @@ SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (
     queries      x        x  x              gathered inside the kernel
 """
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._attention import Attention
+from vattn._flops import keys_read
 from vattn._library import runs_reference
 from vattn.reference.dropout import random_seed
 
@@ -26,6 +26,7 @@ def node_sparse_attention(
     value: Tensor,
     kept: Tensor,
     *,
+    kept_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     return_lse: bool = False,
@@ -37,6 +38,9 @@ def node_sparse_attention(
             contiguous costs one copy). D is at most 256.
         key, value: ``(B, H, Lk, D)``.
         kept: ``(B, K)`` int64, the keys that each sample reads, in any order; one that is listed twice counts twice.
+        kept_lengths: ``(B,)`` int32 or int64: sample b reads its first ``kept_lengths[b]`` entries of `kept`; those
+            behind are not looked at, and may hold anything. Between 0 and K: the CPU kernel raises a ValueError
+            otherwise; the GPU and the reference clamp them. None: all entries.
         dropout_p: probability of dropping an attention weight; the seed comes from torch's generator. The copies of a
             key that is listed twice are dropped together.
         scale: factor of the scores; None means ``D ** -0.5``.
@@ -71,18 +75,29 @@ def node_sparse_attention(
     _checks.same(op, "key", key, "value", value)
     _checks.head_dim(op, query)
     _check_kept(op, kept, query)
+    if kept_lengths is not None:
+        _checks.lengths(op, "kept_lengths", kept_lengths, query)
     dropout_p = _checks.dropout(op, dropout_p)
     scale = _checks.scale(op, scale, query.shape[-1])
 
     seed = random_seed(query.device) if dropout_p > 0 else None
-    if runs_reference(query, op):
-        _checks.in_range(op, "kept", kept, key.shape[2])
-        out, lse = reference.node_sparse_attention(
-            query, key, value, kept, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
-        )
-    else:
-        out, lse = _attend(query, key, value, kept, dropout_p, seed, scale)
+    out, lse = attend(query, key, value, kept, kept_lengths, dropout_p, seed, scale)
     return (out, lse) if return_lse else out
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, kept: Tensor, kept_lengths: Tensor | None, dropout_p: float,
+    seed: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Out and lse of arguments that have been checked; for `seed`, see :func:`vattn.reference.dropout.numbered`."""
+    if runs_reference(query, "node_sparse_attention"):
+        _check_range(kept, kept_lengths, key.shape[2])
+        out, lse = reference.node_sparse_attention(
+            query, key, value, kept, kept_lengths=kept_lengths, dropout_p=dropout_p, scale=scale, return_lse=True,
+            seed=seed,
+        )  # fmt: skip
+        return out, lse
+    return _attend(query, key, value, kept, kept_lengths, dropout_p, seed, scale)
 
 
 def _check_kept(op: str, kept: object, query: Tensor) -> None:
@@ -96,14 +111,33 @@ def _check_kept(op: str, kept: object, query: Tensor) -> None:
         raise ValueError(f"{op}: kept must be on the device of query ({query.device}), got kept.device={kept.device}")
 
 
-def _pairs(query: Tensor, kept: Tensor, **others: Any) -> int:
-    return math.prod(query.shape[:-1]) * kept.shape[1]
+def _check_range(kept: Tensor, kept_lengths: Tensor | None, keys: int) -> None:
+    op = "node_sparse_attention"
+    if kept_lengths is None:
+        _checks.in_range(op, "kept", kept, keys)
+    elif keys == 0:
+        _checks.in_range(op, "kept_lengths", kept_lengths.clamp(0, kept.shape[1]), 1)
+    else:
+        listed = torch.arange(kept.shape[1], device=kept.device) < kept_lengths[:, None]
+        _checks.in_range(op, "kept", torch.where(listed, kept, 0), keys)
+
+
+def _pairs(query: Tensor, kept: Tensor, kept_lengths: Tensor | None, **others: Any) -> int:
+    B, H, queries, _ = query.shape
+    return H * queries * keys_read(kept_lengths, B, kept.shape[1])
 
 
 _attend = Attention(
-    "node_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor kept, float dropout_p, Tensor? seed, "
-    "float scale) -> (Tensor out, Tensor lse)",
-    takes={"query": "B H Lq D", "key": "B H Lk D", "value": "B H Lk D", "kept": "B K: int64"},
+    "node_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor kept, Tensor? kept_lengths, "
+    "float dropout_p, Tensor? seed, float scale) -> (Tensor out, Tensor lse)",
+    takes={
+        "query": "B H Lq D",
+        "key": "B H Lk D",
+        "value": "B H Lk D",
+        "kept": "B K: int64",
+        "kept_lengths": "B: int",
+    },
+    tokens="Lq+Lk",
     pairs=_pairs,
     autocast=("query", "key", "value"),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._flops import keys_read
-from vattn._library import runs_reference
+from vattn._library import compute_dtype, runs_reference
 from vattn._operator import Operator
 from vattn.position_bias import RelativePositionBias3D, check_bias, check_table
 
@@ -27,6 +27,7 @@ def token_importance(
     position_bias: RelativePositionBias3D | None = None,
     positions: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    lse: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """The softmax probability that each key receives, averaged over heads and queries.
@@ -42,6 +43,9 @@ def token_importance(
             in ``position_bias.window``; None for 0 .. N-1.
         key_lengths: ``(B,)`` int32 or int64: sample b reads its first ``key_lengths[b]`` keys, and the others get 0.
             Between 0 and Lk: the CPU kernel raises a ValueError otherwise; the GPU and the reference clamp them.
+        lse: ``(B, H, Lq)`` float32 (float64 for float64 inputs), the log-sum-exp of the scores of each query, over
+            keys that may be more than `key`: probabilities are then ``exp(score - lse)``, which is one pass over the
+            scores instead of two. A query of -inf gives nothing. None: that over `key`.
         scale: factor of the scores; None means ``D ** -0.5``.
 
     Returns:
@@ -74,19 +78,32 @@ def token_importance(
     elif positions is not None:
         raise ValueError(f"{op}: positions must come with position_bias, got position_bias=None")
     if key_lengths is not None:
-        _checks.key_lengths(op, key_lengths, query)
+        _checks.lengths(op, "key_lengths", key_lengths, query)
+    if lse is not None:
+        _check_lse(op, lse, query)
     scale = _checks.scale(op, scale, query.shape[-1])
 
-    query, key = query.detach(), key.detach()
+    query, key, lse = query.detach(), key.detach(), None if lse is None else lse.detach()
     if runs_reference(query, op):
         if position_bias is not None and positions is not None:
             _checks.in_range(op, "positions", positions, math.prod(position_bias.window))
         return reference.token_importance(
-            query, key, position_bias=position_bias, positions=positions, key_lengths=key_lengths, scale=scale
+            query, key, position_bias=position_bias, positions=positions, key_lengths=key_lengths, lse=lse, scale=scale
         )
     table = None if position_bias is None else position_bias(as_table=True).detach()
     window = [] if position_bias is None else position_bias.window
-    return _importance(query, key, table, window, num_global, positions, key_lengths, scale)
+    return _importance(query, key, table, window, num_global, positions, key_lengths, lse, scale)
+
+
+def _check_lse(op: str, lse: Tensor, query: Tensor) -> None:
+    _checks.tensor(op, "lse", lse)
+    wide = torch.promote_types(compute_dtype(query), torch.float32)
+    if lse.dtype != wide:
+        raise TypeError(f"{op}: lse must be {wide}, got lse.dtype={lse.dtype}")
+    if lse.device != query.device:
+        raise ValueError(f"{op}: lse must be on the device of query ({query.device}), got lse.device={lse.device}")
+    if lse.shape != query.shape[:-1]:
+        raise ValueError(f"{op}: lse must have shape {tuple(query.shape[:-1])}, got lse.shape={tuple(lse.shape)}")
 
 
 def _check_self_attention(
@@ -105,10 +122,11 @@ def _check_self_attention(
     return num_global
 
 
-def _flops(query: Tensor, key: Tensor, key_lengths: Tensor | None, **others: Any) -> int:
+def _flops(query: Tensor, key: Tensor, key_lengths: Tensor | None, lse: Tensor | None, **others: Any) -> int:
     B, H, queries, D = query.shape
     pairs = H * queries * keys_read(key_lengths, B, key.shape[2])
-    return 2 * 2 * pairs * D  # scores for the sums of their powers, and again for the weights
+    passes = 2 if lse is None else 1  # scores for the sums of their powers, and again for the weights
+    return 2 * passes * pairs * D
 
 
 def _check_table(
@@ -124,7 +142,7 @@ def _check_table(
 
 _importance = Operator(
     "token_importance(Tensor query, Tensor key, Tensor? bias_table, int[] window, SymInt num_global, "
-    "Tensor? positions, Tensor? key_lengths, float scale) -> Tensor importance",
+    "Tensor? positions, Tensor? key_lengths, Tensor? lse, float scale) -> Tensor importance",
     takes={
         "query": "B H Lq D",
         "key": "B H G+N D",
@@ -133,6 +151,7 @@ _importance = Operator(
         "num_global": "G",
         "positions": "N | B N: int64",
         "key_lengths": "B: int",
+        "lse": "B H Lq: float32",
         "scale": "finite",
     },
     also=_check_table,

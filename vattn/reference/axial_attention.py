@@ -10,11 +10,10 @@ Along ``dim=1`` of a grid of 3 rows of 4 columns (its columns are A B C D along 
 
 import math
 
-import torch
 from torch import Tensor
 
 from vattn.reference.attention import attention
-from vattn.reference.dropout import dropout_keep, random_seed
+from vattn.reference.dropout import dropout_keep, numbered, random_seed
 
 
 def axial_attention(
@@ -35,9 +34,10 @@ def axial_attention(
     keep = None
     if dropout_p > 0:
         seed = random_seed(query.device) if seed is None else seed
-        bh = torch.arange(B * H, device=query.device).view(B, H, *[1] * (len(grid) + 1))
-        tokens = torch.arange(math.prod(grid), device=query.device).view(grid).movedim(axis, -1)
-        keep = dropout_keep(seed, bh, tokens[..., :, None], tokens[..., None, :], dropout_p)
+        seed, bh, *numbers = numbered(seed, B * H, math.prod(grid), math.prod(grid))
+        rows, columns = (x.view(grid).movedim(axis, -1) for x in numbers)
+        bh = bh.view(B, H, *[1] * (len(grid) + 1))
+        keep = dropout_keep(seed, bh, rows[..., :, None], columns[..., None, :], dropout_p)
     scale = D**-0.5 if scale is None else scale
     out, lse = attention(q, k, v, scale=scale, keep=keep, dropout_p=dropout_p)
     out, lse = out.movedim(-2, 2 + axis), lse.movedim(-1, 2 + axis)

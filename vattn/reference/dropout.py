@@ -9,6 +9,9 @@ integers; ``mix`` is the two-multiply finalizer "lowbias32" (C. Wellons, hash-pr
     times = mix(add ^ a) | 1
     bits  = mix(key * times + add)                  # ... one per query and key
     keep  = (bits >> 8) >= ceil(p * 2**24)
+
+A call on a part of a batch, of the heads or of the tokens draws its part of the mask of the whole call, if its seed
+comes with the numbers that these have in the whole: see :func:`numbered`.
 """
 
 import math
@@ -39,6 +42,26 @@ def dropout_keep(seed: Tensor, bh: Tensor, query: Tensor, key: Tensor, dropout_p
     times = mix(add ^ a) | 1
     bits = mix(key * times + add)
     return (bits >> 8) >= math.ceil(dropout_p * 2**24)
+
+
+def numbered(seed: Tensor, heads: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The seed alone, and the numbers of batches and heads, of query tokens and of key tokens.
+
+    Args:
+        seed: one int64, for numbers from 0 on; or ``1 + heads + queries + keys`` of them: behind the seed the number of
+            each batch and head, in the order ``batch * heads + head``, of each query token and of each key token. What
+            numbers hold beyond 32 bits is not looked at.
+        heads, queries, keys: how many there are, heads of all samples.
+    """
+    if seed.numel() == 1:
+        of_heads, of_queries, of_keys = (torch.arange(n, device=seed.device) for n in (heads, queries, keys))
+        return seed, of_heads, of_queries, of_keys
+    if seed.shape != (1 + heads + queries + keys,):
+        raise ValueError(
+            f"dropout: seed must have 1 element or 1 + {heads} + {queries} + {keys}, got seed.shape={tuple(seed.shape)}"
+        )
+    own, of_heads, of_queries, of_keys = seed.split([1, heads, queries, keys])
+    return own, of_heads, of_queries, of_keys
 
 
 def random_seed(device: torch.device) -> Tensor:

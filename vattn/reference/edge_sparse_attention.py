@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vattn.layout import BlockLayout
-from vattn.position_bias import RelativePositionBias3D
+from vattn.position_bias import BiasTable, RelativePositionBias3D, dense_bias
 from vattn.reference.attention import attention, softmax
-from vattn.reference.dropout import dropout_keep, random_seed
+from vattn.reference.dropout import dropout_keep, numbered, random_seed
 
 
 def edge_sparse_attention(
@@ -19,7 +19,7 @@ def edge_sparse_attention(
     value: Tensor,
     layout: BlockLayout,
     *,
-    position_bias: RelativePositionBias3D | None = None,
+    position_bias: RelativePositionBias3D | BiasTable | None = None,
     positions: Tensor | None = None,
     causal: bool = False,
     dropout_p: float = 0.0,
@@ -37,7 +37,7 @@ def edge_sparse_attention(
     counts = layout.token_counts()  # (L, G+N, G+N)
     read, bias = counts > 0, counts.clamp(min=1).log().to(torch.promote_types(query.dtype, torch.float32))
     if position_bias is not None:
-        bias = bias + position_bias(positions)
+        bias = bias + dense_bias(position_bias, G, positions)
     if causal:
         late = positions[..., None, :] > positions[..., :, None]
         late = torch.nn.functional.pad(late, (G, 0, G, 0), value=False).unsqueeze(-3)
@@ -45,9 +45,8 @@ def edge_sparse_attention(
     keep = None
     if dropout_p > 0:
         seed = random_seed(query.device) if seed is None else seed
-        rows = torch.arange(length, device=query.device)
-        bh = torch.arange(B * H, device=query.device).view(B, H, 1, 1)
-        keep = dropout_keep(seed, bh, rows[:, None], rows, dropout_p)
+        seed, bh, rows, columns = numbered(seed, B * H, length, length)
+        keep = dropout_keep(seed, bh.view(B, H, 1, 1), rows[:, None], columns, dropout_p)
     out, lse = attention(query, key, value, scale=scale, bias=bias, read=read, keep=keep, dropout_p=dropout_p)
     results = [out.transpose(1, 2).contiguous().transpose(1, 2)]  # heads beside channels, as every operator returns
     if return_lse:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vattn.reference.attention import attention
-from vattn.reference.dropout import dropout_keep, random_seed
+from vattn.reference.dropout import dropout_keep, numbered, random_seed
 
 
 def latent_attention(
@@ -27,13 +27,13 @@ def latent_attention(
     """The definition of :func:`vattn.latent_attention`; `seed` repeats a dropout mask."""
     B, H, Lq, D = query.shape
     key, value = (x if isinstance(x, Tensor) else torch.cat(list(x), 2) for x in (key, value))
-    tokens = torch.arange(key.shape[2], device=query.device)
-    keep = None
-    read = None if key_lengths is None else tokens < key_lengths.view(B, 1, 1, 1)
+    keep = read = None
+    if key_lengths is not None:
+        read = torch.arange(key.shape[2], device=query.device) < key_lengths.view(B, 1, 1, 1)
     if dropout_p > 0:
         seed = random_seed(query.device) if seed is None else seed
-        bh = torch.arange(B * H, device=query.device).view(B, H, 1, 1)
-        keep = dropout_keep(seed, bh, torch.arange(Lq, device=query.device)[:, None], tokens, dropout_p)
+        seed, bh, rows, columns = numbered(seed, B * H, Lq, key.shape[2])
+        keep = dropout_keep(seed, bh.view(B, H, 1, 1), rows[:, None], columns, dropout_p)
     scale = D**-0.5 if scale is None else scale
     out, lse = attention(query, key, value, scale=scale, read=read, keep=keep, dropout_p=dropout_p)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # heads beside channels, as every operator returns

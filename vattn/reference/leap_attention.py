@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vattn.reference.attention import attention
-from vattn.reference.dropout import dropout_keep, random_seed
+from vattn.reference.dropout import dropout_keep, numbered, random_seed
 from vattn.reference.periodic_shift import periodic_shift
 
 
@@ -40,18 +40,18 @@ def leap_attention(
     """The definition of :func:`vattn.leap_attention`; `seed` repeats a dropout mask."""
     B, H, T, N, D = query.shape
     scale = D**-0.5 if scale is None else scale
-    if dropout_p > 0 and seed is None:
-        seed = random_seed(query.device)
-    bh = torch.arange(B * H, device=query.device).view(B, H, 1, 1)
-    tokens = torch.arange(T * N, device=query.device).view(T, N)
+    if dropout_p > 0:
+        seed = random_seed(query.device) if seed is None else seed
+        seed, bh, *numbers = numbered(seed, B * H, T * N, T * N)
+        of_queries, of_keys = (x.view(T, N) for x in numbers)
     groups = leap_groups(T, leap, group_size)
     outs = [query[:, :, :0] + key[:, :, :0] + value[:, :, :0]]  # all have a gradient, also of no frames
     lses = [outs[0].sum(-1, dtype=torch.promote_types(query.dtype, torch.float32))]
     for frames in groups:
         keep = None
-        if seed is not None:
-            members = tokens[frames].flatten()
-            keep = dropout_keep(seed, bh, members[:, None], members, dropout_p)
+        if seed is not None and dropout_p > 0:
+            rows, columns = of_queries[frames].flatten(), of_keys[frames].flatten()
+            keep = dropout_keep(seed, bh.view(B, H, 1, 1), rows[:, None], columns, dropout_p)
         q, k, v = (x[:, :, frames].flatten(2, 3) for x in (query, key, value))
         o, group_lse = attention(q, k, v, scale=scale, keep=keep, dropout_p=dropout_p)
         outs.append(o.unflatten(2, (len(frames), N)))

@@ -18,6 +18,7 @@ def token_importance(
     position_bias: RelativePositionBias3D | None = None,
     positions: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    lse: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """The definition of :func:`vattn.token_importance`."""
@@ -28,8 +29,15 @@ def token_importance(
         if positions is None:
             positions = torch.arange(Lq - position_bias.num_global, device=query.device)
         scores = scores + position_bias(positions)
-    if key_lengths is None:
-        return softmax(scores, -1)[0].sum((1, 2)) / max(H * Lq, 1)
-    behind = torch.arange(key.shape[2], device=key.device) >= key_lengths.view(B, 1, 1, 1)
-    weights = softmax(scores.masked_fill(behind, -torch.inf), -1)[0].masked_fill(behind, 0)
+    behind = None
+    if key_lengths is not None:
+        behind = torch.arange(key.shape[2], device=key.device) >= key_lengths.view(B, 1, 1, 1)
+        scores = scores.masked_fill(behind, -torch.inf)
+    if lse is None:
+        weights = softmax(scores, -1)[0]
+    else:
+        lse = lse[..., None]
+        weights = torch.exp(scores - lse).masked_fill(lse == -torch.inf, 0)  # a query without keys
+    if behind is not None:
+        weights = weights.masked_fill(behind, 0)
     return weights.sum((1, 2)) / max(H * Lq, 1)
