@@ -478,7 +478,7 @@ def numbered(seed, I: tl.constexpr, x, mask):
     queries (2), and of keys (3). It is () without dropout.
     """
     if len(seed) > 1:
-        return load_numbers(seed[0] + (seed[I] >> 2) + x, mask, 0)
+        return load_numbers(seed[0] + (seed[I] >> 2) + x, mask, 0).to(tl.uint32)
     else:
         return x
 

@@ -163,7 +163,6 @@ def decode_kernel(
     kv = attention.heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
     k, v = load_all_keys(kv, (counts, 0, last), lane, SHAPE)
     k_columns = flash.transpose_rows(k)
-    key_number = flash.key_number(seed, lane, lane < last)
     q_ptr, out_ptr = head(q_ptr, q_strides, bh, H), head(out_ptr, out_strides, bh, H)
     lse_ptr += bh.to(tl.int64) * Lq
     for first in range(first_tile * BLOCK_Q, tl.minimum((first_tile + walk) * BLOCK_Q, Lq), BLOCK_Q):
@@ -174,6 +173,7 @@ def decode_kernel(
         s = flash.products(q, k_columns, PRECISION, SIGN)
         if not FULL:
             s = tl.where((lane < last)[None, :], s, float("-inf"))
+        key_number = flash.key_number(seed, lane, lane < last)  # each time, or it would take registers all the while
         out, lse = flash.forward_tile(s, scale, v, key_number, dropout, keep_scale, SHAPE, PRECISION)
         tl.store(lse_ptr + row, lse, mask=mask)
         flash.store_rows(out_ptr, offsets((row,), out_strides, SHAPE), mask, out, SHAPE)
