@@ -166,9 +166,9 @@ def test_opcheck_of_edges(everything):
 @needs_kernels
 def test_opcheck_of_nodes():
     query, (key, value) = leaf(2, 2, 3, 6), qkv(2, 2, 5, 6)[:2]
-    kept = torch.tensor([[0, 4, 4], [3, 1, 2]])
-    for dropout_p, seed in ((0.0, None), (0.2, torch.tensor([7]))):
-        options = (kept, dropout_p, seed, 0.5)
+    kept, lengths = torch.tensor([[0, 4, 4], [3, 1, -2]]), torch.tensor([3, 2])
+    for kept_lengths, dropout_p, seed in ((lengths, 0.0, None), (lengths.int(), 0.2, torch.arange(1 + 4 + 3 + 5))):
+        options = (kept, kept_lengths, dropout_p, seed, 0.5)
         torch.library.opcheck(torch.ops.vattn.node_sparse_attention.default, (query, key, value, *options))
         plain = [x.detach() for x in (query, key, value)]
         out, lse = torch.ops.vattn.node_sparse_attention(*plain, *options)
@@ -324,8 +324,9 @@ def test_what_is_out_of_range_is_an_error(at, dtype):
         vattn.edge_sparse_attention(
             query, key, value, SHARED, position_bias=random_bias((2, 2, 2), 2, 2), positions=positions
         )
-    with pytest.raises(ValueError, match="node_sparse_attention: kept must be"):
-        vattn.node_sparse_attention(query, key[:, :, :8], value[:, :, :8], positions[None])
+    for lengths in (None, torch.tensor([4])):
+        with pytest.raises(ValueError, match="node_sparse_attention: kept must be"):
+            vattn.node_sparse_attention(query, key[:, :, :8], value[:, :, :8], positions[None], kept_lengths=lengths)
 
 
 Q = torch.zeros(1, 2, 9, 8)
@@ -460,6 +461,14 @@ KEPT = torch.tensor([[0, 3]])
         ({"kept": KEPT[0]}, ValueError, "kept must have shape (1, K)", "kept.shape=(2,)"),
         ({"kept": KEPT.repeat(2, 1)}, ValueError, "kept must have shape (1, K)", "kept.shape=(2, 2)"),
         ({"kept": KEPT.to("meta")}, ValueError, "kept must be on the device of query (cpu)", "kept.device=meta"),
+        ({"kept_lengths": [2]}, TypeError, "kept_lengths must be an int32 or int64 tensor", "kept_lengths=[2]"),
+        ({"kept_lengths": KEPT}, ValueError, "kept_lengths must have shape (1,)", "kept_lengths.shape=(1, 2)"),
+        (
+            {"kept_lengths": KEPT[:, 0].to("meta")},
+            ValueError,
+            "kept_lengths must be on the device of query (cpu)",
+            "kept_lengths.device=meta",
+        ),
         ({"dropout_p": -0.5}, ValueError, "dropout_p must be between 0 and 1", "dropout_p=-0.5"),
         ({"scale": float("nan")}, ValueError, "scale must be finite", "scale=nan"),
     ],
