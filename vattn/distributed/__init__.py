@@ -5,6 +5,9 @@ ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shard
 make the same calls in the same order.
 """
 
+from vattn.distributed.axial_attention import axial_attention
 from vattn.distributed.latent_attention import latent_attention
+from vattn.distributed.leap_attention import leap_attention
+from vattn.distributed.periodic_shift import periodic_shift
 
-__all__ = ["latent_attention"]
+__all__ = ["axial_attention", "latent_attention", "leap_attention", "periodic_shift"]
