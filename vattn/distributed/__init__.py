@@ -1,13 +1,14 @@
 """The operators over the ranks of a process group: plain functions on local shards.
 
 Results and gradients are those of one device, whatever the lengths of the shards, which may be empty. ``group`` is a
-ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shards lie in the order of ranks, and all ranks
-make the same calls in the same order.
+ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shards lie in the order of ranks, and all
+ranks make the same calls in the same order.
 """
 
 from vattn.distributed.axial_attention import axial_attention
+from vattn.distributed.bytes_sent import bytes_sent
 from vattn.distributed.latent_attention import latent_attention
 from vattn.distributed.leap_attention import leap_attention
 from vattn.distributed.periodic_shift import periodic_shift
 
-__all__ = ["axial_attention", "latent_attention", "leap_attention", "periodic_shift"]
+__all__ = ["axial_attention", "bytes_sent", "latent_attention", "leap_attention", "periodic_shift"]

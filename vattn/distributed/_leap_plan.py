@@ -5,13 +5,13 @@
     group                   A  B  A  B   C  D  C  D   E  F  E  F
     rank                    0  0  0  0   0  0  0  1   1  1  1  1        D needs frames of both ranks
 
-Spans that lie whole on a rank are its own, as they lie. Of the others, groups that lie whole on a rank are its own, too.
-A group of several ranks has an owner, which gets the frames of the others; or each of these ranks gets all frames of
-some heads. A frame that moves costs its query, key and value on the way there, and its output on the way back.
+Spans that lie whole on a rank are its own, as they lie. Of the others, groups that lie whole on a rank are its own,
+too. A group of several ranks has an owner, which gets the frames of the others; or each of these ranks gets all frames
+of some heads. A frame that moves costs its query, key and value on the way there, and its output on the way back.
 
-Where an owner has most frames of its group, owners never need more bytes in total than heads. But the owner of one large
-group would be sent nearly all of it, and compute alone, while by heads all ranks send and compute alike. So the link that
-is busiest decides, because the others wait for it.
+An owner has most frames of its group, so that owners never need more bytes in total than heads. But the owner of one
+large group would be sent nearly all of it, and compute alone, while by heads all ranks send and compute alike. So the
+link that is busiest decides, because the others wait for it.
 """
 
 import bisect

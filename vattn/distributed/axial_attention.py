@@ -44,16 +44,20 @@ def axial_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`vattn.axial_attention` with one axis of the grid sharded over the ranks of a process group.
 
-    Along any other axis than the sharded one lines lie whole on a rank, and nothing is sent. Along the sharded one, each
-    rank gets all lines of its share of another axis: heads, batch or an axis of the grid, the one that as many ranks can
-    share most evenly. A rank with ``n`` tokens of the grid, and a share ``s`` of the S places of that axis, sends
-    ``3 * B * H * n * D * (S - s) / S`` numbers of query, key and value, and for each place of its own share the
-    output of the tokens of all other ranks there; for `return_lse` also their lse, of at least 32 bits; in the backward as
-    many as it gets forward.
+    Along any other axis than the sharded one lines lie whole on a rank, and nothing is sent. Along the sharded one,
+    each rank gets all lines of its share of another axis: heads, batch or an axis of the grid, the one that the ranks
+    can share most evenly. With ``n`` of the tokens of a grid on this rank, ``m`` on all others, and a share ``s`` of
+    that axis, which is about one in as many as there are ranks, a rank sends
+
+        3 * B * H * D * n * (1 - s)     numbers of query, key and value
+        B * H * D * m * s               numbers of the output; for `return_lse` also ``B * H * m * s`` numbers of 32
+                                        bits (64 for float64)
+
+    and in the backward as many as it gets forward.
 
     Args:
-        query, key, value: ``(B, H, *grid_r, D)``: this rank's part of the grid. Its axis `sharded_dim` has any length, 0
-            too; the others are the same on every rank.
+        query, key, value: ``(B, H, *grid_r, D)``: this rank's part of the grid. Its axis `sharded_dim` has any length,
+            0 too; the others are the same on every rank.
         dim: the axis of the grid along which tokens attend: 0 is the first one, and -1 the last one.
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group. Shards lie in the order of
             ranks.
@@ -66,21 +70,20 @@ def axial_attention(
         return_lse: also return the log-sum-exp of the scaled scores.
 
     Returns:
-        The output ``(B, H, *grid_r, D)`` of this rank's tokens, in memory as ``(B, *grid_r, H, D)``, and with `return_lse`
-        also lse ``(B, H, *grid_r)``: as of :func:`vattn.axial_attention`.
+        The output ``(B, H, *grid_r, D)`` of this rank's tokens, in memory as ``(B, *grid_r, H, D)``, and with
+        `return_lse` also lse ``(B, H, *grid_r)``: as of :func:`vattn.axial_attention`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, or settings, dtypes or shapes that differ between ranks.
         RuntimeError: the call is wrong on another rank; or the group fails, as when a rank has died.
 
     Source:
-        Ho et al., "Axial Attention in Multidimensional Transformers"; for the exchange Jacobs et al., "DeepSpeed Ulysses:
-        System Optimizations for Enabling Training of Extreme Long Sequence Transformer Models".
+        Ho et al., "Axial Attention in Multidimensional Transformers"; for the exchange Jacobs et al., "DeepSpeed
+        Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence Transformer Models".
 
     Example:
-        >>> import torch, vattn.distributed
         >>> q, k, v = torch.randn(3, 1, 2, 4, 8, 8, 16)             # (B, H, T, height, width, D), some frames of a clip
-        >>> out = sum(vattn.distributed.axial_attention(q, k, v, dim, group=one_rank) for dim in range(3))
+        >>> out = sum(vattn.distributed.axial_attention(q, k, v, dim, group=group) for dim in range(3))
         >>> out.shape
         torch.Size([1, 2, 4, 8, 8, 16])
     """

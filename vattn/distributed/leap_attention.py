@@ -70,8 +70,8 @@ def leap_attention(
         return_lse: also return the log-sum-exp of the scaled scores.
 
     Returns:
-        The output ``(B, H, T_r, N, D)`` of this rank's frames, in memory as ``(B, T_r, N, H, D)``, and with `return_lse`
-        also lse ``(B, H, T_r, N)``: as of :func:`vattn.leap_attention`.
+        The output ``(B, H, T_r, N, D)`` of this rank's frames, in memory as ``(B, T_r, N, H, D)``, and with
+        `return_lse` also lse ``(B, H, T_r, N)``: as of :func:`vattn.leap_attention`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, or settings, dtypes or shapes that differ between ranks.
@@ -83,9 +83,8 @@ def leap_attention(
         Enabling Training of Extreme Long Sequence Transformer Models".
 
     Example:
-        >>> import torch, vattn.distributed
         >>> q, k, v = torch.randn(3, 2, 4, 8, 49, 16)               # (B, H, T, N, D), this rank's part of the clip
-        >>> vattn.distributed.leap_attention(q, k, v, leap=4, group=one_rank).shape
+        >>> vattn.distributed.leap_attention(q, k, v, leap=4, group=group).shape
         torch.Size([2, 4, 8, 49, 16])
     """
     ranks = ranks_of(OP, group)

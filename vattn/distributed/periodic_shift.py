@@ -27,9 +27,9 @@ OP = "distributed.periodic_shift"
 def periodic_shift(x: Tensor, fold_div: int, *, group: Any = None, lengths: Sequence[int] | None = None) -> Tensor:
     """:func:`vattn.periodic_shift` with frames sharded over the ranks of a process group.
 
-    With ``fold = D // fold_div`` a rank sends ``B * H * N * fold`` numbers of its first frame to the last rank before it
-    that has any frames, and as many of its last frame to the next one (fewer where ``2 * fold > D``); in the backward as
-    many back. Its own frames are shifted meanwhile.
+    With ``fold = D // fold_div`` a rank sends ``B * H * N * fold`` numbers of its first frame to the last rank before
+    it that has any frames, and as many of its last frame to the next one (fewer where ``2 * fold > D``); in the
+    backward as many back. Its own frames are shifted meanwhile.
 
     Args:
         x: ``(B, H, T_r, N, D)``: this rank's frames, any number, 0 too.
@@ -52,9 +52,8 @@ def periodic_shift(x: Tensor, fold_div: int, *, group: Any = None, lengths: Sequ
         shift.
 
     Example:
-        >>> import torch, vattn.distributed
         >>> frames = torch.randn(1, 2, 3, 4, 8)                     # this rank's part of the clip
-        >>> vattn.distributed.periodic_shift(frames, fold_div=4, group=one_rank).shape
+        >>> vattn.distributed.periodic_shift(frames, fold_div=4, group=group).shape
         torch.Size([1, 2, 3, 4, 8])
     """
     ranks = ranks_of(OP, group)
