@@ -46,17 +46,18 @@ class Block:
 
 def lent_blocks(plan: Plan, rank: int) -> list[Block]:
     """Frames of this rank that others need, in the order of those."""
-    lent = [Block(work.rank, work, rank) for work in plan.work if work.rank != rank and work.count(rank)]
+    lent = [Block(work.rank, work, rank) for work in plan.work if work.rank != rank and rank in work.runs]
     return sorted(lent, key=lambda block: block.partner)
 
 
 def needed_blocks(plan: Plan, rank: int) -> list[Block]:
     """Frames of others that this rank needs, in the order of those."""
+    computed = [work for work in plan.work if work.rank == rank]
     return [
         Block(holder, work, holder)
         for holder in range(len(plan.whole))
-        for work in plan.work
-        if work.rank == rank != holder and work.count(holder)
+        for work in computed
+        if rank != holder and holder in work.runs
     ]
 
 

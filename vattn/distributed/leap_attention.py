@@ -161,7 +161,7 @@ def _attend_planned(inputs: Sequence[Tensor], plan: Plan, ranks: Ranks, operator
         came, tie = there.wait()
         returned: list[dict[Block, list[Tensor]]] = [{} for _ in results]
         for each in (each for each in work if each.moves):
-            blocks = [Block(holder, each, holder) for holder in range(ranks.size) if each.count(holder)]
+            blocks = [Block(holder, each, holder) for holder in each.runs]
             frames = [
                 torch.cat([came[b][i] if b in came else b.taken(x) for b in blocks], 2) for i, x in enumerate(pieces)
             ]
