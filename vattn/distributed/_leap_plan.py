@@ -35,6 +35,8 @@ class Work:
     rank: int
     heads: Range
     size: int
+    first: int
+    """The first of the frames, which with the heads tells this work from others."""
     runs: dict[int, tuple[Range, ...]]
     """Of each rank that has any of these frames, in runs. In order they are frame j of each group, for j < size."""
 
@@ -137,7 +139,7 @@ def _work_of_span(span: range, leap: int, ends: Sequence[int], heads: int, befor
         by_size: dict[int, list[int]] = {}
         for group in some:
             by_size.setdefault(len(group), []).extend(group)
-        return [Work(rank, share, size, _runs(frames, ends)) for size, frames in by_size.items()]
+        return [Work(rank, share, size, min(frames), _runs(frames, ends)) for size, frames in by_size.items()]
 
     alone = [len(held) == 1 for held in counts]
     own = [
