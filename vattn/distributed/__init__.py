@@ -5,7 +5,10 @@ ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shard
 ranks make the same calls in the same order.
 """
 
+from vattn.distributed.axial_attention import axial_attention
 from vattn.distributed.bytes_sent import bytes_sent
 from vattn.distributed.latent_attention import latent_attention
+from vattn.distributed.leap_attention import leap_attention
+from vattn.distributed.periodic_shift import periodic_shift
 
-__all__ = ["bytes_sent", "latent_attention"]
+__all__ = ["axial_attention", "bytes_sent", "latent_attention", "leap_attention", "periodic_shift"]
