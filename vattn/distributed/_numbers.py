@@ -10,13 +10,18 @@ def with_numbers(
     seed: Tensor | None, batch: int, heads: int, queries: Sequence[Tensor | range], keys: Sequence[Tensor | range],
     *, first_head: int = 0, all_heads: int | None = None, first_sample: int = 0,
 ) -> Tensor | None:  # fmt: skip
-    """`seed` with the numbers of batch-heads, and of query and key tokens, in pieces: see ``vattn.reference.dropout``."""
+    """`seed` with the numbers of batch-heads, and of query and key tokens, in pieces: see ``vattn.reference.dropout``.
+
+    A seed may have the numbers of batch-heads already.
+    """
     if seed is None:
         return None
-    total = heads if all_heads is None else all_heads
-    samples = torch.arange(first_sample, first_sample + batch, device=seed.device)
-    batch_heads = samples[:, None] * total + torch.arange(first_head, first_head + heads, device=seed.device)
-    pieces = [seed.reshape(1), batch_heads.flatten()]
+    pieces = [seed]
+    if seed.numel() == 1:
+        total = heads if all_heads is None else all_heads
+        samples = torch.arange(first_sample, first_sample + batch, device=seed.device)
+        batch_heads = samples[:, None] * total + torch.arange(first_head, first_head + heads, device=seed.device)
+        pieces = [seed.reshape(1), batch_heads.flatten()]
     for piece in (*queries, *keys):
         on = torch.arange(piece.start, piece.stop, device=seed.device) if isinstance(piece, range) else piece
         pieces.append(on.to(seed.device, torch.int64))

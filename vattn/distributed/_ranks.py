@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vattn.reference.dropout import random_seed
+
 MOST_LENGTHS = 8
 """Numbers of tokens that one handshake tells."""
 
@@ -96,10 +98,41 @@ class PaperRanks(Ranks):
         return x
 
 
-@torch.compiler.assume_constant_result
+def chunks(size: int, count: int) -> list[int]:
+    """The lengths of the `count` parts that `torch.chunk` and DTensor cut `size` into, the last of which may be empty."""
+    most = -(-size // count)
+    return [min(max(size - i * most, 0), most) for i in range(count)]
+
+
+@dataclasses.dataclass
+class Part:
+    """The ranks over which the tokens of a part of a batch, or of its heads, are sharded: an argument `group`.
+
+    Attributes:
+        seed: of dropout, the same on all ranks of all parts, with the numbers of this part's batch-heads behind it.
+    """
+
+    ranks: Ranks
+    seed: Tensor | None = None
+
+
 def ranks_of(op: str, group: Any) -> Ranks:
     """The ranks that the argument `group` of `op` means."""
-    return group if isinstance(group, Ranks) else Ranks(process_group(op, group))
+    if isinstance(group, Part):
+        return group.ranks
+    return group if isinstance(group, Ranks) else _ranks_of(op, group)
+
+
+@torch.compiler.assume_constant_result
+def _ranks_of(op: str, group: Any) -> Ranks:
+    return Ranks(process_group(op, group))
+
+
+def dropout_seed(group: Any, query: object, dropout_p: object) -> Tensor | None:
+    """The seed of this rank's dropout: that of `group` if it has one, or one that is drawn."""
+    if isinstance(group, Part):
+        return group.seed
+    return random_seed(query.device) if isinstance(query, Tensor) and dropout_p else None
 
 
 @dataclasses.dataclass
@@ -128,14 +161,15 @@ def agree(
             tokens this rank has of each tensor that is sharded.
         lengths: of the shards of each such tensor, in the order of ranks, where known: then nothing is asked, unless
             there is a seed.
-        seed: of this rank's dropout; that of rank 0 counts.
+        seed: of this rank's dropout; that of rank 0 counts. With numbers behind it, all ranks have the same.
 
     Raises:
         Exception: what `check` raises here.
         RuntimeError: another rank had an error.
         ValueError: another rank has another op, setting, dtype or shape, or `lengths` are not those of the shards.
     """
-    if lengths is not None and (seed is None or ranks.size == 1):
+    settled = seed is None or ranks.size == 1 or seed.numel() > 1
+    if lengths is not None and settled:
         _, own = check()
         return Agreed(_checked(op, ranks, lengths, own), seed)
     if ranks.size == 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._library import runs_reference
+from vattn._meshes import on_mesh, over_mesh
 from vattn._operator import Operator
 
 
@@ -74,6 +75,10 @@ def select_tokens(
         _checks.positions(op, positions, tokens, batch, length)
 
     importance = importance.detach()
+    if on_mesh(tokens, importance, positions):
+        return over_mesh(
+            op, tokens=tokens, importance=importance, keep=keep, positions=positions, num_global=num_global
+        )
     if runs_reference(tokens, op) or importance.dtype == torch.float64:
         return reference.select_tokens(tokens, importance, keep, positions=positions, num_global=num_global)
     kept_tokens, kept_positions, _ = _select(tokens, importance.float(), keep, positions, num_global)
