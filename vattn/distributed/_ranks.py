@@ -1,7 +1,8 @@
 """The ranks of a group, and how they agree on a call before they make it.
 
     local checks     an error on one rank is an error on all of them: none waits for a call that will not come
-    handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank
+    handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank;
+                     where `lengths` are known there is none, unless TORCH_DISTRIBUTED_DEBUG is INFO or DETAIL
     collectives      of torch's functional ones, which compile, and are asynchronous until they are waited for
 """
 
@@ -160,7 +161,8 @@ def agree(
         check: raises for what is wrong here; gives the settings that must be the same on every rank, and how many
             tokens this rank has of each tensor that is sharded.
         lengths: of the shards of each such tensor, in the order of ranks, where known: then nothing is asked, unless
-            there is a seed.
+            there is a seed. Nor is a mismatch noticed then: gloo ends a process that gets more than it expects. With
+            TORCH_DISTRIBUTED_DEBUG set to INFO or DETAIL, calls are compared all the same.
         seed: of this rank's dropout; that of rank 0 counts. With numbers behind it, all ranks have the same.
 
     Raises:
@@ -169,7 +171,7 @@ def agree(
         ValueError: another rank has another op, setting, dtype or shape, or `lengths` are not those of the shards.
     """
     settled = seed is None or ranks.size == 1 or seed.numel() > 1
-    if lengths is not None and settled:
+    if lengths is not None and settled and not _compares_always(ranks):
         _, own = check()
         return Agreed(_checked(op, ranks, lengths, own), seed)
     if ranks.size == 1:
@@ -178,6 +180,13 @@ def agree(
     if isinstance(ranks, PaperRanks):
         raise ValueError(f"{op}: lengths must be given on paper, got lengths=None")
     return _handshake(op, ranks, check, lengths, seed)
+
+
+def _compares_always(ranks: Ranks) -> bool:
+    """Whether ranks compare their calls although nothing needs to be asked, as torch's own collectives do then."""
+    if torch.compiler.is_compiling() or ranks.size == 1 or isinstance(ranks, PaperRanks):
+        return False
+    return dist.get_debug_level() != dist.DebugLevel.OFF
 
 
 def _checked(op: str, ranks: Ranks, lengths: Sequence[Sequence[int]], own: Sequence[int]) -> list[list[int]]:
