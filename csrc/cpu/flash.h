@@ -15,14 +15,14 @@
 //     load_keys / store_keys       (likewise)
 //     load_outputs / store_outputs (likewise)                what belongs to queries and comes after the softmax
 //     load_numbers / store_numbers (numbers, first, count, floats)             a number for each query, such as lse
-//     query_tokens / key_tokens (first, count, integers)     the operator's own numbers of rows, for dropout
+//     query_tokens / key_tokens (first, count, integers)     the operator's own numbers of rows
 //     ADJUSTS      whether scores are more than products; if so, on a tile of them, a row of TILE for each query:
 //         Tile, set_keys (tile, first, count)                what it has to know of a tile of keys, found once
 //         adjust_scores (tile, first query, count, scores)   in units of log2
 //         adjust_grads (likewise)                            gradients of those, to take a share of
 //         adjust_tangents (likewise)                         tangents of those, not in units of log2
 //     HAS_VALUES   whether there are values and an output; without, the forward ends with, and add_weights begins with,
-//                  the maximum and the sum of a query's powers of 2: a.maximum, a.sum
+//                  the maximum and the sum of a query's powers of 2: a.maximum, a.sum (or, if it is given, with a.lse)
 //     SHARES_KEYS  whether keys belong to several components, the units of a head; each_piece (first, count, f) then
 //                  tells which rows of all keys a tile has, and store_keys stores all keys as they lie
 //     SHARES_TILES whether queries may meet keys in a tile that they do not read, by a score of -inf; if so,
@@ -90,6 +90,18 @@ struct ForwardWorkspace {
   }
 };
 
+// The numbers of rows for dropout.
+template <class Itinerary>
+VATTN_INLINE void number_queries(const Itinerary& it, int64_t first, int64_t count, uint32_t* tokens) {
+  it.query_tokens(first, count, tokens);
+  Dropout::renumber(it.dropout->numbers.queries, count, tokens);
+}
+template <class Itinerary>
+VATTN_INLINE void number_keys(const Itinerary& it, int64_t first, int64_t count, uint32_t* tokens) {
+  it.key_tokens(first, count, tokens);
+  Dropout::renumber(it.dropout->numbers.keys, count, tokens);
+}
+
 // Drops weights of one query: a row of each tile of keys.
 VATTN_INLINE void drop(const Dropout& dropout, uint32_t query_token, const uint32_t* key_tokens, int64_t keys,
                        float* weights) {
@@ -140,14 +152,14 @@ bool forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
   const Dropout* dropout = it.dropout;
 
   it.load_queries(it.a.query, first, count, w.query, ld, it.scale * LOG2E);
-  if (dropout) it.query_tokens(first, count, w.query_tokens);
+  if (dropout) number_queries(it, first, count, w.query_tokens);
   for (int64_t q = 0; q < count; ++q) w.maximum[q] = -INFINITE, store(w.sum + q * VL, Vec{});
   if (it.keys == 0) zero(w.out, count * ld);
   typename Itinerary::Tile tiles[FORWARD_TILES];
 
   for (int64_t k0 = 0, keys; k0 < it.keys; k0 += keys) {
     keys = least(w.chunk, it.keys - k0);
-    if (dropout) it.key_tokens(k0, keys, w.key_tokens);
+    if (dropout) number_keys(it, k0, keys, w.key_tokens);
     for (int64_t q0 = 0; q0 < count; q0 += TILE) {
       const int64_t queries = least(TILE, count - q0);
       const float* query = w.query + q0 * ld;
@@ -254,7 +266,7 @@ struct BackwardWorkspace {
       it.load_outputs(it.a.out, first + i, rows, keys, ld, 1);
       add_products(keys, grad_out + i * ld, rows, ld, delta + i);
     }
-    if (it.dropout) it.query_tokens(first, count, query_tokens);
+    if (it.dropout) number_queries(it, first, count, query_tokens);
     zero(grad_query, count * ld);
   }
 
@@ -307,8 +319,17 @@ void add_weights(const Itinerary& it, int64_t k0, int64_t keys, const BackwardWo
   for (int64_t first = 0; first < it.queries; first += TILE) {
     int64_t count = least(TILE, it.queries - first);
     it.load_queries(it.a.query, first, count, w.query, ld, it.scale * LOG2E);
-    it.load_numbers(it.a.maximum, first, count, maximum);
-    it.load_numbers(it.a.sum, first, count, sum);
+    if (it.a.lse) {
+      it.load_numbers(it.a.lse, first, count, maximum);
+      for (int64_t q = 0; q < count; ++q) {
+        const auto [shift, rest] = Lse2(maximum[q]);
+        maximum[q] = shift;
+        sum[q] = shift == -INFINITE ? 0 : shift == INFINITE ? 1 : exp2(splat(rest))[0];
+      }
+    } else {
+      it.load_numbers(it.a.maximum, first, count, maximum);
+      it.load_numbers(it.a.sum, first, count, sum);
+    }
     multiply(false, count, columns, it.head_dim, {w.query, ld, 1}, w.key_panel, TILE, w.weights, TILE);
     if constexpr (Itinerary::ADJUSTS) it.adjust_scores(tile, first, count, w.weights);
     for (int64_t q = 0; q < count; ++q) {
@@ -332,7 +353,7 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
   transpose(w.value_panel, TILE, w.keys, ld, columns, ld);
   it.load_keys(it.a.key, k0, keys, w.keys, ld, 1);
   transpose(w.key_panel, TILE, w.keys, ld, columns, ld);
-  if (it.dropout) it.key_tokens(k0, keys, w.key_tokens);
+  if (it.dropout) number_keys(it, k0, keys, w.key_tokens);
   typename Itinerary::Tile tile;
   if constexpr (Itinerary::ADJUSTS) it.set_keys(tile, k0, keys);
 
@@ -452,7 +473,7 @@ bool tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
   it.load_queries(it.a.query, first, count, w.query, ld, it.scale * LOG2E);
   it.load_queries(it.a.query_tangent, first, count, w.query_tangent, ld, it.scale);
   it.load_numbers(it.a.lse, first, count, w.lse);
-  if (it.dropout) it.query_tokens(first, count, w.query_tokens);
+  if (it.dropout) number_queries(it, first, count, w.query_tokens);
   zero(w.lse_tangent, count * VL);
   if (it.keys == 0) zero(w.out_tangent, count * ld);
 
@@ -465,7 +486,7 @@ bool tangent(const Itinerary& it, int64_t first, int64_t count, float* workspace
     transpose(w.key_tangent_panel, TILE, w.rows, ld, columns, ld);
     it.load_keys(it.a.value, k0, keys, w.value, ld, 1);
     it.load_keys(it.a.value_tangent, k0, keys, w.value_tangent, ld, 1);
-    if (it.dropout) it.key_tokens(k0, keys, w.key_tokens);
+    if (it.dropout) number_keys(it, k0, keys, w.key_tokens);
     typename Itinerary::Tile tile;
     if constexpr (Itinerary::ADJUSTS) it.set_keys(tile, k0, keys);
 

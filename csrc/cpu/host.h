@@ -239,9 +239,13 @@ Tensor checked_numbers(const char* op, Name name, const Tensor& x, Sizes sizes, 
   return numbers;
 }
 
-// The lengths of each sample's keys.
+// How much each sample reads, up to `most`, which is `limit`.
+inline Tensor checked_lengths(const char* op, Name name, const Tensor& lengths, int64_t B, const char* limit,
+                              int64_t most) {
+  return checked_numbers<int64_t>(op, name, lengths, {B}, limit, most);
+}
 inline Tensor checked_key_lengths(const char* op, const Tensor& lengths, int64_t B, int64_t keys) {
-  return checked_numbers<int64_t>(op, "key_lengths", lengths, {B}, "the number of keys", keys);
+  return checked_lengths(op, "key_lengths", lengths, B, "the number of keys", keys);
 }
 
 // Positions of the N tokens, (N,) or (B, N).

@@ -49,23 +49,15 @@ void run_backward(const AttentionKernels<Args>& kernel, Args& a) {
 }
 
 // What every attention takes, of a query (B, H, tokens, D) with `axes` axes, which it returns as the kernels read it.
-inline Tensor set_attention(const char* op, Attention& a, const Tensor& query_, int64_t axes, double dropout_p,
-                            const MaybeTensor& seed, double scale) {
+inline Tensor set_attention(const char* op, Attention& a, const Tensor& query_, int64_t axes, double scale) {
   a.dtype = dtype_of(op, "query", query_);
   Tensor query = with_rows(query_);
   check_value(query.dim() == axes, op, ": query must have ", axes, " axes, got query.shape=", query.sizes());
   a.B = query.size(0), a.H = query.size(1), a.D = query.size(-1);
   check_value(a.D >= 1 && a.D <= 256, op, ": head_dim must be between 1 and 256, got head_dim=", a.D);
   checked_product(op, "query.shape", query.sizes());
-  check_value(0 <= dropout_p && dropout_p <= 1, op, ": dropout_p must be between 0 and 1, got dropout_p=", dropout_p);
-  check_value(dropout_p == 0 || seed.has_value(), op, ": dropout needs a seed, got seed=None");
   check_value(std::isfinite(scale), op, ": scale must be finite, got scale=", scale);
   a.scale = (float)scale;
-  a.dropout_p = (float)dropout_p;
-  if (seed.has_value()) {
-    check_tensor(op, "seed", *seed, {1}, ScalarType::Long);
-    a.seed = *seed->const_data_ptr<int64_t>();
-  }
   a.query = strided(query);
   return query;
 }
@@ -118,6 +110,7 @@ template <class Args, class Keys = Tensor>
 class AttentionCall {
   static constexpr bool LISTS = std::is_same_v<Keys, Tensors>;
   std::vector<std::vector<Strided>> lists;  // that `a` points to
+  Tensor seed;                              // and the numbers behind it, likewise
 
  protected:
   const char* op;
@@ -128,11 +121,12 @@ class AttentionCall {
   bool leaves_keys = false;  // whether there may be keys that no query reads
 
   AttentionCall(const char* op, const AttentionKernels<Args>& kernel, int64_t axes, Tokens tokens,
-                const Tensor& query_, const Keys& key_, const Keys& value_, double dropout_p, const MaybeTensor& seed,
-                double scale)
-      : op(op), kernel(kernel), query(set_attention(op, a, query_, axes, dropout_p, seed, scale)),
+                const Tensor& query_, const Keys& key_, const Keys& value_, double dropout_p,
+                const MaybeTensor& seed, double scale)
+      : op(op), kernel(kernel), query(set_attention(op, a, query_, axes, scale)),
         key(checked_keys("key", key_, tokens)), value(rows_like(op, LISTS ? "values" : "value", value_, key)) {
     a.key = view(key), a.value = view(value);
+    set_dropout(dropout_p, seed);
   }
   AttentionCall(const AttentionCall&) = delete;  // `a` points into this object
 
@@ -154,6 +148,31 @@ class AttentionCall {
     Tensors keys;
     for (const Tensor& x : list) keys.push_back(checked_keys({"keys", (int64_t)keys.size()}, x, tokens));
     return keys;
+  }
+
+  // How many tokens a tensor (B, H, tokens, D) has.
+  static int64_t tokens_of(const Tensor& x) {
+    int64_t tokens = 1;
+    for (int64_t size : x.sizes().slice(2, x.dim() - 3)) tokens *= size;
+    return tokens;
+  }
+  // Behind the seed may be the numbers of batches and heads, of query tokens and of key tokens.
+  void set_dropout(double dropout_p, const MaybeTensor& seed_) {
+    check_value(0 <= dropout_p && dropout_p <= 1, op, ": dropout_p must be between 0 and 1, got dropout_p=", dropout_p);
+    check_value(dropout_p == 0 || seed_.has_value(), op, ": dropout needs a seed, got seed=None");
+    a.dropout_p = (float)dropout_p;
+    if (!seed_.has_value()) return;
+    const int64_t heads = a.B * a.H, queries = tokens_of(query);
+    int64_t keys = 0;
+    for_each(key, [&](const Tensor& x) { keys += tokens_of(x); });
+    check_tensor(op, "seed", *seed_, {ANY}, ScalarType::Long);
+    check_value(seed_->size(0) == 1 || seed_->size(0) == 1 + heads + queries + keys, op,
+                ": seed must have 1 element, or 1 + ", heads, " + ", queries, " + ", keys,
+                " with the numbers of heads, queries and keys, got seed.shape=", seed_->sizes());
+    seed = contiguous(*seed_, ScalarType::Long);
+    const int64_t* first = seed.const_data_ptr<int64_t>();
+    a.seed = *first++;
+    if (seed.size(0) > 1) a.numbers = {first, first + heads, first + heads + queries};
   }
 
   // All is set but where the results go.

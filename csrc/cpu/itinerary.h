@@ -17,7 +17,7 @@ struct Itinerary {
   const Dropout* const dropout;
 
   Itinerary(const Args& a, int64_t b, int64_t h)
-      : a(a), b(b), h(h), head_dim(a.D), scale(a.scale), weights_dropout(a.dropout_p, a.seed, b * a.H + h),
+      : a(a), b(b), h(h), head_dim(a.D), scale(a.scale), weights_dropout(a.dropout_p, a.seed, a.numbers, b * a.H + h),
         dropout(a.dropout_p > 0 ? &weights_dropout : nullptr) {}
   Itinerary(const Itinerary&) = delete;  // `dropout` points into this object
 

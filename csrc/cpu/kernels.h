@@ -21,6 +21,12 @@ struct Strided {
   int64_t batch = 0, head = 0, outer = 0, middle = 0, inner = 0;
 };
 
+// The numbers of batches and heads, of query tokens and of key tokens, for dropout: those that they have in a larger call
+// of which this one is a part. Null where it is none, and counts from 0.
+struct Numbers {
+  const int64_t *heads = nullptr, *queries = nullptr, *keys = nullptr;
+};
+
 // What attention operators share. The graph of an operator splits into independent components: queries attend only to
 // keys of their own. A component is the unit of work, and has an itinerary.
 struct Attention {
@@ -28,6 +34,7 @@ struct Attention {
   int64_t B, H, D;
   float scale, dropout_p;
   int64_t seed;
+  Numbers numbers;
   Strided query, out;
   Strided grad_out, grad_query;        // backward only
   Strided query_tangent, out_tangent;  // forward-mode only
@@ -104,8 +111,11 @@ struct AxialAttention : Attention, KeyTensors<Strided> {
 
 struct NodeSparseAttention : Attention, KeyTensors<Strided> {
   int64_t Lq;
-  const int64_t* kept;  // (B, max_keys): which keys are read
-  bool compact;         // the gradients are those of kept keys, in float, and not of all
+  const int64_t* kept;          // (B, max_keys): which keys are read
+  const int64_t* kept_lengths;  // (B,): how many of a sample's entries are, or null
+  bool compact;                 // the gradients are those of kept keys, in float, and not of all
+
+  int64_t length(int64_t b) const { return kept_lengths ? kept_lengths[b] : max_keys; }
 };
 
 struct TokenImportance : Attention {
@@ -113,7 +123,8 @@ struct TokenImportance : Attention {
   Strided key;
   Positions positions;
   const int64_t* key_lengths;  // (B,), or null
-  float *maximum, *sum;        // of the powers of 2 of a query (B, H, Lq): exacter than lse, their rounded logarithm
+  // Of the powers of 2 of a query (B, H, Lq), if no lse is given: exacter than that, their rounded logarithm.
+  float *maximum, *sum;
   float* importance;           // (B, max_keys)
 };
 

@@ -17,7 +17,8 @@ struct KeptKeys : TokenItinerary<T, NodeSparseAttention> {
   const int64_t* kept;
 
   KeptKeys(const NodeSparseAttention& a, int64_t index)
-      : Base(a, index / a.H, index % a.H, a.Lq), keys(a.max_keys), kept(a.kept + index / a.H * a.max_keys) {}
+      : Base(a, index / a.H, index % a.H, a.Lq), keys(a.length(index / a.H)),
+        kept(a.kept + index / a.H * a.max_keys) {}
 
   void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
     for (int64_t i = 0; i < count; ++i) {

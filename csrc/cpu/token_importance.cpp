@@ -7,10 +7,10 @@ namespace {
 
 Tensor token_importance(const Tensor& query_, const Tensor& key_, const MaybeTensor& bias_table,
                         const std::vector<int64_t>& window, int64_t num_global, const MaybeTensor& positions_,
-                        const MaybeTensor& key_lengths, double scale) {
+                        const MaybeTensor& key_lengths, const MaybeTensor& lse_, double scale) {
   const char* op = "token_importance";
   TokenImportance a{};
-  Tensor query = set_attention(op, a, query_, 4, 0, std::nullopt, scale), lengths;
+  Tensor query = set_attention(op, a, query_, 4, scale), lengths, lse;
   check_tensor(op, "key", key_, {a.B, a.H, ANY, a.D}, query.scalar_type());
   Tensor key = with_rows(key_);
   a.Lq = a.max_queries = query.size(2), a.max_keys = key.size(2);
@@ -24,15 +24,25 @@ Tensor token_importance(const Tensor& query_, const Tensor& key_, const MaybeTen
     a.key_lengths = lengths.const_data_ptr<int64_t>();
   }
   checked_product(op, "key.shape", key.sizes());
-  Tensor importance = zeros({a.B, a.max_keys}), maximum = empty_numbers(query), sum = empty_numbers(query);
+  if (lse_.has_value()) {
+    check_tensor(op, "lse", *lse_, {a.B, a.H, a.Lq}, ScalarType::Float);
+    lse = contiguous(*lse_, ScalarType::Float);
+    a.lse = floats(lse);
+  }
+  Tensor importance = zeros({a.B, a.max_keys});
   if (query.numel() == 0 || a.max_keys == 0) return importance;
   a.components = a.B * a.H;
   a.key = strided(key);
-  a.maximum = floats(maximum), a.sum = floats(sum), a.importance = floats(importance);
+  a.importance = floats(importance);
   const Kernels& k = kernels();
-  a.panels = panels_of_item(a);
-  run(k.token_importance_sums, a, a.components * parts(a.max_queries, a.panels * k.tile),
-      k.forward_workspace(a.D, a.panels));
+  Tensor maximum, sum;
+  if (!a.lse) {
+    maximum = empty_numbers(query), sum = empty_numbers(query);
+    a.maximum = floats(maximum), a.sum = floats(sum);
+    a.panels = panels_of_item(a);
+    run(k.token_importance_sums, a, a.components * parts(a.max_queries, a.panels * k.tile),
+        k.forward_workspace(a.D, a.panels));
+  }
   run(k.token_importance, a, a.B * parts(a.max_keys, k.tile), k.backward_workspace(a.D, k.tile, k.tile, 0));
   return importance;
 }

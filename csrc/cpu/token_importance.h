@@ -1,7 +1,7 @@
 // How much attention tokens get: the softmax probabilities of a key, summed over queries and heads.
 //
 // Two passes over the scores, neither of which keeps them: the first gives each query's maximum m and sum of 2^(s - m),
-// the second adds 2^(s - m) / sum to the keys.
+// the second adds 2^(s - m) / sum to the keys. With an lse that is given, which says as much, there is only the second.
 #pragma once
 
 #include "positions.h"
