@@ -5,6 +5,7 @@ ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shard
 make the same calls in the same order.
 """
 
+from vattn.distributed.bytes_sent import bytes_sent
 from vattn.distributed.latent_attention import latent_attention
 
-__all__ = ["latent_attention"]
+__all__ = ["bytes_sent", "latent_attention"]

@@ -75,21 +75,30 @@ class Ranks:
 
 
 class PaperRanks(Ranks):
-    """One rank of a group that exists on paper: it sends nothing, but counts the bytes that it would hand over."""
+    """One rank of a group that exists on paper: nothing is sent, and what would be is written down.
+
+    Attributes:
+        calls: of each collective, its name and the bytes that this rank hands to it.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.sent = rank, size, 0
+        self.rank, self.size = rank, size
+        self.calls: list[tuple[str, int]] = []
+
+    @property
+    def sent(self) -> int:
+        return sum(handed for _, handed in self.calls)
 
     def start_exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        self.sent += x.nbytes
+        self.calls.append(("all_to_all", x.nbytes))
         return x.new_empty(sum(received), *x.shape[1:])
 
     def start_all_reduce(self, x: Tensor, how: str) -> Tensor:
-        self.sent += x.nbytes
+        self.calls.append(("all_reduce", x.nbytes))
         return torch.empty_like(x)
 
     def start_all_gather(self, x: Tensor) -> Tensor:
-        self.sent += x.nbytes
+        self.calls.append(("all_gather", x.nbytes))
         return x.new_empty(self.size * x.shape[0], *x.shape[1:])
 
     def wait(self, x: Tensor) -> Tensor:

@@ -82,9 +82,8 @@ def latent_attention(
         Transformers"; for the merge Milakov and Gimelshein, "Online normalizer calculation for softmax", section 3.
 
     Example:
-        >>> import torch, vattn.distributed
-        >>> latents, context = torch.randn(1, 4, 16, 32), torch.randn(1, 4, 1000, 32)    # this rank's part of the context
-        >>> vattn.distributed.latent_attention(latents, context, context, group=one_rank).shape
+        >>> latents, context = torch.randn(1, 4, 16, 32), torch.randn(1, 4, 1000, 32)    # context: this rank's part
+        >>> vattn.distributed.latent_attention(latents, context, context, group=group).shape
         torch.Size([1, 4, 16, 32])
     """
     ranks = ranks_of(OP, group)
