@@ -1,8 +1,8 @@
 """The operators over the ranks of a process group: plain functions on local shards.
 
 Results and gradients are those of one device, whatever the lengths of the shards, which may be empty. ``group`` is a
-ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shards lie in the order of ranks, and all ranks
-make the same calls in the same order.
+ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shards lie in the order of ranks, and all
+ranks make the same calls in the same order.
 """
 
 from vattn.distributed.bytes_sent import bytes_sent

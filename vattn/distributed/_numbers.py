@@ -10,7 +10,10 @@ def with_numbers(
     seed: Tensor | None, batch: int, heads: int, queries: Sequence[Tensor | range], keys: Sequence[Tensor | range],
     *, first_head: int = 0, all_heads: int | None = None, first_sample: int = 0,
 ) -> Tensor | None:  # fmt: skip
-    """`seed` with the numbers of batch-heads, and of query and key tokens, in pieces: see ``vattn.reference.dropout``."""
+    """`seed` with the numbers of batch-heads, query tokens and key tokens: see ``vattn.reference.dropout``.
+
+    Numbers of tokens come in pieces, one after the other. None stays None.
+    """
     if seed is None:
         return None
     total = heads if all_heads is None else all_heads

@@ -1,8 +1,8 @@
 """The ranks of a group, and how they agree on a call before they make it.
 
-    local checks     an error on one rank is an error on all of them: none waits for a call that will not come
-    handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank
-    collectives      of torch's functional ones, which compile, and are asynchronous until they are waited for
+local checks     an error on one rank is an error on all of them: none waits for a call that will not come
+handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank
+collectives      of torch's functional ones, which compile, and are asynchronous until they are waited for
 """
 
 import dataclasses
@@ -63,7 +63,9 @@ class Ranks:
 
     def all_gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Those of every rank; all have as many."""
-        device = "cpu" if "cpu" in {d.type for d in self.group._device_types} else torch.accelerator.current_accelerator()
+        device = (
+            "cpu" if "cpu" in {d.type for d in self.group._device_types} else torch.accelerator.current_accelerator()
+        )
         told = torch.tensor([numbers], dtype=torch.int64, device=device)
         return self.wait(self.start_all_gather(told)).tolist()
 
