@@ -9,5 +9,9 @@ import vattn
 
 
 @pytest.fixture(autouse=True)
-def _names_for_doctests(doctest_namespace: dict[str, Any]) -> None:
+def _names_for_doctests(doctest_namespace: dict[str, Any], request: pytest.FixtureRequest) -> None:
     doctest_namespace.update(torch=torch, vattn=vattn)
+    if "distributed" in request.node.path.parts:
+        from vattn.distributed._ranks import PaperRanks
+
+        doctest_namespace["group"] = PaperRanks(rank=0, size=1)

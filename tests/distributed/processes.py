@@ -29,6 +29,12 @@ class World:
         """This rank's part of `x` along `dim`, as a leaf of its own."""
         return x.split(list(lengths), dim)[self.rank].detach().requires_grad_(x.requires_grad)
 
+    def add_up(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks."""
+        x = x.detach().clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
     def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """The parts of all ranks, along `dim`."""
         parts: list[Any] = [None] * self.size

@@ -84,6 +84,7 @@ CALLS = {
     "node": Call(
         lambda *x, **settings: vattn.node_sparse_attention(*x, return_lse=True, **settings),
         [(3, 3, 5, 4), *[(3, 3, 7, 4)] * 2], "BHLD BHKD BHKD", "BHLD BHL", lambda: [kept(3, 4, 7)],
+        tokens=["L", "K", "BL", "KH"], sends=["K", "KH"],
     ),
     "merge": Call(
         lambda a, b, c, d: vattn.merge_attention([a, b], [c, d]),
@@ -93,6 +94,11 @@ CALLS = {
     "importance": Call(
         lambda q, k, n: vattn.token_importance(q, k, key_lengths=n),
         [(3, 3, 5, 4), (3, 3, 7, 4)], "BHLD BHKD", "BK", lambda: [torch.tensor([1, 7, 5])], gradients=0,
+        tokens=["L", "K", "LH", "BK"], sends=["K", "BK"],
+    ),
+    "importance of a given lse": Call(
+        lambda q, k, lse: vattn.token_importance(q, k, lse=lse), [(3, 3, 5, 4), (3, 3, 7, 4), (3, 3, 5)],
+        "BHLD BHKD BHL", "BK", gradients=0, tokens=["L", "K", "KH"],
     ),
     "importance with a bias": Call(
         importance, [*[(3, 3, 12, 4)] * 2, (5 * 7 + 3, 3)], "BHLD BHLD RI", "BL", positions, gradients=0,
@@ -187,7 +193,7 @@ def test_that_an_operator_is_what_it_is_on_one_device(found, name, size):
             assert max(one["errors"]) < 1e-10, (way, dropout_p, one["errors"])
             assert all(one["metadata"]), way
             for axes, placed in zip(call.results.split(), one["placements"], strict=True):
-                summed = axes in ("BK", "BN", "BL") and name in ("edge", "importance", "importance with a bias")
+                summed = axes in ("BK", "BN", "BL") and name.startswith(("edge", "importance"))
                 expected = [
                     Shard(axes.index(axis)) if axis in axes else Partial() if summed else Replicate() for axis in way
                 ]

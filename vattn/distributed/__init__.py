@@ -1,10 +1,14 @@
 """The operators over the ranks of a process group: plain functions on local shards.
 
 Results and gradients are those of one device, whatever the lengths of the shards, which may be empty. ``group`` is a
-ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shards lie in the order of ranks, and all ranks
-make the same calls in the same order.
+ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shards lie in the order of ranks, and all
+ranks make the same calls in the same order.
 """
 
+from vattn.distributed.bytes_sent import bytes_sent
 from vattn.distributed.latent_attention import latent_attention
+from vattn.distributed.node_sparse_attention import node_sparse_attention
+from vattn.distributed.select_tokens import select_tokens
+from vattn.distributed.token_importance import token_importance
 
-__all__ = ["latent_attention"]
+__all__ = ["bytes_sent", "latent_attention", "node_sparse_attention", "select_tokens", "token_importance"]

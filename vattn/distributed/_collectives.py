@@ -18,7 +18,7 @@ from vattn.distributed._ranks import Ranks
 
 
 class Exchange:
-    """Rows along the first axis that move: `sent[r]` of them to rank r, `received[r]` from it, in the order of ranks."""
+    """Rows along the first axis that move: `sent[r]` of them to rank r, `received[r]` from it, by rank."""
 
     def __init__(self, ranks: Ranks, sent: Sequence[int], received: Sequence[int]) -> None:
         self.ranks, self.sent, self.received = ranks, list(sent), list(received)
@@ -123,7 +123,10 @@ def start_exchange(x: Tensor, ranks: Ranks, sent: Sequence[int], received: Seque
 
 
 def start_sum(x: Tensor, ranks: Ranks, grad: str) -> Pending:
-    """Sum the parts `x` of all ranks. The gradient of the sum is the full one on every rank, or a part of it on each."""
+    """Sum the parts `x` of all ranks.
+
+    The gradient of the sum comes whole on every rank ("full"), or a part of it on each ("partial").
+    """
     return Pending(x, Sum(ranks), Sum(ranks) if grad == "partial" else None)
 
 

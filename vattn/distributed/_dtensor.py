@@ -162,11 +162,24 @@ def node_sparse_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = {"query": (query, "B H Lq D"), "key": (key, "B H Lk D"), "value": (value, "B H Lk D")}
     placed = Placed("node_sparse_attention", tensors)
-    placed.tokens()
-    q, k, v = map(placed.local, tensors)
+    dim = placed.tokens("Lq", "Lk")
+    by_keys = dim if dim is not None and placed.axes[dim] == ["Lk"] else None
+    q, k, v = (placed.local(name, by_keys) for name in tensors)
     kept, kept_lengths = placed.aside("kept", kept, "B K"), placed.aside("kept_lengths", kept_lengths, "B")
-    seed = placed.numbered(seed, query.shape[2], key.shape[2])
-    out, lse = attend_nodes(q, k, v, kept, kept_lengths, dropout_p, seed, scale)
+    if by_keys is None:
+        begin, count = placed.part("Lq")
+        seed = placed.numbered(seed, count if dim is None else range(begin, begin + count), key.shape[2])
+        out, lse = attend_nodes(q, k, v, kept, kept_lengths, dropout_p, seed, scale)
+    else:
+        if kept_lengths is not None:
+            raise ValueError(
+                "node_sparse_attention: kept_lengths must be None where keys are sharded along their tokens, "
+                f"got key.placements={key.placements}"  # type: ignore[attr-defined]
+            )
+        out, lse = over_ranks.node_sparse_attention(
+            q, k, v, kept, group=placed.group(by_keys, seed), lengths=placed.lengths(by_keys, "Lk"),
+            dropout_p=dropout_p, scale=scale, return_lse=True,
+        )  # fmt: skip
     return placed.result(out, "B H Lq D", rows=True), placed.result(lse, "B H Lq")
 
 
@@ -178,17 +191,38 @@ def token_importance(
     if lse is not None:
         tensors["lse"] = lse, "B H Lq"
     placed = Placed("token_importance", tensors)
-    placed.tokens()
+    dim = placed.tokens("Lq", "Lk")
+    if dim is not None and position_bias is not None:
+        raise ValueError(
+            "token_importance: with position_bias tokens must be whole on every rank, "
+            f"got query.placements={query.placements}"  # type: ignore[attr-defined]
+        )
     positions = placed.aside("positions", positions, "N" if positions is None or positions.dim() == 1 else "B N")
     key_lengths = placed.aside("key_lengths", key_lengths, "B")
     table = _local_bias(placed, position_bias)
     if isinstance(table, tuple) and position_bias is not None:
         position_bias = _with_table(position_bias, table[0])
-    found = vattn.token_importance(
-        placed.local("query"), placed.local("key"), position_bias=position_bias, positions=positions,
-        key_lengths=key_lengths, lse=None if lse is None else placed.local("lse"), scale=scale,
-    )  # fmt: skip
-    return placed.result(found * _share(placed, "H"), "B Lk", sums=True)
+    q, k, lse = placed.local("query"), placed.local("key"), None if lse is None else placed.local("lse")
+    if dim is not None and placed.axes[dim] == ["Lk"]:
+        found = _importance_of_shard(placed, dim, q, k, key_lengths, lse, scale)
+    else:
+        found = vattn.token_importance(
+            q, k, position_bias=position_bias, positions=positions, key_lengths=key_lengths, lse=lse, scale=scale
+        )
+    return placed.result(found * _share(placed, "H") * _share(placed, "Lq"), "B Lk", sums=True)
+
+
+def _importance_of_shard(
+    placed: Placed, dim: int, query: Tensor, key: Tensor, key_lengths: Tensor | None, lse: Tensor | None, scale: float
+) -> Tensor:
+    """The importance of this rank's keys, of those of all ranks along `dim`."""
+    if lse is None:
+        return over_ranks.token_importance(
+            query, key, group=placed.group(dim), lengths=placed.lengths(dim, "Lk"), key_lengths=key_lengths, scale=scale
+        )
+    begin, count = placed.part("Lk")
+    key_lengths = None if key_lengths is None else (key_lengths - begin).clamp(0, count)
+    return vattn.token_importance(query, key, key_lengths=key_lengths, lse=lse, scale=scale)
 
 
 def select_tokens(

@@ -13,7 +13,7 @@ from vattn.distributed._ranks import Ranks
 
 
 class PendingMerge:
-    """The merge of each rank's ``out (B, H, L, D)`` and ``lse (B, H, L)`` on its way; `wait` gives those of all keys."""
+    """The merge of each rank's ``out (B, H, L, D)`` and ``lse (B, H, L)`` on its way."""
 
     def __init__(self, out: Tensor, lse: Tensor, ranks: Ranks, grad: str) -> None:
         self._dtype = out.dtype
@@ -24,6 +24,7 @@ class PendingMerge:
         self._sums = start_sum(packed.transpose(1, 2), ranks, grad)  # it lies as the output does
 
     def wait(self) -> tuple[Tensor, Tensor]:
+        """Out and lse over the keys of all ranks."""
         sums = self._sums.wait().transpose(1, 2)
         weights = sums[..., -1]
         empty = weights == 0

@@ -10,9 +10,9 @@ def with_numbers(
     seed: Tensor | None, batch: int, heads: int, queries: Sequence[Tensor | range], keys: Sequence[Tensor | range],
     *, first_head: int = 0, all_heads: int | None = None, first_sample: int = 0,
 ) -> Tensor | None:  # fmt: skip
-    """`seed` with the numbers of batch-heads, and of query and key tokens, in pieces: see ``vattn.reference.dropout``.
+    """`seed` with the numbers of batch-heads, query tokens and key tokens: see ``vattn.reference.dropout``.
 
-    A seed may have the numbers of batch-heads already.
+    Numbers of tokens come in pieces, one after the other. A seed may have those of batch-heads already. None stays None.
     """
     if seed is None:
         return None

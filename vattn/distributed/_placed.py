@@ -177,12 +177,13 @@ class Placed:
                 seed = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.broadcast(seed, 0, name))
         return seed
 
-    def numbered(self, seed: Tensor | None, queries: int, keys: int) -> Tensor | None:
-        """The common seed, for all of so many tokens, but a part of the batch and of the heads."""
+    def numbered(self, seed: Tensor | None, queries: int | range, keys: int) -> Tensor | None:
+        """The common seed, for a part of the batch and of the heads: of all of so many tokens, or for queries a range."""
         seed = self.seed(seed)
-        if seed is None or not any(map(self._shards, BATCH_AND_HEADS)):
+        if seed is None or not (isinstance(queries, range) or any(map(self._shards, BATCH_AND_HEADS))):
             return seed
-        return with_numbers(self._of_batch_heads(seed), *self._batch_heads(), [range(queries)], [range(keys)])
+        of_queries = queries if isinstance(queries, range) else range(queries)
+        return with_numbers(self._of_batch_heads(seed), *self._batch_heads(), [of_queries], [range(keys)])
 
     def _batch_heads(self) -> tuple[int, int]:
         return self.part("B")[1], self.part("H")[1]

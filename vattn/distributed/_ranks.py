@@ -1,9 +1,9 @@
 """The ranks of a group, and how they agree on a call before they make it.
 
-    local checks     an error on one rank is an error on all of them: none waits for a call that will not come
-    handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank;
-                     where `lengths` are known there is none, unless TORCH_DISTRIBUTED_DEBUG is INFO or DETAIL
-    collectives      of torch's functional ones, which compile, and are asynchronous until they are waited for
+local checks     an error on one rank is an error on all of them: none waits for a call that will not come
+handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank; where
+                 `lengths` are known there is none, unless TORCH_DISTRIBUTED_DEBUG is INFO or DETAIL
+collectives      of torch's functional ones, which compile, and are asynchronous until they are waited for
 """
 
 import dataclasses
@@ -66,7 +66,9 @@ class Ranks:
 
     def all_gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Those of every rank; all have as many."""
-        device = "cpu" if "cpu" in {d.type for d in self.group._device_types} else torch.accelerator.current_accelerator()
+        device = (
+            "cpu" if "cpu" in {d.type for d in self.group._device_types} else torch.accelerator.current_accelerator()
+        )
         told = torch.tensor([numbers], dtype=torch.int64, device=device)
         return self.wait(self.start_all_gather(told)).tolist()
 
@@ -78,21 +80,30 @@ class Ranks:
 
 
 class PaperRanks(Ranks):
-    """One rank of a group that exists on paper: it sends nothing, but counts the bytes that it would hand over."""
+    """One rank of a group that exists on paper: nothing is sent, and what would be is written down.
+
+    Attributes:
+        calls: of each collective, its name and the bytes that this rank hands to it.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.sent = rank, size, 0
+        self.rank, self.size = rank, size
+        self.calls: list[tuple[str, int]] = []
+
+    @property
+    def sent(self) -> int:
+        return sum(handed for _, handed in self.calls)
 
     def start_exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        self.sent += x.nbytes
+        self.calls.append(("all_to_all", x.nbytes))
         return x.new_empty(sum(received), *x.shape[1:])
 
     def start_all_reduce(self, x: Tensor, how: str) -> Tensor:
-        self.sent += x.nbytes
+        self.calls.append(("all_reduce", x.nbytes))
         return torch.empty_like(x)
 
     def start_all_gather(self, x: Tensor) -> Tensor:
-        self.sent += x.nbytes
+        self.calls.append(("all_gather", x.nbytes))
         return x.new_empty(self.size * x.shape[0], *x.shape[1:])
 
     def wait(self, x: Tensor) -> Tensor:

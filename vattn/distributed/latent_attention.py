@@ -43,9 +43,10 @@ def latent_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`vattn.latent_attention` with keys or queries sharded over the ranks of a process group.
 
-    With keys sharded, a rank sends ``B * H * Lq * (D + 2)`` numbers of at least 32 bits forward, and in the backward the
-    gradient of the query, however long the context is. With queries sharded it sends nothing forward, and in the
-    backward the gradients of keys and values.
+    With keys sharded, a rank sends ``B * H * Lq * (D + 2)`` numbers of at least 32 bits forward, and in the backward
+    the gradient of the query, however long the context is. With queries sharded it sends nothing forward, and in the
+    backward the gradients of keys and values. With ``grad="partial"`` it is the gradient of the output that is sent in
+    the backward, and nothing for queries sharded.
 
     Args:
         query: ``(B, H, Lq, D)``: the same on every rank, or for ``sharded="queries"`` this rank's part of the queries.
@@ -53,8 +54,8 @@ def latent_attention(
             sharded, of any length, 0 too; otherwise the same on every rank.
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group. Shards lie in the order of
             ranks.
-        sharded: "keys", "queries", or for tuples "keys" or "replicated" for each tensor: those that are replicated count
-            once, and each rank reads its share of them.
+        sharded: "keys", "queries", or for tuples "keys" or "replicated" for each tensor: those that are replicated
+            count once, and each rank reads its share of them.
         grad: what gradients of replicated tensors are. "full": that of a replicated output must come whole, and equal,
             on every rank; those of replicated inputs are whole, and equal. "partial": the loss is the sum of those of
             the ranks; a replicated input gets this rank's share of its gradient, and the sum over the ranks is whole.
@@ -81,9 +82,8 @@ def latent_attention(
         Transformers"; for the merge Milakov and Gimelshein, "Online normalizer calculation for softmax", section 3.
 
     Example:
-        >>> import torch, vattn.distributed
-        >>> latents, context = torch.randn(1, 4, 16, 32), torch.randn(1, 4, 1000, 32)    # this rank's part of the context
-        >>> vattn.distributed.latent_attention(latents, context, context, group=one_rank).shape
+        >>> latents, context = torch.randn(1, 4, 16, 32), torch.randn(1, 4, 1000, 32)    # context: this rank's part
+        >>> vattn.distributed.latent_attention(latents, context, context, group=group).shape
         torch.Size([1, 4, 16, 32])
     """
     ranks = ranks_of(OP, group)
