@@ -111,9 +111,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def dropout(variant: str) -> tuple[float, Tensor | None]:
-    """Probability and seed."""
-    return (0.1, empty(1, dtype=torch.int64)) if "dropout" in variant else (0.0, None)
+def dropout(variant: str, query: Tensor, keys: int | None = None) -> tuple[float, Tensor | None]:
+    """Probability and seed, with the "numbers" of batches and heads, and of as many queries and `keys` as there are."""
+    B, H, *rows, _ = query.shape
+    queries = math.prod(rows)
+    numbers = B * H + queries + (queries if keys is None else keys) if "numbers" in variant else 0
+    return (0.1, empty(1 + numbers, dtype=torch.int64)) if "dropout" in variant else (0.0, None)
 
 
 def bias_of_window(variant: str, heads: int) -> tuple[Tensor | None, tuple[int, ...]]:
@@ -126,7 +129,7 @@ def bias_of_window(variant: str, heads: int) -> tuple[Tensor | None, tuple[int, 
 def axial(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     """Lines are "short", and share tiles, or "long"."""
     query = empty(2, 2, 4, 512 if "long" in variant else 8, 64, head_dim, dtype=dtype)
-    lse, settings = empty(*query.shape[:-1]), (*dropout(variant), 0.1)
+    lse, settings = empty(*query.shape[:-1]), (*dropout(variant, query), 0.1)
     axial_attention.forward(query, query, query, *settings)
     axial_attention.backward(query, None, query, query, query, query, lse, *settings)
     axial_attention.jvp(*[query] * 7, lse, *settings)
@@ -137,7 +140,7 @@ def edge_sparse(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     query, columns = empty(2, 4, 1 + TOKENS, head_dim, dtype=dtype), empty(4 * TOKENS // BLOCK, dtype=torch.int32)
     layout, lse = (empty(1, TOKENS // BLOCK + 1, dtype=torch.int32), columns), empty(*query.shape[:-1])
     table, window = bias_of_window(variant, 4)
-    settings = (BLOCK, 1, table, window, None, "causal" in variant, *dropout(variant), 0.1)
+    settings = (BLOCK, 1, table, window, None, "causal" in variant, *dropout(variant, query), 0.1)
     edge_sparse_attention.forward(query, query, query, *layout, *layout, *settings, "dropout" in variant)
     edge_sparse_attention.backward(
         query, None, *[query] * 4, lse, *layout, *layout, *settings, False, deterministic="dropout" in variant
@@ -152,16 +155,17 @@ def latent(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     # An empty segment is one more in the loops over segments, and launches no kernel of its own.
     segments = [key, key[:, :, :0]] if "2 segments" in variant else [key]
     lengths = empty(2, dtype=torch.int64) if variant == "key lengths" else None
-    lse, settings = empty(*query.shape[:-1]), (lengths, *dropout(variant), 0.1)
+    lse, settings = empty(*query.shape[:-1]), (lengths, *dropout(variant, query, keys), 0.1)
     latent_attention.forward(query, segments, segments, *settings)
     latent_attention.backward(query, None, query, segments, segments, query, lse, *settings)
     latent_attention.jvp(query, segments, segments, query, segments, segments, query, lse, *settings)
 
 
 def node_sparse(variant: str, dtype: torch.dtype, head_dim: int) -> None:
-    """Half of the keys are kept."""
-    query = empty(2, 4, 1024, head_dim, dtype=dtype)
-    lse, settings = empty(*query.shape[:-1]), (empty(2, 512, dtype=torch.int64), *dropout(variant), 0.1)
+    """Half of the keys are kept, or, with "lengths", fewer."""
+    query, kept = empty(2, 4, 1024, head_dim, dtype=dtype), empty(2, 512, dtype=torch.int64)
+    lengths = empty(2, dtype=torch.int64) if "lengths" in variant else None
+    lse, settings = empty(*query.shape[:-1]), (kept, lengths, *dropout(variant, query), 0.1)
     node_sparse_attention.forward(query, query, query, *settings)
     node_sparse_attention.backward(query, None, query, query, query, query, lse, *settings)
     node_sparse_attention.jvp(*[query] * 7, lse, *settings)
@@ -170,7 +174,7 @@ def node_sparse(variant: str, dtype: torch.dtype, head_dim: int) -> None:
 def leap(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     """With or without the "shift" of channels."""
     query = empty(2, 8, 8, 197, head_dim, dtype=dtype)
-    lse, settings = empty(*query.shape[:-1]), (4, 2, 4 if "shift" in variant else 0, *dropout(variant), 0.1)
+    lse, settings = empty(*query.shape[:-1]), (4, 2, 4 if "shift" in variant else 0, *dropout(variant, query), 0.1)
     leap_attention.forward(query, query, query, *settings)
     leap_attention.backward(query, None, query, query, query, query, lse, *settings)
     leap_attention.jvp(*[query] * 7, lse, *settings)
@@ -186,7 +190,7 @@ def merge(variant: str, dtype: torch.dtype, head_dim: int) -> None:
 
 def importance(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     query = empty(2, 4, 1 + TOKENS, head_dim, dtype=dtype)
-    token_importance.forward(query, query, *bias_of_window(variant, 4), 1, None, None, 0.1)
+    token_importance.forward(query, query, *bias_of_window(variant, 4), 1, None, None, None, 0.1)
 
 
 def nearest(variant: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -202,15 +206,21 @@ def codes(variant: str, dtype: torch.dtype, head_dim: int) -> None:
 
 
 OPERATORS = {
-    "axial_attention": Operator(axial, ("short", "long"), ("short+dropout", "long+dropout")),
-    "edge_sparse_attention": Operator(edge_sparse, ("bias",), ("plain", "causal", "bias+causal+dropout")),
-    "latent_attention": Operator(
-        latent, ("2 segments", "decode"), ("encode", "dropout", "key lengths", "decode+2 segments+dropout")
+    "axial_attention": Operator(
+        axial, ("short", "long"), ("short+dropout", "long+dropout", "short+dropout+numbers", "long+dropout+numbers")
     ),
-    "leap_attention": Operator(leap, ("shift",), ("plain", "shift+dropout")),
+    "edge_sparse_attention": Operator(
+        edge_sparse, ("bias",), ("plain", "causal", "bias+causal+dropout", "bias+causal+dropout+numbers")
+    ),
+    "latent_attention": Operator(
+        latent,
+        ("2 segments", "decode"),
+        ("encode", "dropout", "key lengths", "decode+2 segments+dropout", "decode+2 segments+dropout+numbers"),
+    ),
+    "leap_attention": Operator(leap, ("shift",), ("plain", "shift+dropout", "shift+dropout+numbers")),
     "merge_attention": Operator(merge, ("2 parts", "8 parts"), head_dims=(64,)),
     "nearest_code": Operator(nearest, ("",), head_dims=(64,)),
-    "node_sparse_attention": Operator(node_sparse, ("plain",), ("dropout",)),
+    "node_sparse_attention": Operator(node_sparse, ("plain",), ("dropout", "lengths+dropout+numbers")),
     "periodic_shift": Operator(shift, ("plain", "transpose"), head_dims=(64,)),
     "position_bias": Operator(codes, ("",), head_dims=(64,)),
     "token_importance": Operator(importance, ("bias",), ("plain",)),

@@ -36,10 +36,10 @@ def own_rows(first, last, group, OP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def dropout_of(seed_ptr, bh, number, threshold):
+def dropout_of(seed, bh, number, mask, threshold):
     """What dropout knows of the queries owned (queries, 1), or ()."""
-    if seed_ptr is not None:
-        add, times = flash.dropout_query(seed_ptr, bh, number)
+    if len(seed) > 0:
+        add, times = flash.dropout_query(seed, bh, number, mask)
         return add[:, None], times[:, None], threshold
     else:
         return ()
@@ -55,11 +55,12 @@ def pair_of(where, row, mask, group, OP: tl.constexpr, OF_KEYS: tl.constexpr):
 
 
 @triton.jit
-def own_queries(where, bh, first, last, group, seed_ptr, threshold, OP: tl.constexpr, BLOCK: tl.constexpr):
+def own_queries(where, bh, first, last, group, seed, threshold, OP: tl.constexpr, BLOCK: tl.constexpr):
     """The queries that a program owns: rows, which exist, numbers, and what dropout and pairs want to know of them."""
     row, mask = own_rows(first, last, group, OP, BLOCK), first + tl.arange(0, BLOCK) < last
     number = OP.number(row, group)
-    return row, mask, number, dropout_of(seed_ptr, bh, number, threshold), pair_of(where, row, mask, group, OP, False)
+    dropout = dropout_of(seed, bh, number, mask, threshold)
+    return row, mask, number, dropout, pair_of(where, row, mask, group, OP, False)
 
 
 @triton.jit
@@ -179,18 +180,19 @@ def forward_step(
     OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     where, group, _ = program
-    q, scale, own_row, dropout = own
+    q, scale, own_row, dropout, seed = own
     k, v = load_two(kv, row, mask, OP, SHAPE)
     s = flash.key_scores(q, k, scale, bias, allowed, PRECISION, SIGN)
     factor = flash.scale_left(scale, bias)
     if OP.tap is not None:
         OP.tap(where, s * factor, own_row, row, mask, group)
-    return flash.forward_scores(state, s, factor, v, OP.number(row, group), dropout, PRECISION)
+    number = flash.key_number(seed, OP.number(row, group), mask)
+    return flash.forward_scores(state, s, factor, v, number, dropout, PRECISION)
 
 
 @launch.kernel
 def forward_kernel(
-    q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, seed_ptr, pointers, n0, n1, n2, n3, n4, n5, n6, n7,
+    q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, seed, pointers, n0, n1, n2, n3, n4, n5, n6, n7,
     q_strides, k_strides, v_strides, out_strides, split_stride, lse_rows, H, heads, scale, threshold, keep_scale,
     OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -200,15 +202,13 @@ def forward_kernel(
     bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
     if first >= last:
         return
-    row, mask, number, dropout, pair = own_queries(
-        where, bh, first, last, group, seed_ptr, threshold, OP, BLOCK_Q
-    )  # fmt: skip
+    row, mask, number, dropout, pair = own_queries(where, bh, first, last, group, seed, threshold, OP, BLOCK_Q)
     q = flash.load_rows(head(q_ptr, q_strides, bh, H), OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
 
     kv = heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
     state = walk(
-        flash.forward_start(BLOCK_Q, SHAPE), (q, scale, row, dropout), kv, (where, group, pair), OP, forward_step,
-        False, SHAPE, PRECISION, SIGN, BLOCK_K,
+        flash.forward_start(BLOCK_Q, SHAPE), (q, scale, row, dropout, seed), kv, (where, group, pair), OP,
+        forward_step, False, SHAPE, PRECISION, SIGN, BLOCK_K,
     )  # fmt: skip
 
     if OP.bias is not None:
@@ -226,9 +226,9 @@ def query_step(
 ):  # fmt: skip
     where, group, pair = program
     dq, more = grads
-    query, scale, own_mask, dropout, keep_scale = own
+    query, scale, own_mask, dropout, seed, keep_scale = own
     k, v = load_two(kv, row, mask, OP, SHAPE)
-    keys = (k, v, OP.number(row, group))
+    keys = (k, v, flash.key_number(seed, OP.number(row, group), mask))
     ds = flash.backward_keys(query, scale, keys, bias, allowed, dropout, keep_scale, PRECISION)
     if OP.grad_step is not None:
         more = OP.grad_step(where, more, ds, place, pair, row, mask, own_mask, group, WHOLE)
@@ -237,7 +237,7 @@ def query_step(
 
 @launch.kernel
 def backward_query_kernel(
-    do_ptr, dlse_ptr, q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, delta_ptr, dq_ptr, seed_ptr,
+    do_ptr, dlse_ptr, q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, delta_ptr, dq_ptr, seed,
     pointers, n0, n1, n2, n3, n4, n5, n6, n7,
     do_strides, dlse_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, split_stride, lse_rows,
     H, heads, scale, threshold, keep_scale,
@@ -254,9 +254,7 @@ def backward_query_kernel(
     bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
     if first >= last:
         return
-    row, mask, number, dropout, pair = own_queries(
-        where, bh, first, last, group, seed_ptr, threshold, OP, BLOCK_Q
-    )  # fmt: skip
+    row, mask, number, dropout, pair = own_queries(where, bh, first, last, group, seed, threshold, OP, BLOCK_Q)
 
     do = load_out(do_ptr, do_strides, bh, H, row, mask, group, OP, SHAPE)
     delta = flash.row_dot(do, load_out(out_ptr, out_strides, bh, H, row, mask, group, OP, SHAPE))
@@ -274,8 +272,8 @@ def backward_query_kernel(
         more = OP.grad_start(BLOCK_Q)
     kv = heads_of(k_ptrs, v_ptrs, k_strides, v_strides, bh, H)
     dq, more = walk(
-        (flash.zero_rows(BLOCK_Q, SHAPE), more), (query, scale, mask, dropout, keep_scale), kv, (where, group, pair),
-        OP, query_step, False, SHAPE, PRECISION, 1, BLOCK_K,
+        (flash.zero_rows(BLOCK_Q, SHAPE), more), (query, scale, mask, dropout, seed, keep_scale), kv,
+        (where, group, pair), OP, query_step, False, SHAPE, PRECISION, 1, BLOCK_K,
     )  # fmt: skip
 
     if OP.grad_finish is not None:
@@ -291,7 +289,7 @@ def key_step(
 ):  # fmt: skip
     where, group, pair = program
     grads, more = grads
-    keys, scale, own_mask, seed_ptr, bh, H, threshold, keep_scale = own
+    keys, scale, own_mask, seed, bh, H, threshold, keep_scale = own
     q_ptr, do_ptr, q_strides, do_strides, lse_ptr, delta_ptr = other
     number = OP.number(row, group)
     q = flash.load_rows(q_ptr, OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
@@ -299,8 +297,8 @@ def key_step(
     lse = flash.load_lse(lse_ptr + number, mask)
     delta = flash.load_numbers(delta_ptr + number, mask, 0.0)
     dropout = ()
-    if seed_ptr is not None:
-        add, times = flash.dropout_query(seed_ptr, bh, number)
+    if len(seed) > 0:
+        add, times = flash.dropout_query(seed, bh, number, mask)
         dropout = (add[None, :], times[None, :], threshold)
     if OP.reads is not None:
         if OP.allowed is None:
@@ -316,7 +314,7 @@ def key_step(
 
 @launch.kernel
 def backward_key_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, seed,
     pointers, n0, n1, n2, n3, n4, n5, n6, n7,
     do_strides, q_strides, k_strides, v_strides, grad_strides, split_stride, lse_rows,
     H, heads, scale, threshold, keep_scale,
@@ -339,7 +337,8 @@ def backward_key_kernel(
     pair = pair_of(where, row, mask, group, OP, True)
     kv = (head(k_ptr, k_strides, bh, H), head(v_ptr, v_strides, bh, H), k_strides, v_strides)
     k, v = load_two(kv, row, read, OP, SHAPE)
-    own = ((k, v, OP.number(row, group)), scale, read, seed_ptr, bh, H, threshold, keep_scale)
+    number = flash.key_number(seed, OP.number(row, group), mask)
+    own = ((k, v, number), scale, read, seed, bh, H, threshold, keep_scale)
 
     before = bh.to(tl.int64) * lse_rows
     others = ((head(q_ptr, q_strides, bh, H), do_ptr, q_strides, do_strides, lse_ptr + before, delta_ptr + before),)
@@ -374,23 +373,23 @@ def tangent_step(
     OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     where, group, pair = program
-    query, scale, dropout = own
+    query, scale, dropout, seed = own
     kv, tangents = other
     k, v = load_two(kv, row, mask, OP, SHAPE)
     tangents = load_two(tangents, row, mask, OP, SHAPE)
     dbias = None
     if OP.bias_tangent is not None:
         dbias = OP.bias_tangent(where, pair, place)
-    keys = (k, v, OP.number(row, group))
+    keys = (k, v, flash.key_number(seed, OP.number(row, group), mask))
     return flash.tangent_keys(sums, query, scale, keys, tangents, bias, dbias, allowed, dropout, PRECISION)
 
 
 @launch.kernel
 def jvp_kernel(
-    q_ptr, k_ptrs, v_ptrs, dq_ptr, dk_ptrs, dv_ptrs, out_ptr, lse_ptr, dout_ptr, dlse_ptr, seed_ptr,
+    q_ptr, k_ptrs, v_ptrs, dq_ptr, dk_ptrs, dv_ptrs, out_ptr, lse_ptr, dout_ptr, dlse_ptr, seed,
     pointers, n0, n1, n2, n3, n4, n5, n6, n7,
     q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides, out_strides, dout_strides,
-    split_stride, lse_rows, H, heads, scale, threshold, keep_scale,
+    split_stride, lse_rows, dlse_rows, H, heads, scale, threshold, keep_scale,
     OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -402,9 +401,7 @@ def jvp_kernel(
     bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
     if first >= last:
         return
-    row, mask, number, dropout, pair = own_queries(
-        where, bh, first, last, group, seed_ptr, threshold, OP, BLOCK_Q
-    )  # fmt: skip
+    row, mask, number, dropout, pair = own_queries(where, bh, first, last, group, seed, threshold, OP, BLOCK_Q)
     q = flash.load_rows(head(q_ptr, q_strides, bh, H), OP.offsets(row, q_strides, SHAPE), mask, SHAPE)
     dq = flash.load_rows(head(dq_ptr, dq_strides, bh, H), OP.offsets(row, dq_strides, SHAPE), mask, SHAPE)
     lse = flash.load_lse(lse_ptr + bh.to(tl.int64) * lse_rows + number, mask)
@@ -415,11 +412,11 @@ def jvp_kernel(
     for i in tl.static_range(len(kv)):
         others = others + ((kv[i], tangents[i]),)
     acc, dlse = walk(
-        (flash.zero_rows(BLOCK_Q, SHAPE), tl.zeros((BLOCK_Q,), tl.float32)), ((q, dq, lse), scale, dropout), others,
-        (where, group, pair), OP, tangent_step, False, SHAPE, PRECISION, 1, BLOCK_K,
+        (flash.zero_rows(BLOCK_Q, SHAPE), tl.zeros((BLOCK_Q,), tl.float32)), ((q, dq, lse), scale, dropout, seed),
+        others, (where, group, pair), OP, tangent_step, False, SHAPE, PRECISION, 1, BLOCK_K,
     )  # fmt: skip
 
-    tl.store(dlse_ptr + (split * heads + bh).to(tl.int64) * lse_rows + number, dlse, mask=mask)
+    tl.store(dlse_ptr + (split * heads + bh).to(tl.int64) * dlse_rows + number, dlse, mask=mask)
     out = load_out(out_ptr, out_strides, bh, H, row, mask, group, OP, SHAPE)
     dout = flash.add_rows(flash.scale_rows(acc, keep_scale), out, -dlse[:, None])
     dout_ptr += split * split_stride.to(tl.int64)
@@ -448,7 +445,7 @@ class Call:
     ) -> None:  # fmt: skip
         self.query = launch.with_rows(query)
         self.keys, self.values = _with_rows(keys), _with_rows(values)
-        self.seed = seed if dropout_p > 0 else None
+        self.seed = _seed(seed if dropout_p > 0 else None, query)
         self.threshold, self.keep_scale = flash.split_dropout(dropout_p)
         self.scale = scale
         self.heads = query.shape[0] * query.shape[1]
@@ -456,7 +453,7 @@ class Call:
     @property
     def extras(self) -> int:
         """What :func:`configs.tiles` counts beside rows."""
-        return int(self.seed is not None)
+        return int(len(self.seed) > 0)
 
     def forward(self, part: Part, outs: Tensor, lses: Tensor) -> None:
         """Write the output and lse."""
@@ -507,7 +504,9 @@ class Call:
         lse = lse.contiguous()
         query, keys, values, out = launch.with_rows(query), _with_rows(keys), _with_rows(values), launch.with_rows(out)
         reads = self.query, self.keys, self.values, query, keys, values, out
-        steps = *map(strides, reads), launch.strides(douts[0]), douts.stride(0)
+        # The rows of lse; of `dlses` there may be fewer, where splits share out what global queries read.
+        lse_rows = math.prod(lse.shape[2:])
+        steps = *map(strides, reads), launch.strides(douts[0]), douts.stride(0), lse_rows
         tensors = *reads, lse, douts, dlses, self.seed
         self._launch(jvp_kernel, part, (*reads, douts), dlses, self.scale, tensors, steps)
 
@@ -526,6 +525,16 @@ class Call:
             scale, self.threshold, self.keep_scale, OP=part.op, SHAPE=launch.shape(*flat), PRECISION=launch.precision(),
             **settings, **part.tiles,
         )  # fmt: skip
+
+
+def _seed(seed: Tensor | None, query: Tensor) -> tuple[Any, ...]:
+    """What kernels know of dropout, see :func:`flash.dropout_query`."""
+    if seed is None:
+        return ()
+    if seed.numel() == 1:
+        return (seed,)
+    heads = query.shape[0] * query.shape[1]
+    return seed.contiguous(), *launch.pack((1, 1 + heads, 1 + heads + math.prod(query.shape[2:-1])))
 
 
 def _check_tangents(

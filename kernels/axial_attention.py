@@ -109,7 +109,7 @@ LINES = dataclasses.replace(PARTS, span=span_tile, locate=locate_lines, pair=own
 
 @launch.kernel
 def backward_kernel(
-    do_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, seed_ptr,
+    do_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, seed,
     n0, n1, n2, n3, n4, do_strides, dlse_strides, q_strides, k_strides, v_strides, out_strides, grad_strides,
     lse_rows, H, heads, scale, threshold, keep_scale,
     OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -136,9 +136,9 @@ def backward_kernel(
     v = flash.load_rows(head(v_ptr, v_strides, bh, H), offsets(row, v_strides, SHAPE), mask, SHAPE)
 
     keep = None
-    if seed_ptr is not None:
-        add, times, _ = attention.dropout_of(seed_ptr, bh, number(row, group), threshold)
-        keep = flash.dropout_keep(add, times, threshold, number(row, group)[None, :])
+    if len(seed) > 0:
+        add, times, _ = attention.dropout_of(seed, bh, number(row, group), mask, threshold)
+        keep = flash.dropout_keep(add, times, threshold, flash.key_number(seed, number(row, group), mask)[None, :])
     s, dp = flash.scores(q, k, PRECISION), flash.scores(do, v, PRECISION)  # (queries, keys)
     allowed = (row[3][:, None] == row[3][None, :]) & mask[None, :]
     p, ds = flash.backward_step(s, scale, lse[:, None], dp, delta[:, None], allowed, keep, keep_scale)

@@ -471,11 +471,31 @@ def _mix(x):
 
 
 @triton.jit
-def dropout_query(seed_ptr, bh, query):
+def numbered(seed, I: tl.constexpr, x, mask):
+    """The numbers that dropout counts `x` by where `mask` is on (None: everywhere): of table I, or `x` itself.
+
+    `seed` is a pointer to the seed alone, or also where, behind it, the tables begin: of batches and heads (1), of
+    queries (2), and of keys (3). It is () without dropout.
+    """
+    if len(seed) > 1:
+        return load_numbers(seed[0] + (seed[I] >> 2) + x, mask, 0).to(tl.uint32)
+    else:
+        return x
+
+
+@triton.jit
+def key_number(seed, key, mask):
+    """The numbers that dropout counts keys by; see :func:`numbered`."""
+    return numbered(seed, 3, key, mask)
+
+
+@triton.jit
+def dropout_query(seed, bh, query, mask):
     """What the dropout hash knows of queries before it meets a key; see ``vattn.reference.dropout``."""
-    seed = tl.load(seed_ptr)
-    a = _mix(tl.add(seed.to(tl.uint32), bh.to(tl.uint32), sanitize_overflow=False))
-    a = _mix(a ^ (seed >> 32).to(tl.uint32))
+    bh, query = numbered(seed, 1, bh, None), numbered(seed, 2, query, mask)
+    bits = tl.load(seed[0])
+    a = _mix(tl.add(bits.to(tl.uint32), bh.to(tl.uint32), sanitize_overflow=False))
+    a = _mix(a ^ (bits >> 32).to(tl.uint32))
     add = _mix(tl.add(query.to(tl.uint32), a, sanitize_overflow=False))
     return add, _mix(add ^ a) | 1
 

@@ -30,6 +30,7 @@ from vattn.kernels.itinerary import Itinerary
 from vattn.kernels.launch import head, unpack
 from vattn.kernels.tokens import (
     SplitCall,
+    keys_of_sample,
     lanes,
     locate_queries,
     number,
@@ -40,14 +41,6 @@ from vattn.kernels.tokens import (
     span_queries,
     whole_tiles,
 )
-
-
-@triton.jit
-def keys_of_sample(count, lengths_ptr, sample):
-    """How many of `count` keys a sample reads."""
-    if lengths_ptr is not None:
-        count = tl.minimum(tl.maximum(tl.load(lengths_ptr + sample), 0), count).to(tl.int32)
-    return count
 
 
 @triton.jit
@@ -148,7 +141,7 @@ def load_all_keys(kv, group, lane, SHAPE: tl.constexpr):
 
 @launch.kernel
 def decode_kernel(
-    q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, seed_ptr, pointers, Lq, walk,
+    q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, seed, pointers, Lq, walk,
     q_strides, k_strides, v_strides, out_strides, H, scale, threshold, keep_scale,
     SHAPE: tl.constexpr, PRECISION: tl.constexpr, SIGN: tl.constexpr, FULL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -175,12 +168,13 @@ def decode_kernel(
     for first in range(first_tile * BLOCK_Q, tl.minimum((first_tile + walk) * BLOCK_Q, Lq), BLOCK_Q):
         row = first + tl.arange(0, BLOCK_Q)
         mask = row < Lq
-        dropout = attention.dropout_of(seed_ptr, bh, row, threshold)
+        dropout = attention.dropout_of(seed, bh, row, mask, threshold)
         q = flash.load_rows(q_ptr, offsets((row,), q_strides, SHAPE), mask, SHAPE)
         s = flash.products(q, k_columns, PRECISION, SIGN)
         if not FULL:
             s = tl.where((lane < last)[None, :], s, float("-inf"))
-        out, lse = flash.forward_tile(s, scale, v, lane, dropout, keep_scale, SHAPE, PRECISION)
+        key_number = flash.key_number(seed, lane, lane < last)  # each time, or it would take registers all the while
+        out, lse = flash.forward_tile(s, scale, v, key_number, dropout, keep_scale, SHAPE, PRECISION)
         tl.store(lse_ptr + row, lse, mask=mask)
         flash.store_rows(out_ptr, offsets((row,), out_strides, SHAPE), mask, out, SHAPE)
 

@@ -2,7 +2,8 @@
 
     importance[k] = mean over heads and queries of exp(s[q, k] - lse[q])
 
-The first pass is a forward without values, for lse; in the second a program owns keys and adds up the columns::
+The first pass is a forward without values, for an lse that is not given; in the second a program owns keys and adds up
+the columns::
 
                 keys                          keys
     queries    ------->  lse       queries     | |
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from vattn.kernels import attention, configs, flash, launch, position_bias
 from vattn.kernels.itinerary import Itinerary
-from vattn.kernels.latent_attention import keys_of_sample
 from vattn.kernels.launch import head
 from vattn.kernels.tokens import (
+    keys_of_sample,
     lanes,
     locate_queries,
     number,
@@ -172,16 +173,17 @@ def sum_kernel(
 
 def forward(
     query: Tensor, key: Tensor, bias_table: Tensor | None, window: Sequence[int], num_global: int,
-    positions: Tensor | None, key_lengths: Tensor | None, scale: float,
+    positions: Tensor | None, key_lengths: Tensor | None, lse: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """(B, Lk) float32; memory beyond it is lse, and as much for the keys."""
     work = _Work(query, key, bias_table, window, num_global, positions, key_lengths)
     (_, H, Lq, _), Lk = query.shape, key.shape[2]
     sign, positive = flash.split_scale(scale)
     ops = (PLAIN, KEYS) if bias_table is None else (BIASED, BIASED_KEYS)
-    lse = work.run(lse_kernel, "BLOCK_Q", Lq, Lk, positive, OP=ops[0], SIGN=sign)
-    lse = lse[0] if lse.shape[0] == 1 else lse.logsumexp(0)
-    return work.run(sum_kernel, "BLOCK_K", Lk, Lq, scale, lse, OP=ops[1]).sum((0, 2)) / max(H * Lq, 1)
+    if lse is None:
+        lse = work.run(lse_kernel, "BLOCK_Q", Lq, Lk, positive, OP=ops[0], SIGN=sign)
+        lse = lse[0] if lse.shape[0] == 1 else lse.logsumexp(0)
+    return work.run(sum_kernel, "BLOCK_K", Lk, Lq, scale, lse.contiguous(), OP=ops[1]).sum((0, 2)) / max(H * Lq, 1)
 
 
 class _Work:

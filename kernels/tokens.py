@@ -35,6 +35,14 @@ def share(count, split, splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def keys_of_sample(count, lengths_ptr, sample):
+    """How many of `count` keys a sample reads."""
+    if lengths_ptr is not None:
+        count = tl.minimum(tl.maximum(tl.load(lengths_ptr + sample), 0), count).to(tl.int32)
+    return count
+
+
+@triton.jit
 def whole_tiles(first, last, BLOCK: tl.constexpr):
     """What the driver's `span` returns."""
     return first, last - (last - first) % BLOCK, last

@@ -482,6 +482,15 @@ def test_what_samples_share_may_differ_under_vmap():
     together = vmap(vattn.node_sparse_attention)(q, q, q, kept)
     for i in range(3):
         torch.testing.assert_close(together[i], vattn.node_sparse_attention(q[i], q[i], q[i], kept[i]))
+    lengths = torch.tensor([[0], [1], [3]])
+
+    def short(q: Tensor, kept: Tensor, lengths: Tensor) -> Any:
+        return vattn.node_sparse_attention(q, q, q, kept, kept_lengths=lengths)
+
+    for x in (q, q.double()):
+        of_lengths = vmap(short)(x, kept, lengths)
+        for i in range(3):
+            torch.testing.assert_close(of_lengths[i], short(x[i], kept[i], lengths[i]))
     exact = vmap(vattn.node_sparse_attention)(q.double(), q.double(), q.double(), kept)
     torch.testing.assert_close(together.double(), exact, rtol=1e-5, atol=1e-5)
 

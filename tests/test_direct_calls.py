@@ -22,6 +22,11 @@ from tests.layouts import bias_without_table, layout_of
 from vattn import _library, _operator
 from vattn._attention import Attention
 from vattn._signature import Signature
+from vattn.ops.axial_attention import attend as attend_lines
+from vattn.ops.edge_sparse_attention import attend as attend_blocks
+from vattn.ops.latent_attention import attend as attend_latents
+from vattn.ops.leap_attention import attend as attend_frames
+from vattn.ops.node_sparse_attention import attend as attend_kept
 from vattn.ops.select_tokens import _put_back
 
 pytestmark = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
@@ -117,7 +122,9 @@ def with_everything() -> list[Callable[..., Any]]:
     def importance(query: Tensor) -> Any:
         bias.table = table  # type: ignore[assignment]
         lengths = torch.tensor([3, 6])
-        return vattn.token_importance(query, query, position_bias=bias, positions=positions, key_lengths=lengths)
+        return vattn.token_importance(
+            query, query, position_bias=bias, positions=positions, key_lengths=lengths, lse=torch.randn(2, 2, 6)
+        )
 
     def leap(query: Tensor, key: Tensor, value: Tensor) -> Any:
         return vattn.leap_attention(query, key, value, 1, dropout_p=0.3, return_lse=True)
@@ -126,8 +133,17 @@ def with_everything() -> list[Callable[..., Any]]:
         return vattn.axial_attention(query, key, value, dim=1, dropout_p=0.3, return_lse=True)
 
     def nodes(query: Tensor, key: Tensor, value: Tensor) -> Any:
-        kept = torch.tensor([[2, 0, 2], [3, 1, 0]])
-        return vattn.node_sparse_attention(query, key, value, kept, dropout_p=0.3, return_lse=True)
+        kept, lengths = torch.tensor([[2, 0, 2], [3, 1, 0]]), torch.tensor([3, 2])
+        return vattn.node_sparse_attention(
+            query, key, value, kept, kept_lengths=lengths, dropout_p=0.3, return_lse=True
+        )
+
+    def numbered(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        heads, queries, keys = (torch.arange(5, 5 + n) for n in (4, 3, 4))
+        seed = torch.cat([torch.tensor([7]), heads, queries, keys])
+        return attend_latents(
+            query, [key[:, :, :1], key[:, :, 1:]], [value[:, :, :1], value[:, :, 1:]], None, 0.3, seed, 1.0
+        )
 
     def select(tokens: Tensor) -> Any:
         return vattn.select_tokens(tokens, torch.rand(2, 5), keep=2, positions=positions)[0]
@@ -135,7 +151,7 @@ def with_everything() -> list[Callable[..., Any]]:
     shapes: dict[Callable[..., Any], list[tuple[int, ...]]] = {
         edges: [(2, 2, 6, 3)] * 3, latent: [(2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5)], importance: [(2, 2, 6, 3)],
         leap: [(1, 2, 3, 2, 4)] * 3, axial: [(1, 2, 3, 2, 4)] * 3, nodes: [(2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5)],
-        select: [(2, 6, 3)],
+        numbered: [(2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5)], select: [(2, 6, 3)],
     }  # fmt: skip
     return [
         functools.partial(differentiate, f, [rows(*s) for s in of] + ([table] if f is edges else []))
@@ -285,6 +301,37 @@ def test_launchers_refuse_what_the_cpu_refuses(op, name):
             assert of_launcher is not None or op == "periodic_shift"  # whose only tensor it is
         elif name not in ("column_offsets", "rows"):
             assert (on_cpu is None) == (of_launcher is None), f"{change}: CPU {on_cpu!r}, launchers {of_launcher!r}"
+
+
+X, VIDEO, LAYOUT = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 2, 4), layout_of([[0]], 2, 2, 1)
+NUMBERED: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "latent_attention": (lambda seed: attend_latents(X, [X, X], [X, X], None, 0.3, seed, 1.0), 4 + 3 + 6),
+    "leap_attention": (lambda seed: attend_frames(VIDEO, VIDEO, VIDEO, 1, 2, 0, 0.3, seed, 1.0), 4 + 6 + 6),
+    "axial_attention": (lambda seed: attend_lines(VIDEO, VIDEO, VIDEO, 0, 0.3, seed, 1.0), 4 + 6 + 6),
+    "edge_sparse_attention": (
+        lambda seed: attend_blocks(X, X, X, LAYOUT, None, None, False, 0.3, seed, 1.0, False), 4 + 3 + 3
+    ),
+    "node_sparse_attention": (
+        lambda seed: attend_kept(X[:, :, :2], X, X, torch.zeros(2, 1).long(), None, 0.3, seed, 1.0), 4 + 2 + 3
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", NUMBERED)
+def test_how_many_numbers_a_seed_has(op):
+    """One for each batch and head, each query and each key, or none; the kernels and their launchers count."""
+    call, count = NUMBERED[op]
+    with Record() as record:
+        for length in (1, 1 + count):
+            call(torch.zeros(length, dtype=torch.int64))
+    (*args,) = record.calls[op][-1]
+    at = [x.name for x in arguments(op)].index("seed")
+    for length in (0, 2, count, 2 + count):
+        args[at] = torch.zeros(length, dtype=torch.int64)
+        with pytest.raises(ValueError, match=f"^{op}: seed must"):
+            getattr(torch.ops.vattn, op)(*args)
+        with pytest.raises(ValueError, match=f"^{op}: seed must have shape"):
+            signatures()[op].check(dict(zip((x.name for x in arguments(op)), args, strict=True)))
 
 
 def test_a_launch_is_held_to_the_signature():

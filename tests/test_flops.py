@@ -55,6 +55,11 @@ CASES: dict[str, Case] = {
         [(B, H, 4, D), *[(B, H, 6, D)] * 2],
         B * H * 12,
     ),
+    "kept_lengths": (
+        lambda q, k, v: vattn.node_sparse_attention(q, k, v, KEPT, kept_lengths=torch.arange(B) + 1),
+        [(B, H, 4, D), *[(B, H, 6, D)] * 2],
+        H * 4 * B * (B + 1) // 2,
+    ),
     "edge_sparse_attention": (
         lambda q, k, v: vattn.edge_sparse_attention(q, k, v, LAYOUT), [(B, H, 6, D)] * 3, edge_pairs(LAYOUT)
     ),
@@ -96,6 +101,7 @@ def test_token_importance():
     query, key = torch.randn(B, H, 3, D), torch.randn(B, H, 6, D)
     assert count(lambda: vattn.token_importance(query, key)) == 2 * 2 * B * H * 18 * D
     assert count(lambda: vattn.token_importance(query, key, key_lengths=LENGTHS)) == 2 * 2 * H * 3 * 7 * D
+    assert count(lambda: vattn.token_importance(query, key, lse=torch.zeros(B, H, 3))) == 2 * B * H * 18 * D
 
 
 def test_nearest_code():

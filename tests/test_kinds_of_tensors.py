@@ -181,6 +181,10 @@ Q, KEYS = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 6, 4)
 LAYOUT = layout_of([[0], [1]], num_tokens=5, block_size=3, num_global=1)
 INDICES: dict[str, tuple[Callable[[Any], Any], Tensor]] = {
     "kept": (lambda x: vattn.node_sparse_attention(Q, KEYS, KEYS, x), torch.tensor([[0, 1], [2, 5]])),
+    "kept_lengths": (
+        lambda x: vattn.node_sparse_attention(Q, KEYS, KEYS, torch.tensor([[0, 1], [2, 9]]), kept_lengths=x),
+        torch.tensor([2, 1]),
+    ),
     "key_lengths": (lambda x: vattn.latent_attention(Q, KEYS, KEYS, key_lengths=x), torch.tensor([2, 3])),
     "key_lengths of an importance": (lambda x: vattn.token_importance(Q, KEYS, key_lengths=x), torch.tensor([2, 3])),
     "positions": (

@@ -78,14 +78,17 @@ def axial(B: int, H: int, outer: int, line: int, inner: int, D: int, p: float = 
     )
 
 
-def node(B: int, H: int, Lq: int, Lk: int, D: int, kept: list[list[int]], p: float = 0.0) -> Problem:
+def node(
+    B: int, H: int, Lq: int, Lk: int, D: int, kept: list[list[int]], p: float = 0.0, lengths: list[int] | None = None
+) -> Problem:  # fmt: skip
     p, seed = dropout(p)
     index = torch.tensor(kept, dtype=torch.int64).view(B, -1)
-    settings = (index, p, seed, 0.3)
+    kept_lengths = None if lengths is None else torch.tensor(lengths)
+    settings = (index, kept_lengths, p, seed, 0.3)
     return Problem(
         random((B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, D)),
         lambda q, k, v: reference.node_sparse_attention(
-            q, k, v, index, dropout_p=p, scale=0.3, seed=seed, return_lse=True
+            q, k, v, index, kept_lengths=kept_lengths, dropout_p=p, scale=0.3, seed=seed, return_lse=True
         ),
         lambda *x: OPS.node_sparse_attention(*x, *settings),
         lambda grad_out, grad_lse, x, *results: OPS.node_sparse_attention_backward(

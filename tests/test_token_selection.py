@@ -66,6 +66,30 @@ def test_importance_of_nothing_and_for_nobody(dtype):
     assert (none[0] == 0).all() and torch.isclose(none[1].sum(), tokens.new_ones(()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_importance_of_a_given_lse(dtype):
+    """exp(score - lse), of which a query of -inf gives nothing, one of inf neither, and NaN is everywhere."""
+    query, key = torch.randn(2, 3, 4, 8, dtype=dtype), torch.randn(2, 3, 7, 8, dtype=dtype)
+    lse = torch.randn(2, 3, 4, dtype=dtype).requires_grad_()
+    importance = vattn.token_importance(query, key, lse=lse, scale=0.7)
+    assert not importance.requires_grad
+    torch.testing.assert_close(importance, (0.7 * query @ key.mT - lse[..., None]).exp().mean((1, 2)).detach())
+    own = (0.7 * query @ key.mT).logsumexp(-1)
+    plain = vattn.token_importance(query, key, scale=0.7)
+    torch.testing.assert_close(vattn.token_importance(query, key, lse=own, scale=0.7), plain)
+    with torch.no_grad():
+        lse[0, 0, 1], lse[0, 2, 3], lse[1, 1, 1] = -torch.inf, torch.inf, torch.nan
+    weights = (0.7 * query @ key.mT - lse[..., None]).exp()
+    weights[0, 0, 1] = 0
+    found = vattn.token_importance(query, key, lse=lse, scale=0.7, key_lengths=torch.tensor([7, 5]))
+    torch.testing.assert_close(found[0], weights[0].mean((0, 1)).detach())
+    assert found[1, :5].isnan().all() and (found[1, 5:] == 0).all()
+    together = torch.vmap(lambda *x: vattn.token_importance(x[0], x[1], lse=x[2]))(
+        query[:, None], key[:, None], own[:, None]
+    )
+    torch.testing.assert_close(together[:, 0], vattn.token_importance(query, key, lse=own))
+
+
 def picked(importance: list[float], keep: float, dtype: torch.dtype = torch.float32) -> list[int]:
     """The tokens that stay; all ways to say so agree."""
     scores = torch.tensor([importance], dtype=torch.float64).to(dtype)
@@ -136,8 +160,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.vattn.select_tokens_backward.default, (grad, index, 5, 2))
     query, table = torch.randn(2, 2, 5, 8), torch.randn(3 * 3 + 3, 2)
     for args in (
-        (query, query, table, [1, 2, 2], 1, None, torch.tensor([3, 5]), 0.5),
-        (query[:, :, :2], query, None, [], 0, None, None, 0.5),
+        (query, query, table, [1, 2, 2], 1, None, torch.tensor([3, 5]), torch.randn(2, 2, 5), 0.5),
+        (query[:, :, :2], query, None, [], 0, None, None, None, 0.5),
     ):
         torch.library.opcheck(torch.ops.vattn.token_importance.default, args)
 
@@ -230,6 +254,14 @@ BIAS = RelativePositionBias3D((1, 1, 3), 2)
             "positions must come with position_bias, got position_bias=None",
         ),
         ({"key_lengths": [3]}, TypeError, "key_lengths must be an int32 or int64 tensor, got key_lengths=[3]"),
+        ({"lse": 3.0}, TypeError, "lse must be a torch.Tensor, got lse=float"),
+        ({"lse": Q[..., 0].double()}, TypeError, "lse must be torch.float32, got lse.dtype=torch.float64"),
+        ({"lse": Q}, ValueError, "lse must have shape (1, 2, 4), got lse.shape=(1, 2, 4, 8)"),
+        (
+            {"lse": Q[..., 0].to("meta")},
+            ValueError,
+            "lse must be on the device of query (cpu), got lse.device=meta",
+        ),
         ({"scale": INF}, ValueError, "scale must be finite, got scale=inf"),
     ],
     ids=lambda x: x[:40] if isinstance(x, str) else "",

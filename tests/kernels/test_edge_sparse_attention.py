@@ -104,6 +104,13 @@ def test_this_length_is_split():
     assert configs.splits(1, -(-LONG_EDGES // BLOCK_K), torch.empty(0)) == 2
 
 
+def test_tangents_of_splits_of_two_heads(backend):
+    """Splits leave tangents of global queries alone, and read the lse of all queries."""
+    check_jvp(
+        backend, EDGES.make(backend.device, rows=[[]], block_size=LONG_EDGES - 1, N=LONG_EDGES - 1, H=2, window=())
+    )
+
+
 def test_strided_table_and_positions(backend):
     positions = torch.randint(0, TOKENS, (13, 2), device=backend.device).T
     case = grid(backend.device, B=2, H=2, positions=positions)

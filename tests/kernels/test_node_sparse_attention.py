@@ -35,6 +35,34 @@ def test_duplicates(queries, backend):
     check(backend, case)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_lengths(dropout_p, backend):
+    """What is listed behind them may be anything, and keys that are listed there alone have a gradient of 0."""
+    lengths = torch.tensor([0, 1, 7, 20], dtype=torch.int32, device=backend.device)
+    case = NODES.make(backend.device, B=4, H=2, queries=5, keys=30, count=20, kept_lengths=lengths, dropout_p=dropout_p)
+    found = check(backend, case)
+    check_jvp(backend, case)
+    for b, length in enumerate(lengths.tolist()):
+        read = torch.zeros(30, dtype=torch.bool, device=backend.device)
+        read[case.settings["kept"][b, :length]] = True
+        assert (found["lse"][b] == -torch.inf).all() == (length == 0)
+        assert dropout_p > 0 or torch.equal((found["dvalue"][b] != 0).any(-1).any(0), read)
+        for name in ("key", "value"):
+            assert (found[f"d{name}"][b, :, ~read] == 0).all()
+            case.tensors[name][b, :, ~read] = torch.nan
+    assert_same_bits(run(backend, case), found)
+
+
+def test_lengths_of_lists_without_keys(backend):
+    """A list may be as long as any where none of it is read."""
+    case = NODES.make(backend.device, B=2, queries=3, keys=0, count=0)
+    case.settings["kept"] = torch.tensor([[-1, 5], [0, 2**40]], device=backend.device)
+    case.settings["kept_lengths"] = torch.zeros(2, dtype=torch.int64, device=backend.device)
+    found = check(backend, case)
+    check_jvp(backend, case)
+    assert (found["out"] == 0).all() and (found["lse"] == -torch.inf).all()
+
+
 def test_strided_list(backend):
     case = NODES.make(backend.device, **NODES.strided["kept"])
     case.settings["kept"] = case.settings["kept"].T.contiguous().T
@@ -62,10 +90,12 @@ def test_tangents_of_counts(count, backend):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a device assertion ends all work on the device")
 @pytest.mark.parametrize("index", [-1, 9])
-def test_an_index_out_of_range_is_an_error(index, backend):
+@pytest.mark.parametrize("length", [None, 3])
+def test_an_index_out_of_range_is_an_error(index, length, backend):
     """Before anything is read; in C++ it is the host that sees it."""
     case = NODES.make(backend.device, queries=5, keys=9, count=4)
     case.settings["kept"][0, 2] = index
+    case.settings["kept_lengths"] = None if length is None else torch.tensor([length], device=backend.device)
     with pytest.raises(ValueError if backend.name == "cpp" else RuntimeError, match="kept must be from 0 to below"):
         run(backend, case)
 

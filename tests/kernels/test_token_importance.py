@@ -31,3 +31,22 @@ def test_key_lengths(bias, backend):
         torch.testing.assert_close(importance[b].sum().cpu(), torch.tensor(float(length > 0)))
         case.tensors["key"][b, :, length:] = torch.nan
     assert torch.equal(run(backend, case)["importance"], importance)
+
+
+@pytest.mark.parametrize("bias", [{}, {"G": 2, "window": WINDOW}], ids=["plain", "bias"])
+def test_given_lse(bias, backend):
+    """That of more keys, whose part these receive; a query of -inf gives nothing, whatever it is."""
+    lse = (4 + torch.randn(26, 2, 3, device=backend.device)).permute(1, 2, 0)
+    lse[1, 2, 5] = -torch.inf
+    lengths = torch.tensor([26, 17], device=backend.device)
+    sizes = {"B": 2, "H": 3, "queries": 26, "keys": 26, "key_lengths": lengths, "lse": lse}
+    check(backend, IMPORTANCE.make(backend.device, **sizes, **bias))
+
+
+def test_the_lse_of_its_own_keys_changes_nothing(backend):
+    case = IMPORTANCE.make(backend.device, B=2, H=2, queries=9, keys=21)
+    query, key = case.tensors.values()
+    lse = (query @ key.mT * case.settings["scale"]).logsumexp(-1)
+    own = run(backend, case)["importance"]
+    case.settings["lse"] = lse
+    torch.testing.assert_close(check(backend, case)["importance"], own)

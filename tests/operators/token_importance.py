@@ -20,19 +20,20 @@ from vattn.position_bias import num_offsets
 class TokenImportance(Operator):
     name = "token_importance"
     results = ("importance",)
-    settings = ("table", "window", "num_global", "positions", "key_lengths", "scale")
+    settings = ("table", "window", "num_global", "positions", "key_lengths", "lse", "scale")
     differentiable = False
 
     def make(
         self, device: str, dtype: torch.dtype = torch.float32, *, B: int = 1, H: int = 1, queries: int = 2,
         keys: int = 2, D: int = 16, G: int = 0, window: tuple[int, ...] = (), positions: Tensor | None = None,
-        key_lengths: Tensor | None = None, scale: float | None = None,
+        key_lengths: Tensor | None = None, lse: Tensor | None = None, scale: float | None = None,
     ) -> Case:  # fmt: skip
         query, key = (torch.randn(B, H, length, D, device=device).to(dtype) for length in (queries, keys))
         table = torch.randn(num_offsets(window) + 2 * G + G * G, H, device=device) if window else None
         scale = D**-0.5 if scale is None else scale
         settings = {"table": table, "window": window, "num_global": G, "positions": positions}
-        return Case(self, {"query": query, "key": key}, {}, settings | {"key_lengths": key_lengths, "scale": scale})
+        settings |= {"key_lengths": key_lengths, "lse": lse, "scale": scale}
+        return Case(self, {"query": query, "key": key}, {}, settings)
 
     def draw(self, draw: Draw) -> Sizes:
         limits = {"B": (0, 3), "H": (1, 3), "queries": (0, 150), "keys": (0, 150)}
@@ -45,10 +46,12 @@ class TokenImportance(Operator):
                 sizes["positions"] = torch.randint(0, 168, (sizes["B"], sizes["keys"] - sizes["G"]))
         if draw(st.booleans(), label="with key_lengths"):
             sizes["key_lengths"] = torch.randint(0, sizes["keys"] + 1, (sizes["B"],))
+        if draw(st.booleans(), label="with lse"):
+            sizes["lse"] = 6 + torch.randn(sizes["B"], sizes["H"], sizes["queries"])
         return sizes
 
     def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
-        taken = {name: settings[name] for name in ("positions", "key_lengths", "scale")}
+        taken = {name: settings[name] for name in ("positions", "key_lengths", "lse", "scale")}
         if settings["window"]:
             heads = tensors["query"].shape[1]
             bias = taken["position_bias"] = bias_without_table(settings["window"], heads, settings["num_global"])

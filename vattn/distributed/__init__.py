@@ -5,10 +5,22 @@ ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shard
 ranks make the same calls in the same order.
 """
 
+from vattn.distributed.axial_attention import axial_attention
 from vattn.distributed.bytes_sent import bytes_sent
 from vattn.distributed.latent_attention import latent_attention
+from vattn.distributed.leap_attention import leap_attention
 from vattn.distributed.node_sparse_attention import node_sparse_attention
+from vattn.distributed.periodic_shift import periodic_shift
 from vattn.distributed.select_tokens import select_tokens
 from vattn.distributed.token_importance import token_importance
 
-__all__ = ["bytes_sent", "latent_attention", "node_sparse_attention", "select_tokens", "token_importance"]
+__all__ = [
+    "axial_attention",
+    "bytes_sent",
+    "latent_attention",
+    "leap_attention",
+    "node_sparse_attention",
+    "periodic_shift",
+    "select_tokens",
+    "token_importance",
+]
