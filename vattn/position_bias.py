@@ -70,12 +70,12 @@ class RelativePositionBias3D(nn.Module):
 
         Args:
             positions: ``(N,)`` or ``(B, N)`` int64, the raster index of each token; None for the full grid.
-            as_table: give the table instead, as a float32 copy, for kernels that look it up; a DTensor of one. A module
-                whose weights are sharded has all of them in its forward only, hence the call, and the copy.
+            as_table: give the table instead, as a copy of at least 32 bits, for kernels that look it up; a DTensor of one.
+                A module whose weights are sharded has all of them in its forward only, hence the call, and the copy.
         """
         _checks.dense(type(self).__name__, "table", self.table, meshes=as_table)  # here one that FSDP shards is whole
         if as_table:
-            return self.table.to(torch.float32, copy=True)
+            return self.table.to(torch.promote_types(self.table.dtype, torch.float32), copy=True)
         if positions is None:
             positions = torch.arange(math.prod(self.window), device=self.table.device)
         return dense_bias((self.table, self.window), self.num_global, positions)
@@ -186,7 +186,7 @@ def table_of(position_bias: RelativePositionBias3D | BiasTable | None) -> tuple[
         return table.float(), window
     table = position_bias(as_table=True)
     _checks.dense(type(position_bias).__name__, "table", table)
-    return table, position_bias.window
+    return table.float(), position_bias.window
 
 
 def dense_bias(position_bias: RelativePositionBias3D | BiasTable, num_global: int, positions: Tensor) -> Tensor:

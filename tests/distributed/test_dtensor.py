@@ -73,10 +73,12 @@ CALLS = {
     "leap": Call(
         lambda *x, **settings: vattn.leap_attention(*x, 2, fold_div=4, return_lse=True, **settings),
         [(3, 3, 5, 2, 4)] * 3, "BHTND BHTND BHTND", "BHTND BHTN",
+        tokens=["T", "TB", "HT"], sends=["T", "TB", "HT"],
     ),
     "axial": Call(
         lambda *x, **settings: vattn.axial_attention(*x, 1, return_lse=True, **settings),
         [(3, 3, 2, 3, 2, 4)] * 3, "BHTXYD BHTXYD BHTXYD", "BHTXYD BHTXY",
+        tokens=["T", "X", "Y", "BX", "YH"], sends=["X", "BX"],
     ),
     "edge": Call(
         edge, [*[(3, 3, 12, 4)] * 3, (5 * 7 + 3, 3)], "BHLD BHLD BHLD RI", "BHLD BHL BN", positions,
@@ -90,7 +92,7 @@ CALLS = {
         lambda a, b, c, d: vattn.merge_attention([a, b], [c, d]),
         [*[(3, 3, 5, 4)] * 2, *[(3, 3, 5)] * 2], "BHLD BHLD BHL BHL", "BHLD BHL", more=["L", "LB"],
     ),
-    "shift": Call(lambda x: vattn.periodic_shift(x, 4), [(3, 3, 5, 2, 4)], "BHTND", "BHTND", more=["N"]),
+    "shift": Call(lambda x: vattn.periodic_shift(x, 4), [(3, 3, 5, 2, 4)], "BHTND", "BHTND", more=["N", "NB"], tokens=["T", "BT"], sends=["T", "BT"]),
     "importance": Call(
         lambda q, k, n: vattn.token_importance(q, k, key_lengths=n),
         [(3, 3, 5, 4), (3, 3, 7, 4)], "BHLD BHKD", "BK", lambda: [torch.tensor([1, 7, 5])], gradients=0,

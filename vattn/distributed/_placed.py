@@ -86,7 +86,9 @@ class Placed:
         Raises:
             ValueError: the mesh shards axes that are neither free nor these, or these along several dimensions.
         """
-        dims = [dim for dim, axes in enumerate(self.axes) if not set(axes) <= set(self.free)]
+        dims = [
+            dim for dim, axes in enumerate(self.axes) if self.mesh.size(dim) > 1 and not set(axes) <= set(self.free)
+        ]
         for dim in dims:
             for axis in self.axes[dim]:
                 if axis not in allowed:

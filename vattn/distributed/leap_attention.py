@@ -21,10 +21,9 @@ from vattn.distributed._checks import settings_of
 from vattn.distributed._frames import Block, Moving, Pieces, cut, joined, lent_blocks, needed_blocks
 from vattn.distributed._leap_plan import Plan, Range, length, plan_leap
 from vattn.distributed._numbers import with_numbers
-from vattn.distributed._ranks import Ranks, agree, ranks_of
+from vattn.distributed._ranks import Ranks, agree, dropout_seed, ranks_of
 from vattn.distributed.periodic_shift import shift
 from vattn.ops.leap_attention import attend
-from vattn.reference.dropout import random_seed
 
 OP = "distributed.leap_attention"
 
@@ -103,7 +102,7 @@ def leap_attention(
         )  # fmt: skip
         return settings, [query.shape[2]]
 
-    seed = random_seed(query.device) if isinstance(query, Tensor) and dropout_p else None
+    seed = dropout_seed(group, query, dropout_p)
     agreed = agree(OP, ranks, check, None if lengths is None else [lengths], seed)
     rest = found["dropout_p"], found["scale"]
     if ranks.size == 1:
