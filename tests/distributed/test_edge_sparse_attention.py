@@ -143,7 +143,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )  # fmt: skip
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(problems())
 def test_ranks_find_what_one_process_finds(problem: Problem) -> None:
     assert problem.truth  # found before threads share torch's generator
