@@ -70,8 +70,9 @@ class RelativePositionBias3D(nn.Module):
 
         Args:
             positions: ``(N,)`` or ``(B, N)`` int64, the raster index of each token; None for the full grid.
-            as_table: give the table instead, as a copy of at least 32 bits, for kernels that look it up; a DTensor of one.
-                A module whose weights are sharded has all of them in its forward only, hence the call, and the copy.
+            as_table: give the table instead, as a copy in float32 (float64 if that is its dtype), for those who look it
+                up; a DTensor of one. A module whose weights are sharded has all of them in its forward only, hence the
+                call, and the copy.
         """
         _checks.dense(type(self).__name__, "table", self.table, meshes=as_table)  # here one that FSDP shards is whole
         if as_table:

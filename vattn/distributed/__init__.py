@@ -7,6 +7,7 @@ ranks make the same calls in the same order.
 
 from vattn.distributed.axial_attention import axial_attention
 from vattn.distributed.bytes_sent import bytes_sent
+from vattn.distributed.edge_sparse_attention import edge_sparse_attention
 from vattn.distributed.latent_attention import latent_attention
 from vattn.distributed.leap_attention import leap_attention
 from vattn.distributed.node_sparse_attention import node_sparse_attention
@@ -17,6 +18,7 @@ from vattn.distributed.token_importance import token_importance
 __all__ = [
     "axial_attention",
     "bytes_sent",
+    "edge_sparse_attention",
     "latent_attention",
     "leap_attention",
     "node_sparse_attention",

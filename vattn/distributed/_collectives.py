@@ -47,17 +47,24 @@ class Sum:
 Map = Exchange | Sum
 
 
+def _started(forward: Map, x: Tensor) -> Tensor:
+    started = forward.start(x)
+    # Anomaly detection looks at every gradient, at one that is on its way, too.
+    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+        return forward.ranks.wait(started)
+    return started
+
+
 class _Start(torch.autograd.Function):
-    """Start `forward`, whose transpose is `backward`; None is the identity."""
+    """Start `forward`, whose transpose is `backward`; None is the identity.
+
+    What has been started has the shape of the result. Beside it stands a token of the shape of `x`, without memory: in
+    the backward, where the transpose has been started, the two change places.
+    """
 
     @staticmethod
-    def forward(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
-        if forward is None:
-            return x.view_as(x)
-        started = forward.start(x)
-        # Anomaly detection looks at every gradient, at one that is on its way, too.
-        looked_at = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
-        return forward.ranks.wait(started) if looked_at else started
+    def forward(x: Tensor, forward: Map | None, backward: Map | None) -> tuple[Tensor, Tensor]:
+        return x.view_as(x) if forward is None else _started(forward, x), x.new_zeros(()).expand(x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -65,23 +72,25 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _wait(grads[0], ctx.transpose, ctx.map), None, None
+        token, started = grads
+        return _wait(started, token, ctx.transpose, ctx.map), None, None
 
 
 class _Wait(torch.autograd.Function):
     """Wait for what :class:`_Start` has started."""
 
     @staticmethod
-    def forward(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+    def forward(x: Tensor, token: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
         return x.view_as(x) if forward is None else forward.ranks.wait(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.map, ctx.transpose = inputs
+        _, _, ctx.map, ctx.transpose = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _start(grads[0], ctx.transpose, ctx.map), None, None
+        started, token = _start(grads[0], ctx.transpose, ctx.map)
+        return token, started, None, None
 
 
 class _StartWithTangent(_Start):
@@ -93,16 +102,16 @@ class _StartWithTangent(_Start):
 class _WaitWithTangent(_Wait):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _wait(tangents[0], ctx.map, ctx.transpose)
+        return _wait(tangents[0], tangents[1], ctx.map, ctx.transpose)
 
 
-def _start(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+def _start(x: Tensor, forward: Map | None, backward: Map | None) -> tuple[Tensor, Tensor]:
     # Dynamo refuses a function with a jvp.
     return (_Start if torch.compiler.is_compiling() else _StartWithTangent).apply(x, forward, backward)
 
 
-def _wait(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
-    return (_Wait if torch.compiler.is_compiling() else _WaitWithTangent).apply(x, forward, backward)
+def _wait(x: Tensor, token: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+    return (_Wait if torch.compiler.is_compiling() else _WaitWithTangent).apply(x, token, forward, backward)
 
 
 class Pending:
@@ -113,7 +122,7 @@ class Pending:
         self._started = _start(x, *self._maps)
 
     def wait(self) -> Tensor:
-        return _wait(self._started, *self._maps)
+        return _wait(*self._started, *self._maps)
 
 
 def start_exchange(x: Tensor, ranks: Ranks, sent: Sequence[int], received: Sequence[int]) -> Pending:
@@ -137,4 +146,68 @@ def enter(x: Tensor, ranks: Ranks, grad: str) -> Tensor:
     """
     if grad == "partial" or ranks.size == 1:
         return x
-    return _wait(_start(x, None, Sum(ranks)), None, Sum(ranks))
+    return _wait(*_start(x, None, Sum(ranks)), None, Sum(ranks))
+
+
+class _EnterRows(torch.autograd.Function):
+    """:func:`enter` for the first rows of tensors, in one collective."""
+
+    @staticmethod
+    def forward(first: int, ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.first, ctx.ranks, *_ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        asked = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        packed = torch.cat([grads[i][:, :, : ctx.first] for i in asked], 2)
+        whole = _wait(*_start(packed, Sum(ctx.ranks), None), Sum(ctx.ranks), None)
+        found: list[Any] = [None] * len(grads)
+        for i, rows in zip(asked, whole.split(ctx.first, 2), strict=True):
+            found[i] = torch.cat([rows, grads[i][:, :, ctx.first :]], 2)
+        return None, None, *found
+
+
+class _EnterRowsWithTangent(_EnterRows):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tuple(None if x is None else x.view_as(x) for x in tangents[2:])
+
+
+def enter_rows(tensors: Sequence[Tensor], first: int, ranks: Ranks, grad: str) -> Sequence[Tensor]:
+    """Tensors ``(B, H, first + N, D)`` whose first rows are the same on every rank: those :func:`enter`."""
+    if grad == "partial" or ranks.size == 1 or first == 0:
+        return tensors
+    function = _EnterRows if torch.compiler.is_compiling() else _EnterRowsWithTangent
+    return function.apply(first, ranks, *tensors)
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, nothing: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.nothing = inputs[1].shape
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], grads[0].new_zeros(ctx.nothing)
+
+
+class _TieWithTangent(_Tie):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return None if tangents[0] is None else tangents[0].view_as(tangents[0])
+
+
+def tie(x: Tensor, nothing: Tensor) -> Tensor:
+    """`x`, whose backward goes on to that of `nothing`, of no elements.
+
+    A rank that received nothing may have sent something: it takes part in sending the gradients back.
+    """
+    return (_Tie if torch.compiler.is_compiling() else _TieWithTangent).apply(x, nothing)

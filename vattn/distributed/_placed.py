@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from vattn._library import empty_rows
 from vattn.distributed._numbers import with_numbers
-from vattn.distributed._ranks import Part, Ranks, chunks
+from vattn.distributed._ranks import Part, chunks, ranks_of
 
 BATCH_AND_HEADS = ("B", "H")
 
@@ -199,7 +199,8 @@ class Placed:
     def group(self, dim: int, seed: Tensor | None = None) -> Part:
         """The ranks along a dimension of the mesh, as the argument `group` of the functions over ranks."""
         seed = self.seed(seed)
-        return Part(Ranks(self.mesh.get_group(dim)), None if seed is None else self._of_batch_heads(seed))
+        ranks = ranks_of(self.op, self.mesh.get_group(dim))
+        return Part(ranks, None if seed is None else self._of_batch_heads(seed))
 
     def result(
         self, x: Tensor, axes: str, rows: bool = False, sums: bool = False, stride: tuple[int, ...] | None = None,

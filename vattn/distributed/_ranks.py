@@ -128,16 +128,22 @@ class Part:
     seed: Tensor | None = None
 
 
+_known: dict[str, Ranks] = {}
+
+
 def ranks_of(op: str, group: Any) -> Ranks:
     """The ranks that the argument `group` of `op` means."""
     if isinstance(group, Part):
         return group.ranks
-    return group if isinstance(group, Ranks) else _ranks_of(op, group)
+    return group if isinstance(group, Ranks) else _known[_name_of(op, group)]
 
 
 @torch.compiler.assume_constant_result
-def _ranks_of(op: str, group: Any) -> Ranks:
-    return Ranks(process_group(op, group))
+def _name_of(op: str, group: Any) -> str:
+    """The name under which `group` is known. What is constant in a trace must be found again where it is guarded."""
+    ranks = Ranks(process_group(op, group))
+    _known[ranks.name] = ranks
+    return ranks.name
 
 
 def dropout_seed(group: Any, query: object, dropout_p: object) -> Tensor | None:
