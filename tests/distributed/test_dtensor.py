@@ -48,6 +48,15 @@ def edge(q: Tensor, k: Tensor, v: Tensor, table: Tensor, positions: Tensor, **se
     )  # fmt: skip
 
 
+def blocks(q: Tensor, k: Tensor, v: Tensor, table: Tensor, **settings: Any) -> Any:
+    """Shards of whole blocks, and no global token."""
+    bias = vattn.RelativePositionBias3D((1, 3, 4), 3, num_global=0)
+    del bias.table
+    bias.table = table
+    layout = layout_of([[0, 2], [3], [1, 2, 0], []], 12, 3, 0)
+    return vattn.edge_sparse_attention(q, k, v, layout, position_bias=bias, return_lse=True, **settings)
+
+
 def importance(q: Tensor, k: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     bias = vattn.RelativePositionBias3D((1, 3, 4), 3)
     del bias.table
@@ -83,6 +92,10 @@ CALLS = {
     "edge": Call(
         edge, [*[(3, 3, 12, 4)] * 3, (5 * 7 + 3, 3)], "BHLD BHLD BHLD RI", "BHLD BHL BN", positions,
     ),
+    "blocks": Call(
+        blocks, [*[(3, 3, 12, 4)] * 3, (5 * 7, 3)], "BHLD BHLD BHLD RI", "BHLD BHL", tokens=["L", "LB", "HL"],
+        sends=["L", "LB", "HL"],
+    ),
     "node": Call(
         lambda *x, **settings: vattn.node_sparse_attention(*x, return_lse=True, **settings),
         [(3, 3, 5, 4), *[(3, 3, 7, 4)] * 2], "BHLD BHKD BHKD", "BHLD BHL", lambda: [kept(3, 4, 7)],
@@ -114,7 +127,7 @@ CALLS = {
     ),
 }  # fmt: skip
 BATCH_AND_HEADS = ("B", "H", "BB", "BH", "HB")
-WITH_DROPOUT = ("latent", "latent of two", "leap", "axial", "edge", "node")
+WITH_DROPOUT = ("latent", "latent of two", "leap", "axial", "edge", "blocks", "node")
 
 
 def ways(name: str, dims: int) -> list[str]:

@@ -45,7 +45,9 @@ def test_ranks_have_what_the_plan_takes_from_them(lengths: tuple[int, ...], leap
     for rank, count in enumerate(lengths):
         pieces = plan.pieces(rank)
         assert [frame for run in pieces for frame in range(*run)] == list(range(begin, begin + count))
-        assert all([head for share in shares for head in range(*share)] == list(range(heads)) for shares in pieces.values())
+        assert all(
+            [head for share in shares for head in range(*share)] == list(range(heads)) for shares in pieces.values()
+        )
         assert all(work.count(rank) == 0 or work.rank < len(lengths) for work in plan.work)
         begin += count
 
@@ -78,5 +80,3 @@ def test_frames_move_exactly_where_a_group_crosses_ranks(
     }
     assert plan.moves == bool(crossing) == bool(lent)
     assert lent <= {frame for group in crossing for frame in group}
-
-

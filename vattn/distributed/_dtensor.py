@@ -12,9 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import vattn
 from vattn import distributed as over_ranks
@@ -25,7 +23,7 @@ from vattn.ops.edge_sparse_attention import attend as attend_edges
 from vattn.ops.latent_attention import attend as attend_latent
 from vattn.ops.leap_attention import attend as attend_leap
 from vattn.ops.node_sparse_attention import attend as attend_nodes
-from vattn.position_bias import BiasTable, RelativePositionBias3D
+from vattn.position_bias import BiasTable, RelativePositionBias3D, num_offsets
 
 
 def leap_attention(
@@ -143,14 +141,23 @@ def edge_sparse_attention(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     rows, length = "B H L D", query.shape[2]
     placed = Placed("edge_sparse_attention", {"query": (query, rows), "key": (key, rows), "value": (value, rows)})
-    placed.tokens()
+    # What is global lies on every rank, and a shard of a DTensor does not.
+    dim = placed.tokens(*([] if layout.num_global else ["L"]))
     layout = _of_heads(layout, *placed.part("H"))
     q, k, v = map(placed.local, ("query", "key", "value"))
     positions = placed.aside("positions", positions, "N" if positions is None or positions.dim() == 1 else "B N")
-    out, lse, seen = attend_edges(
-        q, k, v, layout, _local_bias(placed, position_bias), positions, causal, dropout_p,
-        placed.numbered(seed, length, length), scale, importance,
-    )  # fmt: skip
+    bias = _local_bias(placed, position_bias)
+    seen: Tensor | None = None
+    if dim is None:
+        out, lse, seen = attend_edges(
+            q, k, v, layout, bias, positions, causal, dropout_p, placed.numbered(seed, length, length), scale, importance
+        )
+    else:
+        out, lse = over_ranks.edge_sparse_attention(
+            q, k, v, layout, group=placed.group(dim, seed), grad="partial", lengths=placed.lengths(dim, "L"),
+            position_bias=None if bias is None else _module(bias), positions=positions, causal=causal,
+            dropout_p=dropout_p, scale=scale, return_lse=True,
+        )  # fmt: skip
     if seen is not None:
         seen = placed.result(seen * _share(placed, "H"), "B N", sums=True, N=layout.num_tokens)
     return placed.result(out, rows, rows=True), placed.result(lse, "B H L"), seen
@@ -199,9 +206,8 @@ def token_importance(
         )
     positions = placed.aside("positions", positions, "N" if positions is None or positions.dim() == 1 else "B N")
     key_lengths = placed.aside("key_lengths", key_lengths, "B")
-    table = _local_bias(placed, position_bias)
-    if isinstance(table, tuple) and position_bias is not None:
-        position_bias = _with_table(position_bias, table[0])
+    bias = _local_bias(placed, position_bias)
+    position_bias = None if bias is None or bias[0].shape[1] == 0 else _module(bias)
     q, k, lse = placed.local("query"), placed.local("key"), None if lse is None else placed.local("lse")
     if dim is not None and placed.axes[dim] == ["Lk"]:
         found = _importance_of_shard(placed, dim, q, k, key_lengths, lse, scale)
@@ -270,11 +276,14 @@ def _local_bias(placed: Placed, position_bias: RelativePositionBias3D | BiasTabl
     return placed.aside("position_bias.table", table, "R H"), window  # type: ignore[return-value]
 
 
-def _with_table(position_bias: RelativePositionBias3D, table: Tensor) -> RelativePositionBias3D:
-    bias = RelativePositionBias3D((1, 1, 1), max(table.shape[1], 1), position_bias.num_global)
-    bias.window, bias.num_heads = position_bias.window, table.shape[1]
-    bias.table = torch.nn.Parameter(table.detach(), requires_grad=False)
-    return bias
+def _module(bias: BiasTable) -> RelativePositionBias3D:
+    """A module that has this rank's columns of a table."""
+    table, window = bias
+    num_global = math.isqrt(table.shape[0] - num_offsets(window) + 1) - 1  # 2G + G*G = (G + 1)**2 - 1
+    module = RelativePositionBias3D(window, 1, num_global)
+    del module.table
+    module.table, module.num_heads = table, table.shape[1]  # type: ignore[assignment]
+    return module
 
 
 def _share(placed: Placed, axis: str) -> float:

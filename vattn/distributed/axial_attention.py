@@ -82,7 +82,7 @@ def axial_attention(
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 2, 4, 8, 8, 16)             # (B, H, T, height, width, D), some frames of a clip
-        >>> out = sum(vattn.distributed.axial_attention(q, k, v, dim, group=group) for dim in range(3))
+        >>> out = sum(axial_attention(q, k, v, dim, group=group) for dim in range(3))
         >>> out.shape
         torch.Size([1, 2, 4, 8, 8, 16])
     """

@@ -27,12 +27,11 @@ from vattn.distributed._collectives import Pending, enter, enter_rows, start_exc
 from vattn.distributed._edge_plan import Plan, fingerprint, plan_of
 from vattn.distributed._merge import PendingMerge
 from vattn.distributed._numbers import with_numbers
-from vattn.distributed._ranks import Ranks, agree, ranks_of
+from vattn.distributed._ranks import Ranks, agree, dropout_seed, ranks_of
 from vattn.layout import BlockLayout
 from vattn.ops.edge_sparse_attention import attend
 from vattn.ops.latent_attention import attend as attend_to_all
 from vattn.position_bias import BiasTable, RelativePositionBias3D, check_bias, num_offsets
-from vattn.reference.dropout import random_seed
 
 OP = "distributed.edge_sparse_attention"
 
@@ -128,7 +127,7 @@ def edge_sparse_attention(
         )  # fmt: skip
         return settings, [own]
 
-    seed = random_seed(query.device) if isinstance(query, Tensor) and dropout_p else None
+    seed = dropout_seed(group, query, dropout_p)
     agreed = agree(OP, ranks, check, None if lengths is None else [lengths], seed)
     _check_shards(layout, agreed.lengths[0])
 

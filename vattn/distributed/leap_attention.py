@@ -83,7 +83,7 @@ def leap_attention(
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 4, 8, 49, 16)               # (B, H, T, N, D), this rank's part of the clip
-        >>> vattn.distributed.leap_attention(q, k, v, leap=4, group=group).shape
+        >>> leap_attention(q, k, v, leap=4, group=group).shape
         torch.Size([2, 4, 8, 49, 16])
     """
     ranks = ranks_of(OP, group)

@@ -53,7 +53,7 @@ def periodic_shift(x: Tensor, fold_div: int, *, group: Any = None, lengths: Sequ
 
     Example:
         >>> frames = torch.randn(1, 2, 3, 4, 8)                     # this rank's part of the clip
-        >>> vattn.distributed.periodic_shift(frames, fold_div=4, group=group).shape
+        >>> periodic_shift(frames, fold_div=4, group=group).shape
         torch.Size([1, 2, 3, 4, 8])
     """
     ranks = ranks_of(OP, group)
