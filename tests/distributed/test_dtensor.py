@@ -1,6 +1,9 @@
 """DTensors in the public operators: results, gradients, placements, and what is sent, against plain tensors."""
 
+import contextlib
+import copy
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import vattn
 from tests.calls import as_tuple
@@ -158,7 +162,7 @@ def compare(call: Call, mesh: DeviceMesh, way: str, dropout_p: float) -> dict[st
     expected = as_tuple(call.function(*plain, *call.also(), **settings))
     along = [torch.randn(y.shape, dtype=torch.float64) for y in expected if y.requires_grad]
     parts = [
-        distribute_tensor(x.detach(), mesh, placements(axes, way)).requires_grad_()
+        distribute_tensor(x.detach(), mesh, placements(axes, way), src_data_rank=None).requires_grad_()
         for x, axes in zip(plain, call.axes.split(), strict=True)
     ]
     torch.manual_seed(1 + dist.get_rank())  # the seed of the first rank counts
@@ -166,7 +170,8 @@ def compare(call: Call, mesh: DeviceMesh, way: str, dropout_p: float) -> dict[st
         results = as_tuple(call.function(*parts, *call.also(), **settings))
     result = {
         "placements": [x.placements for x in results],
-        "metadata": [(x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype) for x, y in zip(results, expected)],
+        "metadata": [(x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(results, expected, strict=True)],
+        "stride": results[0].stride() == expected[0].stride(),
         "errors": [difference(x.detach().full_tensor(), y.detach()) for x, y in zip(results, expected, strict=True)],
         "sent": sent.total,
     }
@@ -174,7 +179,7 @@ def compare(call: Call, mesh: DeviceMesh, way: str, dropout_p: float) -> dict[st
         count = call.gradients
         some = [(x, y) for x, y in zip(results, expected, strict=True) if y.requires_grad]
         right = torch.autograd.grad([y for _, y in some], plain[:count], along)
-        here = [distribute_tensor(g, mesh, x.placements) for g, (x, _) in zip(along, some, strict=True)]
+        here = [distribute_tensor(g, mesh, x.placements, src_data_rank=None) for g, (x, _) in zip(along, some, strict=True)]
         with SentBytes() as sent:
             grads = torch.autograd.grad([x for x, _ in some], parts[:count], here)
         result["sent"] += sent.total
@@ -192,9 +197,157 @@ def case(world: World, name: str) -> dict[tuple[str, float], Any]:
     }
 
 
+def refusals(world: World) -> dict[str, tuple[Any, str]]:
+    """What is raised for calls that nothing is gathered for."""
+    mesh, other = mesh_of(world), DeviceMesh.from_group(world.group, "cpu", mesh_dim_names=("other",))
+    sharded = [Replicate()] * (mesh.ndim - 1)
+
+    def placed(x: Tensor, *placements: Placement) -> DTensor:
+        return distribute_tensor(x, mesh, [*sharded, *placements], src_data_rank=None)
+
+    def partial(x: Tensor) -> DTensor:
+        return DTensor.from_local(x, mesh, [*sharded, Partial()])
+
+    x, video = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 3, 4, 4)
+    batch, rest = placed(x, Shard(0)), placed(x, Replicate())
+    global_token, per_head = layout_of([[0], [0]], 5, 3, 1), layout_of([[0, 1], [1]], 6, 3, 0)
+    calls: dict[str, Callable[[], Any]] = {
+        "key is not sharded": lambda: vattn.latent_attention(batch, rest, rest),
+        "value is sharded otherwise": lambda: vattn.latent_attention(batch, batch, placed(x, Shard(1))),
+        "queries and keys": lambda: vattn.latent_attention(*[placed(x, Shard(2))] * 3),
+        "channels": lambda: vattn.latent_attention(*[placed(x, Shard(3))] * 3),
+        "channels from the back": lambda: vattn.leap_attention(*[placed(video, Shard(-1))] * 3, 1),
+        "tokens of a frame": lambda: vattn.leap_attention(*[placed(video, Shard(3))] * 3, 1),
+        "partial": lambda: vattn.latent_attention(partial(x), rest, rest),
+        "plain key": lambda: vattn.latent_attention(batch, x, x),
+        "plain query": lambda: vattn.latent_attention(x, batch, batch),
+        "one of two keys": lambda: vattn.latent_attention(batch, (batch, x), (batch, x)),
+        "another mesh": lambda: vattn.merge_attention([batch], [DTensor.from_local(x[..., 0], other, [Replicate()])]),
+        "global tokens": lambda: vattn.edge_sparse_attention(*[placed(x, Shard(2))] * 3, global_token),
+        "half a block": lambda: vattn.edge_sparse_attention(
+            *[placed(torch.randn(1, 1, 5, 4), Shard(2))] * 3, layout_of([[0], [0], [1]], 5, 2, 0)
+        ),
+        "shape": lambda: vattn.edge_sparse_attention(batch, batch, placed(x[:, :, :5], Shard(0)), per_head),
+        "tokens to select": lambda: vattn.select_tokens(
+            placed(x[:, 0], Shard(1)), placed(x[:, 0, :, 0], Shard(1)), 2, num_global=0
+        ),
+        "codes": lambda: vattn.nearest_code(batch, placed(x[0, 0], Shard(0))),
+        "kept otherwise": lambda: vattn.node_sparse_attention(
+            *[placed(x, Shard(1))] * 3, placed(torch.zeros(2, 3, dtype=torch.int64), Shard(0))
+        ),
+        "over ranks": lambda: vattn.distributed.latent_attention(rest, rest, rest, group=world.group),
+        "a table without a query": lambda: vattn.token_importance(x, x, position_bias=bias_of(placed)),
+    }
+    raised = {}
+    for name, call in calls.items():
+        sent = SentBytes()
+        with sent if name != "over ranks" else contextlib.nullcontext():  # where the ranks tell each other
+            try:
+                raised[name] = type(call()), "nothing was raised"
+            except (TypeError, ValueError) as error:
+                raised[name] = type(error), str(error)
+        assert sent.total == 0
+    return raised
+
+
+def bias_of(placed: Callable[..., DTensor]) -> vattn.RelativePositionBias3D:
+    bias = vattn.RelativePositionBias3D((1, 1, 6), 2, 0)
+    bias.table = torch.nn.Parameter(placed(bias.table.detach(), Replicate()))
+    return bias
+
+
+REFUSED = {
+    "key is not sharded": (ValueError, r"latent_attention: key must be sharded as query is, .*got key.placements="),
+    "value is sharded otherwise": (ValueError, r"latent_attention: value must be sharded as query is, .*got value.pl"),
+    "queries and keys": (ValueError, r"latent_attention: query and key must not be sharded along their tokens by one"),
+    "channels": (ValueError, r"latent_attention: query must be whole along its axis D on every rank, .*got query.pla"),
+    "channels from the back": (ValueError, r"leap_attention: query must be whole along its axis D on every rank"),
+    "tokens of a frame": (ValueError, r"leap_attention: query must be whole along its axis N on every rank, .*got"),
+    "partial": (ValueError, r"latent_attention: query must be sharded or replicated along every dimension of its mesh"),
+    "plain key": (TypeError, r"latent_attention: key must be a DTensor, as query is, got key=Tensor"),
+    "plain query": (TypeError, r"latent_attention: query must be a DTensor, as key is, got query=Tensor"),
+    "one of two keys": (TypeError, r"latent_attention: key\[1\] must be a DTensor, as query is, got key\[1\]=Tensor"),
+    "another mesh": (ValueError, r"merge_attention: lses\[0\] must lie on the mesh .*got lses\[0\].device_mesh="),
+    "global tokens": (ValueError, r"edge_sparse_attention: query must be whole along its axis L on every rank"),
+    "half a block": (ValueError, r"distributed.edge_sparse_attention: .*block"),
+    "shape": (ValueError, r"edge_sparse_attention: value must have the shape of query"),
+    "tokens to select": (ValueError, r"select_tokens: tokens must be sharded as|select_tokens: tokens must be whole"),
+    "codes": (ValueError, r"nearest_code: codebook must be replicated, or sharded as x is, got codebook.placements="),
+    "kept otherwise": (ValueError, r"node_sparse_attention: kept must be replicated, or sharded as query is, got kept"),
+    "over ranks": (TypeError, r"distributed.latent_attention: query must be a local tensor, see DTensor.to_local, got"),
+    "a table without a query": (TypeError, r"RelativePositionBias3D: table must be a local tensor"),
+}
+
+
+class TensorParallel(torch.nn.Module):
+    """Attention whose heads lie on the ranks, as PyTorch's own `parallelize_module` places them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.proj = (torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (4, 2)).movedim(-2, 1) for layer in (self.query, self.key, self.value))
+        out = vattn.leap_attention(q, k, v, 1, fold_div=2)
+        return self.proj(out.movedim(1, -2).flatten(-2))
+
+
+def tensor_parallel(world: World) -> dict[str, float]:
+    """The largest difference of the output and of every parameter's gradient, also under autocast."""
+    torch.manual_seed(0)
+    mesh = DeviceMesh.from_group(world.group, "cpu")
+    x, model = torch.randn(2, 3, 5, 8), TensorParallel()
+    parallel = copy.deepcopy(model)
+    heads = {name: ColwiseParallel(use_local_output=False) for name in ("query", "key", "value")}
+    parallelize_module(parallel, mesh, {**heads, "proj": RowwiseParallel()})
+    errors = {}
+    for dtype in (None, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            with SentBytes() as sent:
+                outs = [one(x) for one in (model, parallel)]
+        errors[f"{dtype} sent"] = sent.total - outs[0].nbytes  # of the sum after the projection, and nothing else
+        for one, out in zip((model, parallel), outs, strict=True):
+            one.zero_grad()
+            out.float().square().mean().backward()
+        errors[f"{dtype} out"] = difference(*(out.detach().float() for out in outs))
+        for (name, a), b in zip(model.named_parameters(), parallel.parameters(), strict=True):
+            assert b.grad is not None and a.grad is not None
+            whole = b.grad.full_tensor() if isinstance(b.grad, DTensor) else b.grad
+            errors[f"{dtype} {name}"] = difference(a.grad, whole)
+    return errors
+
+
+def compiled(world: World) -> dict[str, float]:
+    """One graph of every call, forward and backward, and what it gives."""
+    mesh = DeviceMesh.from_group(world.group, "cpu")
+    differences = {}
+    for name, way in (("latent", "H"), ("latent", "K"), ("leap", "H"), ("node", "B")):
+        torch._dynamo.reset()
+        call = CALLS[name]
+        torch.manual_seed(0)
+        parts = [
+            distribute_tensor(torch.randn(shape), mesh, placements(axes, way), src_data_rank=None).requires_grad_()
+            for shape, axes in zip(call.shapes, call.axes.split(), strict=True)
+        ]
+
+        def step(*parts: Any, call: Call = call) -> Any:
+            return call.function(*parts, *also)[0]
+
+        also = call.also()
+        results = []
+        for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+            out = function(*parts)
+            results.append([out, *torch.autograd.grad(out, parts, torch.ones_like(out))])
+        differences[f"{name} {way}"] = max(
+            difference(x.detach().full_tensor(), y.detach().full_tensor()) for x, y in zip(*results, strict=True)
+        )
+    return differences
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     cases = {name: functools.partial(case, name=name) for name in CALLS}
+    cases |= {"refusals": refusals, "tensor_parallel": tensor_parallel, "compiled": compiled}
     return run_cases(cases, tmp_path_factory.mktemp("dtensor"), sizes=(2, 4))
 
 
@@ -206,7 +359,7 @@ def test_that_an_operator_is_what_it_is_on_one_device(found, name, size):
         assert set(way for way, _ in result) == set(ways(name, 1 if size == 2 else 2))
         for (way, dropout_p), one in result.items():
             assert max(one["errors"]) < 1e-10, (way, dropout_p, one["errors"])
-            assert all(one["metadata"]), way
+            assert all(one["metadata"]) and one["stride"], way
             for axes, placed in zip(call.results.split(), one["placements"], strict=True):
                 summed = axes in ("BK", "BN", "BL") and name.startswith(("edge", "importance"))
                 expected = [
@@ -214,3 +367,24 @@ def test_that_an_operator_is_what_it_is_on_one_device(found, name, size):
                 ]
                 assert list(placed) == expected, way
             assert (one["sent"] > 0) == (way in call.sends), way
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name_and_nothing_is_sent(found, name, size):
+    kind, message = REFUSED[name]
+    for raised in results(found, "refusals", size):
+        assert raised.keys() == REFUSED.keys()
+        assert raised[name][0] is kind and re.match(message, raised[name][1]), raised[name]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_layer_that_pytorch_parallelizes(found, size):
+    for errors in results(found, "tensor_parallel", size):
+        for name, error in errors.items():
+            assert error < (0 if "sent" in name else 2e-2 if "bfloat16" in name else 1e-6) or error == 0, name
+
+
+def test_one_graph(found):
+    for differences in results(found, "compiled", 2):
+        assert max(differences.values()) < 1e-6, differences

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vattn import _checks
 from vattn._library import compute_dtype
 
 GRADS = ("full", "partial")
@@ -20,8 +21,13 @@ def grad_mode(op: str, grad: object) -> None:
         raise ValueError(f"{op}: grad must be one of {', '.join(GRADS)}, got grad={grad!r}")
 
 
-def settings_of(x: Tensor, **settings: Any) -> Mapping[str, Any]:
-    """What all ranks must have alike: the dtype and the kind of device of `x`, its first axes and its head dim."""
+def settings_of(op: str, name: str, x: Tensor, **settings: Any) -> Mapping[str, Any]:
+    """What all ranks must have alike: the dtype and the kind of device of `x`, its first axes and its head dim.
+
+    Raises:
+        TypeError: `x` is a DTensor, which the public operators take.
+    """
+    _checks.dense(op, name, x)
     return {
         "dtype": compute_dtype(x), "device type": x.device.type, "batch": x.shape[0], "heads": x.shape[1],
         "head_dim": x.shape[-1], **settings,

@@ -121,7 +121,7 @@ def edge_sparse_attention(
             raise ValueError(f"{OP}: return_importance needs a global token, got layout.num_global=0")
         found.update(dropout_p=_checks.dropout(OP, dropout_p), scale=_checks.scale(OP, scale, query.shape[-1]))
         settings = settings_of(
-            query, grad=grad, layout=fingerprint(layout), causal=causal, positions=values_of(positions),
+            OP, "query", query, grad=grad, layout=fingerprint(layout), causal=causal, positions=values_of(positions),
             return_importance=return_importance, **found,
             **{"window of position_bias": None if position_bias is None else position_bias.window},
         )  # fmt: skip

@@ -104,7 +104,7 @@ def latent_attention(
         else:
             fixed.append(query.shape[2])
         settings = settings_of(
-            query, sharded=sharded, grad=grad, dropout_p=found["dropout_p"], scale=found["scale"],
+            OP, "query", query, sharded=sharded, grad=grad, dropout_p=found["dropout_p"], scale=found["scale"],
             key_lengths=values_of(key_lengths), **{"numbers of replicated tokens": fixed},
         )  # fmt: skip
         return settings, own

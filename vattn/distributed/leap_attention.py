@@ -97,7 +97,7 @@ def leap_attention(
         _checks.integer(OP, "fold_div", fold_div, least=0)
         found.update(dropout_p=_checks.dropout(OP, dropout_p), scale=_checks.scale(OP, scale, query.shape[-1]))
         settings = settings_of(
-            query, leap=int(leap), group_size=int(group_size), fold_div=int(fold_div), return_lse=bool(return_lse),
+            OP, "query", query, leap=int(leap), group_size=int(group_size), fold_div=int(fold_div), return_lse=bool(return_lse),
             N=query.shape[3], **found,
         )  # fmt: skip
         return settings, [query.shape[2]]

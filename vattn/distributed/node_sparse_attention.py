@@ -86,7 +86,7 @@ def node_sparse_attention(
         checked_inputs(OP, query, key, value, None)
         check_kept(OP, kept, query)
         settings = settings_of(
-            query, grad=grad, dropout_p=_checks.dropout(OP, dropout_p),
+            OP, "query", query, grad=grad, dropout_p=_checks.dropout(OP, dropout_p),
             scale=_checks.scale(OP, scale, query.shape[-1]), kept=values_of(kept),
             **{"number of queries": query.shape[2]},
         )  # fmt: skip

@@ -72,7 +72,7 @@ def token_importance(
             )
         checked_inputs(OP, query, key, key, key_lengths)
         settings = settings_of(
-            query, scale=_checks.scale(OP, scale, query.shape[-1]), key_lengths=values_of(key_lengths),
+            OP, "query", query, scale=_checks.scale(OP, scale, query.shape[-1]), key_lengths=values_of(key_lengths),
             **{"number of queries": query.shape[2]},
         )  # fmt: skip
         return settings, [key.shape[2]]
