@@ -179,7 +179,9 @@ def compare(call: Call, mesh: DeviceMesh, way: str, dropout_p: float) -> dict[st
         count = call.gradients
         some = [(x, y) for x, y in zip(results, expected, strict=True) if y.requires_grad]
         right = torch.autograd.grad([y for _, y in some], plain[:count], along)
-        here = [distribute_tensor(g, mesh, x.placements, src_data_rank=None) for g, (x, _) in zip(along, some, strict=True)]
+        here = [
+            distribute_tensor(g, mesh, x.placements, src_data_rank=None) for g, (x, _) in zip(along, some, strict=True)
+        ]
         with SentBytes() as sent:
             grads = torch.autograd.grad([x for x, _ in some], parts[:count], here)
         result["sent"] += sent.total

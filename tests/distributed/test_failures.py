@@ -159,9 +159,7 @@ def _run(process: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=process, world_size=2 * PAIRS,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
-    groups = [
-        dist.new_group([2 * i, 2 * i + 1], timeout=datetime.timedelta(seconds=TIMEOUT)) for i in range(PAIRS)
-    ]
+    groups = [dist.new_group([2 * i, 2 * i + 1], timeout=datetime.timedelta(seconds=TIMEOUT)) for i in range(PAIRS)]
     pair, rank = divmod(process, 2)
     try:
         if pair == 0:

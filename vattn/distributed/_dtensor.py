@@ -150,7 +150,17 @@ def edge_sparse_attention(
     seen: Tensor | None = None
     if dim is None:
         out, lse, seen = attend_edges(
-            q, k, v, layout, bias, positions, causal, dropout_p, placed.numbered(seed, length, length), scale, importance
+            q,
+            k,
+            v,
+            layout,
+            bias,
+            positions,
+            causal,
+            dropout_p,
+            placed.numbered(seed, length, length),
+            scale,
+            importance,
         )
     else:
         out, lse = over_ranks.edge_sparse_attention(

@@ -49,14 +49,18 @@ class Placed:
         self.sizes: dict[str, int] = {}
         for name, (x, axes) in tensors.items():
             if not isinstance(x, DTensor):
-                raise TypeError(f"{op}: {name} must be a DTensor, as {distributed[0]} is, got {name}={type(x).__name__}")
+                raise TypeError(
+                    f"{op}: {name} must be a DTensor, as {distributed[0]} is, got {name}={type(x).__name__}"
+                )
             self._check_placements(name, x)
             self.sizes.update(zip(axes.split(), x.shape, strict=True))
         self.axes = [self._axes_along(dim) for dim in range(self.mesh.ndim)]
 
     def _check_placements(self, name: str, x: DTensor) -> None:
         if x.device_mesh != self.mesh:
-            raise ValueError(f"{self.op}: {name} must lie on the mesh {self.mesh}, got {name}.device_mesh={x.device_mesh}")
+            raise ValueError(
+                f"{self.op}: {name} must lie on the mesh {self.mesh}, got {name}.device_mesh={x.device_mesh}"
+            )
         for placement in x.placements:
             # Other kinds of shards are not those of consecutive rows.
             if not (placement.is_replicate() or type(placement) is Shard):
@@ -66,9 +70,7 @@ class Placed:
                 )
 
     def _axes_along(self, dim: int) -> list[str]:
-        sharded = {
-            name: _axis(x.placements[dim], axes) for name, (x, axes) in self.tensors.items()
-        }
+        sharded = {name: _axis(x.placements[dim], axes) for name, (x, axes) in self.tensors.items()}
         found = [axis for axis in dict.fromkeys(sharded.values()) if axis]
         for name, (x, axes) in self.tensors.items():
             wanted = [axis for axis in found if axis in axes.split()]
@@ -192,9 +194,7 @@ class Placed:
 
     def _of_batch_heads(self, seed: Tensor) -> Tensor:
         (sample, batch), (head, heads) = self.part("B"), self.part("H")
-        return with_numbers(
-            seed, batch, heads, [], [], first_sample=sample, first_head=head, all_heads=self.sizes["H"]
-        )  # type: ignore[return-value]
+        return with_numbers(seed, batch, heads, [], [], first_sample=sample, first_head=head, all_heads=self.sizes["H"])  # type: ignore[return-value]
 
     def group(self, dim: int, seed: Tensor | None = None) -> Part:
         """The ranks along a dimension of the mesh, as the argument `group` of the functions over ranks."""

@@ -103,7 +103,9 @@ def axial_attention(
             axes[name] = int(axis) % len(grid)
         found.update(axes, dropout_p=_checks.dropout(OP, dropout_p), scale=_checks.scale(OP, scale, query.shape[-1]))
         others = [n for axis, n in enumerate(grid) if axis != axes["sharded_dim"]]
-        settings = settings_of(OP, "query", query, **found, return_lse=bool(return_lse), **{"the other axes of the grid": others})
+        settings = settings_of(
+            OP, "query", query, **found, return_lse=bool(return_lse), **{"the other axes of the grid": others}
+        )
         return settings, [grid[axes["sharded_dim"]]]
 
     seed = dropout_seed(group, query, dropout_p)
