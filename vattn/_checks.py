@@ -29,7 +29,10 @@ def tensor(op: str, name: str, x: object, meshes: bool = True) -> None:
 
 
 def dense(op: str, name: str, x: Tensor, meshes: bool = False) -> None:
-    """All numbers of `x` are here, in memory with strides: neither nested, sparse, masked nor (but for `meshes`) a DTensor."""
+    """All numbers of `x` are here, in memory with strides: neither nested, sparse, masked nor distributed.
+
+    For `meshes` it may be a DTensor.
+    """
     if x.layout is not torch.strided or x.is_nested:
         got = f"{name}=nested tensor" if x.is_nested else f"{name}.layout={x.layout}"
         raise TypeError(f"{op}: {name} must be a dense tensor, got {got}")

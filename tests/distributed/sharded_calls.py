@@ -35,14 +35,18 @@ class Call:
         return x.split(self.lengths, self.dim)[rank]
 
     def of_one(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        torch.manual_seed(self.seed)
+        self._seed(0)
         return _as_tuple(self._whole(*inputs, *self.positional, **self.settings))
 
     def of_rank(self, rank: int, group: Any, *parts: Tensor) -> tuple[Tensor, ...]:
-        torch.manual_seed(self.seed + rank)  # that of rank 0 counts
+        self._seed(rank)  # that of rank 0 counts
         told = {"lengths": self.lengths} if self.told else {}
         settings = self.settings | self.only_of_ranks | told
         return _as_tuple(self._part(*parts, *self.positional, group=group, **settings))
+
+    def _seed(self, rank: int) -> None:
+        if self.settings.get("dropout_p"):
+            torch.manual_seed(self.seed + rank)
 
     def parts(self, rank: int) -> list[Tensor]:
         return [self.on_rank(x.detach(), rank).requires_grad_() for x in self.inputs]

@@ -182,7 +182,8 @@ def enter_rows(tensors: Sequence[Tensor], first: int, ranks: Ranks, grad: str) -
     if grad == "partial" or ranks.size == 1 or first == 0:
         return tensors
     function = _EnterRows if torch.compiler.is_compiling() else _EnterRowsWithTangent
-    return function.apply(first, ranks, *tensors)
+    # Dynamo refuses a tensor that is given twice.
+    return function.apply(first, ranks, *(x.view_as(x) for x in tensors))
 
 
 class _Tie(torch.autograd.Function):

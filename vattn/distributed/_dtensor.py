@@ -96,8 +96,8 @@ def latent_attention(
     sharded = () if dim is None else placed.axes[dim]
     if "Lq" in sharded and len(sharded) > 1:
         raise ValueError(
-            "latent_attention: query and key must not be sharded along their tokens by one dimension of the mesh, where "
-            f"every rank would need the keys of all, got query.placements={query.placements}"  # type: ignore[attr-defined]
+            "latent_attention: query and key must not be sharded along their tokens by one dimension of the mesh, "
+            f"where every rank would need the keys of all, got query.placements={query.placements}"  # type: ignore[attr-defined]
         )
     by_keys = dim if sharded and "Lq" not in sharded else None
     q = placed.local("query", by_keys)

@@ -16,14 +16,16 @@ link that is busiest decides, because the others wait for it.
 
 import bisect
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 Range = tuple[int, int]
 """From the first to behind the last one."""
+MOST_PLANS = 1024
+"""That are remembered."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,9 @@ class Plan:
         return {run: sorted(pieces[run]) for run in sorted(pieces)}
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=1024)
+_plans: dict[str, Plan] = {}
+
+
 def plan_leap(lengths: tuple[int, ...], leap: int, group_size: int, heads: int) -> Plan:
     """The plan of all ranks, which each of them makes for itself.
 
@@ -92,6 +95,21 @@ def plan_leap(lengths: tuple[int, ...], leap: int, group_size: int, heads: int) 
         leap, group_size: as of :func:`vattn.leap_attention`; beyond the clip they mean the same as its length.
         heads: how many there are.
     """
+    return _plans[_name_of(lengths, leap, group_size, heads)]
+
+
+@torch.compiler.assume_constant_result
+def _name_of(*case: Any) -> str:
+    """The name under which a plan is known. What is constant in a trace must be found again where it is guarded."""
+    name = str(case)
+    if name not in _plans:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        _plans[name] = _new_plan(*case)
+    return name
+
+
+def _new_plan(lengths: tuple[int, ...], leap: int, group_size: int, heads: int) -> Plan:
     ends = list(itertools.accumulate(lengths))
     begins = [end - length for end, length in zip(ends, lengths, strict=True)]
     total = ends[-1]

@@ -12,7 +12,8 @@ def with_numbers(
 ) -> Tensor | None:  # fmt: skip
     """`seed` with the numbers of batch-heads, query tokens and key tokens: see ``vattn.reference.dropout``.
 
-    Numbers of tokens come in pieces, one after the other. A seed may have those of all batch-heads already. None stays None.
+    Numbers of tokens come in pieces, one after the other. A seed may have those of all batch-heads already. None
+    stays None.
     """
     if seed is None:
         return None

@@ -25,9 +25,11 @@ BATCH_AND_HEADS = ("B", "H")
 
 
 class Placed:
-    """The `tensors` of a call of `op`, each with the names of its axes: which of them each dimension of the mesh shards.
+    """Which axes of the tensors of a call each dimension of the mesh shards.
 
     Args:
+        op: that is called.
+        tensors: by their names, each with the names of its axes.
         free: the axes along which an operator does not mix what it reads.
 
     Attributes:
@@ -102,7 +104,8 @@ class Placed:
         if len(dims) > 1:
             name, x = self._sharded_by(self.axes[dims[1]][0])
             raise ValueError(
-                f"{self.op}: tokens must be sharded along one dimension of the mesh, got {name}.placements={x.placements}"
+                f"{self.op}: tokens must be sharded along one dimension of the mesh, "
+                f"got {name}.placements={x.placements}"
             )
         return dims[0] if dims else None
 
@@ -182,7 +185,10 @@ class Placed:
         return seed
 
     def numbered(self, seed: Tensor | None, queries: int | range, keys: int) -> Tensor | None:
-        """The common seed, for a part of the batch and of the heads: of all of so many tokens, or for queries a range."""
+        """The common seed, for this part of the batch and of the heads.
+
+        `queries` are so many tokens from the first one, or a range of them.
+        """
         seed = self.seed(seed)
         if seed is None or not (isinstance(queries, range) or any(map(self._shards, BATCH_AND_HEADS))):
             return seed

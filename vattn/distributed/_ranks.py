@@ -111,7 +111,7 @@ class PaperRanks(Ranks):
 
 
 def chunks(size: int, count: int) -> list[int]:
-    """The lengths of the `count` parts that `torch.chunk` and DTensor cut `size` into, the last of which may be empty."""
+    """The lengths of the `count` parts that `torch.chunk` and DTensor cut `size` into; the last ones may be empty."""
     most = -(-size // count)
     return [min(max(size - i * most, 0), most) for i in range(count)]
 

@@ -125,7 +125,8 @@ def axial_attention(
         return (out, lse) if return_lse else out
 
     others = [axis for axis in (1, 0, *range(2, len(whole))) if axis != 2 + sharded]
-    split = min(others, key=lambda axis: -(-whole[axis] // ranks.size) / max(whole[axis], 1))
+    unevenness = [-(-whole[axis] // ranks.size) / max(whole[axis], 1) for axis in others]
+    split = others[unevenness.index(min(unevenness))]
     cuts = [whole[split] * rank // ranks.size for rank in range(ranks.size + 1)]
     here[split] = range(cuts[ranks.rank], cuts[ranks.rank + 1])
     axes = (2 + sharded, shards), (split, [end - begin for begin, end in itertools.pairwise(cuts)])

@@ -97,79 +97,88 @@ def leap_attention(
         _checks.integer(OP, "fold_div", fold_div, least=0)
         found.update(dropout_p=_checks.dropout(OP, dropout_p), scale=_checks.scale(OP, scale, query.shape[-1]))
         settings = settings_of(
-            OP, "query", query, leap=int(leap), group_size=int(group_size), fold_div=int(fold_div), return_lse=bool(return_lse),
-            N=query.shape[3], **found,
+            OP, "query", query, leap=int(leap), group_size=int(group_size), fold_div=int(fold_div),
+            return_lse=bool(return_lse), N=query.shape[3], **found,
         )  # fmt: skip
         return settings, [query.shape[2]]
 
     seed = dropout_seed(group, query, dropout_p)
     agreed = agree(OP, ranks, check, None if lengths is None else [lengths], seed)
-    rest = found["dropout_p"], found["scale"]
+    dropout_p, scale = found["dropout_p"], found["scale"]
     if ranks.size == 1:
-        out, lse = attend(query, key, value, leap, group_size, fold_div, rest[0], agreed.seed, rest[1])
+        out, lse = attend(query, key, value, leap, group_size, fold_div, dropout_p, agreed.seed, scale)
         return (out, lse) if return_lse else out
     frames = agreed.lengths[0]
     plan = plan_leap(tuple(frames), int(leap), int(group_size), query.shape[1])
     inputs = [x.to(compute_dtype(x)) for x in (query, key, value)]
-    results = _attend_planned(inputs, plan, ranks, agreed.seed, *rest, return_lse)
+    results = _attend_planned(inputs, plan, ranks, _Operator(query, agreed.seed, dropout_p, scale, bool(return_lse)))
     out = shift(results[0], fold_div, ranks, frames) if fold_div else results[0]
     return (out, results[1].squeeze(-1)) if return_lse else out
 
 
-def _attend_planned(
-    inputs: Sequence[Tensor], plan: Plan, ranks: Ranks, seed: Tensor | None, dropout_p: float, scale: float,
-    return_lse: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Out, and on demand lse as ``(B, H, T_r, N, 1)``, of this rank's query, key and value."""
-    rank, (B, H, _, N, _) = ranks.rank, inputs[0].shape
+class _Operator:
+    """The operator on this rank."""
 
-    def attended(qkv: Sequence[Tensor], runs: Sequence[Range], heads: Range, leap: int, size: int) -> list[Tensor]:
-        tokens = [range(first * N, last * N) for first, last in runs]
-        seeds = with_numbers(seed, B, length(heads), tokens, tokens, first_head=heads[0], all_heads=H)
-        query, key, value = qkv
-        out, lse = attend(query, key, value, leap, size, 0, dropout_p, seeds, scale)
-        return [out, lse[..., None]] if return_lse else [out]
+    def __init__(self, query: Tensor, seed: Tensor | None, dropout_p: float, scale: float, return_lse: bool) -> None:
+        self._batch, self._heads, _, self._tokens, _ = query.shape
+        self._settings, self._seed, self._return_lse = (dropout_p, scale), seed, return_lse
+        self.results = 1 + return_lse
 
-    whole = plan.whole[rank]
+    def __call__(
+        self, inputs: Sequence[Tensor], runs: Sequence[Range], heads: Range, leap: int, group_size: int
+    ) -> list[Tensor]:
+        """Out, and if asked for lse with a last axis of 1, of frames and heads that have these numbers in the clip."""
+        tokens = [range(first * self._tokens, last * self._tokens) for first, last in runs]
+        seed = with_numbers(
+            self._seed, self._batch, length(heads), tokens, tokens, first_head=heads[0], all_heads=self._heads
+        )
+        query, key, value = inputs
+        dropout_p, scale = self._settings
+        out, lse = attend(query, key, value, leap, group_size, 0, dropout_p, seed, scale)
+        return [out, lse[..., None]] if self._return_lse else [out]
+
+
+def _attend_planned(inputs: Sequence[Tensor], plan: Plan, ranks: Ranks, operator: _Operator) -> list[Tensor]:
+    """What `operator` gives for this rank's frames of query, key and value."""
+    rank, whole, all_heads = ranks.rank, plan.whole[ranks.rank], (0, plan.heads)
     if length(whole) == inputs[0].shape[2] and not plan.moves:
-        return attended(inputs, [whole], (0, H), plan.leap, plan.group_size)
-    work = [work for work in plan.work if work.rank == rank]
+        return operator(inputs, [whole], all_heads, plan.leap, plan.group_size)
+    work = [each for each in plan.work if each.rank == rank]
     lent, needed = lent_blocks(plan, rank), needed_blocks(plan, rank)
     pieces, nothing = zip(*(cut(x, plan, rank) for x in inputs), strict=True)
     if plan.moves:
         sent = {block: [block.taken(x) for x in pieces] for block in lent}
         there = Moving(ranks, sent, needed, len(inputs), nothing)
 
-    results: list[Pieces] = [{} for _ in range(1 + return_lse)]
+    results: list[Pieces] = [{} for _ in range(operator.results)]
     if length(whole):
-        found = attended([x[whole, (0, H)] for x in pieces], [whole], (0, H), plan.leap, plan.group_size)
+        found = operator([x[whole, all_heads] for x in pieces], [whole], all_heads, plan.leap, plan.group_size)
         for result, x in zip(results, found, strict=True):
-            result[whole, (0, H)] = x
+            result[whole, all_heads] = x
 
     if plan.moves:
         came, tie = there.wait()
         returned: list[dict[Block, list[Tensor]]] = [{} for _ in results]
         for each in (each for each in work if each.moves):
             blocks = [Block(holder, each, holder) for holder in range(ranks.size) if each.count(holder)]
-            qkv = [
+            frames = [
                 torch.cat([came[b][i] if b in came else b.taken(x) for b in blocks], 2) for i, x in enumerate(pieces)
             ]
-            found = attended(qkv, [run for b in blocks for run in b.runs], each.heads, each.groups, each.size)
+            found = operator(frames, [run for b in blocks for run in b.runs], each.heads, each.groups, each.size)
             for result, others, x in zip(results, returned, found, strict=True):
                 for block, part in zip(blocks, x.split([b.frames for b in blocks], 2), strict=True):
                     if block.holder == rank:
                         result.update(block.pieces(part))
                     else:
                         others[block] = [part]
-        ties = [_like_result(tie, i) for i in range(len(results))]
         back = [
-            Moving(ranks, {block: others[block] for block in needed}, lent, 1, [tie])
-            for others, tie in zip(returned, ties, strict=True)
+            Moving(ranks, {block: others[block] for block in needed}, lent, 1, [_like_result(tie, i)])
+            for i, others in enumerate(returned)
         ]
 
     for each in (each for each in work if not each.moves):
         block = Block(rank, each, rank)
-        found = attended([block.taken(x) for x in pieces], block.runs, each.heads, each.groups, each.size)
+        found = operator([block.taken(x) for x in pieces], block.runs, each.heads, each.groups, each.size)
         for result, x in zip(results, found, strict=True):
             result.update(block.pieces(x))
 

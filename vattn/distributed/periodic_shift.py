@@ -77,26 +77,26 @@ def shift(x: Tensor, fold_div: int, ranks: Ranks, lengths: Sequence[int]) -> Ten
     if fold == 0 or len(present) < 2:
         return shift_here(x, fold_div)
     x = x.to(compute_dtype(x))
-    before = max((rank for rank in present if rank < ranks.rank), default=None) if T else None
-    after = min((rank for rank in present if rank > ranks.rank), default=None) if T else None
+    before = [rank for rank in present if rank < ranks.rank][-1:] if T else []  # one neighbour, or none
+    after = [rank for rank in present if rank > ranks.rank][:1] if T else []
     first, *_, last = x.split([1, T - 2, 1] if T > 1 else [T, 0], 2)
     last = first if T == 1 else last
     sent, received, borders = [0] * ranks.size, [0] * ranks.size, []
-    if before is not None:
+    for rank in before:
         borders.append(first[..., :fold])
-        sent[before], received[before] = B * H * N * fold, B * H * N * rest
-    if after is not None:
+        sent[rank], received[rank] = B * H * N * fold, B * H * N * rest
+    for rank in after:
         borders.append(last[..., fold : fold + rest])
-        sent[after], received[after] = B * H * N * rest, B * H * N * fold
-    pending = start_exchange(torch.cat([x.flatten() for x in borders or [x]]), ranks, sent, received)
+        sent[rank], received[rank] = B * H * N * rest, B * H * N * fold
+    pending = start_exchange(torch.cat([border.flatten() for border in borders or [x]]), ranks, sent, received)
     shifted = shift_here(x, fold_div)
     came = pending.wait()
     if T == 0:
         return torch.cat([shifted, came.view(x.shape)], 2)
     earlier, later = came.split([sum(received[: ranks.rank]), sum(received[ranks.rank :])])
-    # What is 0 because no frame is there on this rank.
-    if before is not None:
+    # In the place of the zeros of a clip that ends with this rank's frames.
+    if before:
         shifted[:, :, 0, :, fold : fold + rest] = earlier.view(B, H, N, rest)
-    if after is not None:
+    if after:
         shifted[:, :, -1, :, :fold] = later.view(B, H, N, fold)
     return shifted
