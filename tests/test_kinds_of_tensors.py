@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built"),
     pytest.mark.filterwarnings("ignore:.*(prototype|beta state|quantized|Quantize).*"),
 ]
+ALONE = [("periodic_shift", 0), ("nearest_code", 0)]  # beside which nothing must be distributed
 TABLE = ("edge_sparse_attention", 3)  # which is a module's, and not given
 
 
@@ -51,19 +52,18 @@ def _distributed(x: Tensor, mesh: Any) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
-    "nested": (lambda x, _: torch.nested.nested_tensor(list(x)), r"a dense tensor, got {}=nested tensor"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), r"a dense tensor, got {}=nested tensor"),
     "jagged": (
-        lambda x, _: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
         r"a dense tensor, got {}=nested tensor",
     ),
-    "coo": (lambda x, _: x.to_sparse(), r"a dense tensor, got {}.layout=torch.sparse_coo"),
-    "csr": (lambda x, _: x.flatten(1).to_sparse_csr(), r"a dense tensor, got {}.layout=torch.sparse_csr"),
+    "coo": (lambda x: x.to_sparse(), r"a dense tensor, got {}.layout=torch.sparse_coo"),
+    "csr": (lambda x: x.flatten(1).to_sparse_csr(), r"a dense tensor, got {}.layout=torch.sparse_csr"),
     "masked": (
-        lambda x, _: masked_tensor(x, torch.ones_like(x, dtype=torch.bool)),
+        lambda x: masked_tensor(x, torch.ones_like(x, dtype=torch.bool)),
         "a tensor without a mask, got {}=MaskedTensor",
     ),
-    "distributed": (_distributed, r"a local tensor, see DTensor.to_local, got {}=DTensor"),
-    "mkldnn": (lambda x, _: x.to_mkldnn(), r"a dense tensor, got {}.layout=torch._mkldnn"),
+    "mkldnn": (lambda x: x.to_mkldnn(), r"a dense tensor, got {}.layout=torch._mkldnn"),
 }
 OF_NO_DTYPE: dict[str, Callable[[Tensor], Any]] = {
     "complex": lambda x: x.to(torch.complex64),
@@ -110,7 +110,7 @@ def given(op: str) -> tuple[Any, list[Tensor], list[int]]:
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("op", OPERATORS)
-def test_refused_by_name(op, kind, mesh):
+def test_refused_by_name(op, kind):
     make, must = REFUSED[kind]
     function, tensors, places = given(op)
     for i in places:
@@ -119,12 +119,27 @@ def test_refused_by_name(op, kind, mesh):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wrong = make(x, mesh)
+            wrong = make(x)
         with pytest.raises(TypeError, match=rf"^{op}: \w+(\[\d\])? must be {must.format(NAME)}$"):
             function(*tensors[:i], wrong, *tensors[i + 1 :])
 
 
 NAME = r"\w+(\[\d\])?"
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_distributed_tensors_among_others(op, mesh):
+    """One alone is refused by name; all of them give what plain ones give."""
+    function, tensors, places = given(op)
+    for i in places:
+        if (op, i) not in ALONE:
+            with pytest.raises(TypeError, match=rf"^{op}: {NAME} must be a DTensor.*, got {NAME}=Tensor$"):
+                function(*tensors[:i], _distributed(tensors[i], mesh), *tensors[i + 1 :])
+    if op == "select_tokens":  # whose call has an importance of its own
+        return
+    found = function(*(_distributed(x, mesh) if i in places else x for i, x in enumerate(tensors)))
+    for x, y in zip(as_tuple(found), as_tuple(function(*tensors)), strict=True):
+        assert x.dtype == y.dtype and torch.equal(x.full_tensor(), y)
 
 
 @pytest.mark.parametrize("kind", OF_NO_DTYPE)
@@ -208,11 +223,16 @@ def test_what_counts_and_numbers(name, kind, mesh):
         if kind in ("nested", "jagged") and index.dim() == 1:
             wrong = torch.nested.nested_tensor([index], layout=torch.jagged if kind == "jagged" else torch.strided)
         else:
-            wrong = REFUSED[kind][0](index, mesh)
+            wrong = REFUSED[kind][0](index)
+    elif kind == "distributed":
+        wrong = _distributed(index, mesh)
     else:
         of_numbers = {"float": index.float, "bool": index.bool, "list": index.tolist, "numpy": index.numpy}
         wrong = of_numbers[kind]()
-    with pytest.raises((TypeError, ValueError), match=rf"^\w+: {name.split()[0]} must "):
+    must = f"{name.split()[0]} must "
+    if kind == "distributed" and name != "columns":
+        must = r"\w+ must be a DTensor where others are, got \w+=Tensor$"
+    with pytest.raises((TypeError, ValueError), match=rf"^\w+: {must}"):
         call(wrong)
 
 

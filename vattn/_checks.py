@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vattn._library import compute_dtype
+from vattn._meshes import on_mesh
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
@@ -18,21 +19,24 @@ PLAIN = {"DTensor": "a local tensor, see DTensor.to_local", "MaskedTensor": "a t
 """What must be there instead, by the names of subclasses whose numbers are not all there is to them."""
 
 
-def tensor(op: str, name: str, x: object) -> None:
-    """`x` is a floating-point tensor of a dtype that the operators know."""
+def tensor(op: str, name: str, x: object, meshes: bool = True) -> None:
+    """`x` is a floating-point tensor of a dtype that the operators know, and for `meshes` perhaps a DTensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {name}={type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {name}.dtype={x.dtype}")
-    dense(op, name, x)
+    dense(op, name, x, meshes)
 
 
-def dense(op: str, name: str, x: Tensor) -> None:
-    """All numbers of `x` are here, in memory with strides: neither nested, sparse, distributed nor masked."""
+def dense(op: str, name: str, x: Tensor, meshes: bool = False) -> None:
+    """All numbers of `x` are here, in memory with strides: neither nested, sparse, masked nor distributed.
+
+    For `meshes` it may be a DTensor.
+    """
     if x.layout is not torch.strided or x.is_nested:
         got = f"{name}=nested tensor" if x.is_nested else f"{name}.layout={x.layout}"
         raise TypeError(f"{op}: {name} must be a dense tensor, got {got}")
-    if type(x) is not Tensor and (must := PLAIN.get(type(x).__name__)):
+    if type(x) is not Tensor and (must := PLAIN.get(type(x).__name__)) and not (meshes and on_mesh(x)):
         raise TypeError(f"{op}: {name} must be {must}, got {name}={type(x).__name__}")
 
 
@@ -116,7 +120,7 @@ def sequence(op: str, name: str, value: object) -> list[Tensor]:
 
 def lengths(op: str, name: str, value: object, query: Tensor) -> None:
     """`value` is one int per sample; how large they are is for the kernels to see."""
-    value = index_tensor(op, name, value)
+    value = index_tensor(op, name, value, meshes=True)
     if value.device != query.device:
         raise ValueError(
             f"{op}: {name} must be on the device of query ({query.device}), got {name}.device={value.device}"
@@ -125,12 +129,12 @@ def lengths(op: str, name: str, value: object, query: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have shape ({query.shape[0]},), got {name}.shape={tuple(value.shape)}")
 
 
-def index_tensor(op: str, name: str, x: object) -> Tensor:
-    """`x` is a tensor of ints that number or count things."""
+def index_tensor(op: str, name: str, x: object, meshes: bool = False) -> Tensor:
+    """`x` is a tensor of ints that number or count things, and for `meshes` perhaps a DTensor."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
         got = f"{name}.dtype={x.dtype}" if isinstance(x, Tensor) else f"{name}={x!r}"
         raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, got {got}")
-    dense(op, name, x)
+    dense(op, name, x, meshes)
     return x
 
 
@@ -139,7 +143,7 @@ def positions(op: str, value: object, like: Tensor, batch: int, length: int) -> 
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = f"positions.dtype={value.dtype}" if isinstance(value, Tensor) else f"positions={value!r}"
         raise TypeError(f"{op}: positions must be an int64 tensor, got {got}")
-    dense(op, "positions", value)
+    dense(op, "positions", value, meshes=True)
     if value.device != like.device:
         raise ValueError(
             f"{op}: positions must be on the device of the tokens ({like.device}), got positions.device={value.device}"

@@ -70,12 +70,13 @@ class RelativePositionBias3D(nn.Module):
 
         Args:
             positions: ``(N,)`` or ``(B, N)`` int64, the raster index of each token; None for the full grid.
-            as_table: give the table instead, as a float32 copy, for kernels that look it up. A module whose weights are
-                sharded has all of them in its forward only, hence the call, and the copy.
+            as_table: give the table instead, as a copy in float32 (float64 if that is its dtype), for those who look it
+                up; a DTensor of one. A module whose weights are sharded has all of them in its forward only, hence the
+                call, and the copy.
         """
-        _checks.dense(type(self).__name__, "table", self.table)  # here, where one that FSDP shards is whole
+        _checks.dense(type(self).__name__, "table", self.table, meshes=as_table)  # here one that FSDP shards is whole
         if as_table:
-            return self.table.to(torch.float32, copy=True)
+            return self.table.to(torch.promote_types(self.table.dtype, torch.float32), copy=True)
         if positions is None:
             positions = torch.arange(math.prod(self.window), device=self.table.device)
         return dense_bias((self.table, self.window), self.num_global, positions)
@@ -95,7 +96,7 @@ class RelativePositionBias3D(nn.Module):
         """
         op = f"{cls.__name__}.from_2d"
         T, H, W = check_window(op, window)
-        _checks.tensor(op, "table", table)
+        _checks.tensor(op, "table", table, meshes=False)
         _checks.rank(op, "table", table, "(R, num_heads)")
         rest = table.shape[0] - num_offsets((1, H, W))
         num_global = math.isqrt(max(rest + 1, 0)) - 1  # rest = 2G + G*G = (G + 1)**2 - 1
@@ -184,7 +185,9 @@ def table_of(position_bias: RelativePositionBias3D | BiasTable | None) -> tuple[
     if isinstance(position_bias, tuple):
         table, window = position_bias
         return table.float(), window
-    return position_bias(as_table=True), position_bias.window
+    table = position_bias(as_table=True)
+    _checks.dense(type(position_bias).__name__, "table", table)
+    return table.float(), position_bias.window
 
 
 def dense_bias(position_bias: RelativePositionBias3D | BiasTable, num_global: int, positions: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class SentBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Integers are those of a handshake.
-        if func.namespace in ("_c10d_functional", "c10d") and "wait" not in func.name():
+        others = "wait_tensor" in func.name() or "wrap_tensor" in func.name()
+        if func.namespace in ("_c10d_functional", "c10d") and not others:
             tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
             self.total += sum(x.nbytes for x in tensors if x.dtype != torch.int64)
         return func(*args, **(kwargs or {}))

@@ -7,8 +7,22 @@ ranks make the same calls in the same order.
 
 from vattn.distributed.axial_attention import axial_attention
 from vattn.distributed.bytes_sent import bytes_sent
+from vattn.distributed.edge_sparse_attention import edge_sparse_attention
 from vattn.distributed.latent_attention import latent_attention
 from vattn.distributed.leap_attention import leap_attention
+from vattn.distributed.node_sparse_attention import node_sparse_attention
 from vattn.distributed.periodic_shift import periodic_shift
+from vattn.distributed.select_tokens import select_tokens
+from vattn.distributed.token_importance import token_importance
 
-__all__ = ["axial_attention", "bytes_sent", "latent_attention", "leap_attention", "periodic_shift"]
+__all__ = [
+    "axial_attention",
+    "bytes_sent",
+    "edge_sparse_attention",
+    "latent_attention",
+    "leap_attention",
+    "node_sparse_attention",
+    "periodic_shift",
+    "select_tokens",
+    "token_importance",
+]

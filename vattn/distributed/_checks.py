@@ -1,13 +1,18 @@
 """Checks that functions over ranks share, besides those of :mod:`vattn._checks`."""
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vattn import _checks
 from vattn._library import compute_dtype
 
 GRADS = ("full", "partial")
+MOST_VALUES = 64
+"""Integers that an error message shows, rather than a checksum of them."""
 
 
 def grad_mode(op: str, grad: object) -> None:
@@ -16,8 +21,13 @@ def grad_mode(op: str, grad: object) -> None:
         raise ValueError(f"{op}: grad must be one of {', '.join(GRADS)}, got grad={grad!r}")
 
 
-def settings_of(x: Tensor, **settings: Any) -> Mapping[str, Any]:
-    """What all ranks must have alike: the dtype and the kind of device of `x`, its first axes and its head dim."""
+def settings_of(op: str, name: str, x: Tensor, **settings: Any) -> Mapping[str, Any]:
+    """What all ranks must have alike: the dtype and the kind of device of `x`, its first axes and its head dim.
+
+    Raises:
+        TypeError: `x` is a DTensor, which the public operators take.
+    """
+    _checks.dense(op, name, x)
     return {
         "dtype": compute_dtype(x), "device type": x.device.type, "batch": x.shape[0], "heads": x.shape[1],
         "head_dim": x.shape[-1], **settings,
@@ -25,5 +35,14 @@ def settings_of(x: Tensor, **settings: Any) -> Mapping[str, Any]:
 
 
 def values_of(x: Tensor | None) -> Any:
-    """The values of a tensor of integers, where they can be looked at without waiting for a device."""
-    return None if x is None else x.tolist() if x.device.type == "cpu" else (tuple(x.shape), x.dtype)
+    """What tells the values of a tensor of integers, where they can be looked at without waiting for a device."""
+    if x is None:
+        return None
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return tuple(x.shape), x.dtype
+    return x.tolist() if x.numel() <= MOST_VALUES else (tuple(x.shape), crc(x))
+
+
+def crc(x: Tensor) -> int:
+    """A number that other values of a tensor on the CPU would hardly have."""
+    return zlib.crc32(x.detach().contiguous().numpy().data)

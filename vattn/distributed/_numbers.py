@@ -12,14 +12,19 @@ def with_numbers(
 ) -> Tensor | None:  # fmt: skip
     """`seed` with the numbers of batch-heads, query tokens and key tokens: see ``vattn.reference.dropout``.
 
-    Numbers of tokens come in pieces, one after the other. None stays None.
+    Numbers of tokens come in pieces, one after the other. A seed may have those of all batch-heads already. None
+    stays None.
     """
     if seed is None:
         return None
     total = heads if all_heads is None else all_heads
-    samples = torch.arange(first_sample, first_sample + batch, device=seed.device)
-    batch_heads = samples[:, None] * total + torch.arange(first_head, first_head + heads, device=seed.device)
-    pieces = [seed.reshape(1), batch_heads.flatten()]
+    if seed.numel() == 1:
+        samples = torch.arange(first_sample, first_sample + batch, device=seed.device)
+        batch_heads = samples[:, None] * total + torch.arange(first_head, first_head + heads, device=seed.device)
+    else:
+        of_heads = seed[1:].view(-1, total)[first_sample : first_sample + batch]
+        batch_heads = of_heads[:, first_head : first_head + heads]
+    pieces = [seed.flatten()[:1], batch_heads.flatten()]
     for piece in (*queries, *keys):
         on = torch.arange(piece.start, piece.stop, device=seed.device) if isinstance(piece, range) else piece
         pieces.append(on.to(seed.device, torch.int64))

@@ -1,7 +1,8 @@
 """The ranks of a group, and how they agree on a call before they make it.
 
 local checks     an error on one rank is an error on all of them: none waits for a call that will not come
-handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank
+handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank; where
+                 `lengths` are known there is none, unless TORCH_DISTRIBUTED_DEBUG is INFO or DETAIL
 collectives      of torch's functional ones, which compile, and are asynchronous until they are waited for
 """
 
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vattn.reference.dropout import random_seed
 
 MOST_LENGTHS = 8
 """Numbers of tokens that one handshake tells."""
@@ -107,11 +110,31 @@ class PaperRanks(Ranks):
         return x
 
 
+def chunks(size: int, count: int) -> list[int]:
+    """The lengths of the `count` parts that `torch.chunk` and DTensor cut `size` into; the last ones may be empty."""
+    most = -(-size // count)
+    return [min(max(size - i * most, 0), most) for i in range(count)]
+
+
+@dataclasses.dataclass
+class Part:
+    """The ranks over which the tokens of a part of a batch, or of its heads, are sharded: an argument `group`.
+
+    Attributes:
+        seed: of dropout, the same on all ranks of all parts, with the numbers of this part's batch-heads behind it.
+    """
+
+    ranks: Ranks
+    seed: Tensor | None = None
+
+
 _known: dict[str, Ranks] = {}
 
 
 def ranks_of(op: str, group: Any) -> Ranks:
     """The ranks that the argument `group` of `op` means."""
+    if isinstance(group, Part):
+        return group.ranks
     return group if isinstance(group, Ranks) else _known[_name_of(op, group)]
 
 
@@ -121,6 +144,13 @@ def _name_of(op: str, group: Any) -> str:
     ranks = Ranks(process_group(op, group))
     _known[ranks.name] = ranks
     return ranks.name
+
+
+def dropout_seed(group: Any, query: object, dropout_p: object) -> Tensor | None:
+    """The seed of this rank's dropout: that of `group` if it has one, or one that is drawn."""
+    if isinstance(group, Part):
+        return group.seed
+    return random_seed(query.device) if isinstance(query, Tensor) and dropout_p else None
 
 
 @dataclasses.dataclass
@@ -148,15 +178,17 @@ def agree(
         check: raises for what is wrong here; gives the settings that must be the same on every rank, and how many
             tokens this rank has of each tensor that is sharded.
         lengths: of the shards of each such tensor, in the order of ranks, where known: then nothing is asked, unless
-            there is a seed.
-        seed: of this rank's dropout; that of rank 0 counts.
+            there is a seed. Nor is a mismatch noticed then: gloo ends a process that gets more than it expects. With
+            TORCH_DISTRIBUTED_DEBUG set to INFO or DETAIL, calls are compared all the same.
+        seed: of this rank's dropout; that of rank 0 counts. With numbers behind it, all ranks have the same.
 
     Raises:
         Exception: what `check` raises here.
         RuntimeError: another rank had an error.
         ValueError: another rank has another op, setting, dtype or shape, or `lengths` are not those of the shards.
     """
-    if lengths is not None and (seed is None or ranks.size == 1):
+    settled = seed is None or ranks.size == 1 or seed.numel() > 1
+    if lengths is not None and settled and not _compares_always(ranks):
         _, own = check()
         return Agreed(_checked(op, ranks, lengths, own), seed)
     if ranks.size == 1:
@@ -165,6 +197,13 @@ def agree(
     if isinstance(ranks, PaperRanks):
         raise ValueError(f"{op}: lengths must be given on paper, got lengths=None")
     return _handshake(op, ranks, check, lengths, seed)
+
+
+def _compares_always(ranks: Ranks) -> bool:
+    """Whether ranks compare their calls although nothing needs to be asked, as torch's own collectives do then."""
+    if torch.compiler.is_compiling() or ranks.size == 1 or isinstance(ranks, PaperRanks):
+        return False
+    return dist.get_debug_level() != dist.DebugLevel.OFF
 
 
 def _checked(op: str, ranks: Ranks, lengths: Sequence[Sequence[int]], own: Sequence[int]) -> list[list[int]]:

@@ -22,9 +22,8 @@ from vattn._library import compute_dtype
 from vattn.distributed._checks import settings_of
 from vattn.distributed._collectives import start_exchange
 from vattn.distributed._numbers import with_numbers
-from vattn.distributed._ranks import Ranks, agree, ranks_of
+from vattn.distributed._ranks import Ranks, agree, dropout_seed, ranks_of
 from vattn.ops.axial_attention import attend
-from vattn.reference.dropout import random_seed
 
 OP = "distributed.axial_attention"
 
@@ -104,10 +103,12 @@ def axial_attention(
             axes[name] = int(axis) % len(grid)
         found.update(axes, dropout_p=_checks.dropout(OP, dropout_p), scale=_checks.scale(OP, scale, query.shape[-1]))
         others = [n for axis, n in enumerate(grid) if axis != axes["sharded_dim"]]
-        settings = settings_of(query, **found, return_lse=bool(return_lse), **{"the other axes of the grid": others})
+        settings = settings_of(
+            OP, "query", query, **found, return_lse=bool(return_lse), **{"the other axes of the grid": others}
+        )
         return settings, [grid[axes["sharded_dim"]]]
 
-    seed = random_seed(query.device) if isinstance(query, Tensor) and dropout_p else None
+    seed = dropout_seed(group, query, dropout_p)
     agreed = agree(OP, ranks, check, None if lengths is None else [lengths], seed)
     axis, sharded = found["dim"], found["sharded_dim"]
     rest = found["dropout_p"], found["scale"]

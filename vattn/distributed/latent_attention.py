@@ -21,9 +21,8 @@ from vattn.distributed._checks import grad_mode, settings_of, values_of
 from vattn.distributed._collectives import enter
 from vattn.distributed._merge import merge_over_ranks
 from vattn.distributed._numbers import with_numbers
-from vattn.distributed._ranks import agree, ranks_of
+from vattn.distributed._ranks import agree, dropout_seed, ranks_of
 from vattn.ops.latent_attention import attend, checked_inputs
-from vattn.reference.dropout import random_seed
 
 OP = "distributed.latent_attention"
 
@@ -105,12 +104,12 @@ def latent_attention(
         else:
             fixed.append(query.shape[2])
         settings = settings_of(
-            query, sharded=sharded, grad=grad, dropout_p=found["dropout_p"], scale=found["scale"],
+            OP, "query", query, sharded=sharded, grad=grad, dropout_p=found["dropout_p"], scale=found["scale"],
             key_lengths=values_of(key_lengths), **{"numbers of replicated tokens": fixed},
         )  # fmt: skip
         return settings, own
 
-    seed = random_seed(query.device) if isinstance(query, Tensor) and dropout_p else None
+    seed = dropout_seed(group, query, dropout_p)
     agreed = agree(OP, ranks, check, _of_shards(lengths, sharded, key), seed)
     keys, values, shards = found["keys"], found["values"], found["shards"]
     B, H, Lq, _ = query.shape

@@ -21,10 +21,9 @@ from vattn.distributed._checks import settings_of
 from vattn.distributed._frames import Block, Key, Moving, Pieces, cut, joined, lent_blocks, needed_blocks
 from vattn.distributed._leap_plan import Plan, Range, length, plan_leap
 from vattn.distributed._numbers import with_numbers
-from vattn.distributed._ranks import Ranks, agree, ranks_of
+from vattn.distributed._ranks import Ranks, agree, dropout_seed, ranks_of
 from vattn.distributed.periodic_shift import shift
 from vattn.ops.leap_attention import attend
-from vattn.reference.dropout import random_seed
 
 OP = "distributed.leap_attention"
 
@@ -98,12 +97,12 @@ def leap_attention(
         _checks.integer(OP, "fold_div", fold_div, least=0)
         found.update(dropout_p=_checks.dropout(OP, dropout_p), scale=_checks.scale(OP, scale, query.shape[-1]))
         settings = settings_of(
-            query, leap=int(leap), group_size=int(group_size), fold_div=int(fold_div), return_lse=bool(return_lse),
-            N=query.shape[3], **found,
+            OP, "query", query, leap=int(leap), group_size=int(group_size), fold_div=int(fold_div),
+            return_lse=bool(return_lse), N=query.shape[3], **found,
         )  # fmt: skip
         return settings, [query.shape[2]]
 
-    seed = random_seed(query.device) if isinstance(query, Tensor) and dropout_p else None
+    seed = dropout_seed(group, query, dropout_p)
     agreed = agree(OP, ranks, check, None if lengths is None else [lengths], seed)
     dropout_p, scale = found["dropout_p"], found["scale"]
     if ranks.size == 1:

@@ -62,7 +62,7 @@ def periodic_shift(x: Tensor, fold_div: int, *, group: Any = None, lengths: Sequ
         _checks.tensor(OP, "x", x)
         _checks.rank(OP, "x", x, "(B, H, T, N, D)")
         _checks.integer(OP, "fold_div", fold_div, least=1)
-        return settings_of(x, fold_div=int(fold_div), N=x.shape[3]), [x.shape[2]]
+        return settings_of(OP, "x", x, fold_div=int(fold_div), N=x.shape[3]), [x.shape[2]]
 
     agreed = agree(OP, ranks, check, None if lengths is None else [lengths])
     return shift(x, fold_div, ranks, agreed.lengths[0])

@@ -20,6 +20,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._library import runs_reference
+from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
 
 
@@ -86,6 +87,10 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, dim: int, dropout_p: float, seed: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of arguments that have been checked; for `seed`, see :func:`vattn.reference.dropout.numbered`."""
+    if on_mesh(query, key, value):
+        return over_mesh(
+            "axial_attention", query=query, key=key, value=value, dim=dim, dropout_p=dropout_p, seed=seed, scale=scale
+        )
     if runs_reference(query, "axial_attention"):
         out, lse = reference.axial_attention(
             query, key, value, dim, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed

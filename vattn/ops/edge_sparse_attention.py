@@ -24,6 +24,7 @@ from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._flops import values
 from vattn._library import empty_rows, runs_reference
+from vattn._meshes import on_mesh, over_mesh
 from vattn.layout import BlockLayout
 from vattn.position_bias import BiasTable, RelativePositionBias3D, check_bias, check_table, table_of
 from vattn.reference.dropout import random_seed
@@ -117,6 +118,11 @@ def attend(
     For `seed`, see :func:`vattn.reference.dropout.numbered`.
     """
     op = "edge_sparse_attention"
+    if on_mesh(query, key, value, positions):
+        return over_mesh(
+            op, query=query, key=key, value=value, layout=layout, position_bias=position_bias, positions=positions,
+            causal=causal, dropout_p=dropout_p, seed=seed, scale=scale, importance=importance,
+        )  # fmt: skip
     if runs_reference(query, op):
         if position_bias is not None and positions is not None:
             window = position_bias[1] if isinstance(position_bias, tuple) else position_bias.window

@@ -20,6 +20,7 @@ from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._flops import keys_read
 from vattn._library import runs_reference
+from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
 
 
@@ -119,6 +120,11 @@ def attend(
     seed: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Out and lse of arguments that have been checked; for `seed`, see :func:`vattn.reference.dropout.numbered`."""
+    if on_mesh(query, *keys, *values, key_lengths):
+        return over_mesh(
+            "latent_attention", query=query, keys=keys, values=values, key_lengths=key_lengths, dropout_p=dropout_p,
+            seed=seed, scale=scale,
+        )  # fmt: skip
     if runs_reference(query, "latent_attention"):
         out, lse = reference.latent_attention(
             query, keys, values, key_lengths=key_lengths, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed

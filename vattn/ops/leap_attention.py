@@ -18,6 +18,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._library import runs_reference
+from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
 
 
@@ -91,6 +92,11 @@ def attend(
     seed: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Out and lse of arguments that have been checked; for `seed`, see :func:`vattn.reference.dropout.numbered`."""
+    if on_mesh(query, key, value):
+        return over_mesh(
+            "leap_attention", query=query, key=key, value=value, leap=leap, group_size=group_size, fold_div=fold_div,
+            dropout_p=dropout_p, seed=seed, scale=scale,
+        )  # fmt: skip
     # Beyond the clip, distances and sizes mean the same as its length: a leap of 10**18 must not overflow.
     frames = max(query.shape[2], 1)
     leap, group_size = min(leap, frames), min(group_size, frames)

@@ -16,6 +16,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._library import runs_reference
+from vattn._meshes import on_mesh, over_mesh
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -68,6 +69,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
                 f"got lses[{i}].shape={tuple(lse.shape)}, outs[{i}].shape={tuple(out.shape)}"
             )
     _checks.head_dim(op, outs[0])
+    if on_mesh(*outs, *lses):
+        return over_mesh(op, outs=outs, lses=lses)
     if runs_reference(outs[0], op):
         return reference.merge_attention(outs, lses)
     return _merge(outs, lses)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._library import runs_reference
+from vattn._meshes import on_mesh, over_mesh
 from vattn._operator import Operator
 
 
@@ -58,6 +59,8 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
             f"{op}: codebook must have the channels of x ({x.shape[-1]}), got codebook.shape={tuple(codebook.shape)}"
         )
     x, codebook = x.detach(), codebook.detach()
+    if on_mesh(x, codebook):
+        return over_mesh(op, x=x, codebook=codebook)
     if runs_reference(x, op):
         return reference.nearest_code(x, codebook)
     return _nearest(x, codebook)

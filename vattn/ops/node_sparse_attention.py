@@ -17,6 +17,7 @@ from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._flops import keys_read
 from vattn._library import runs_reference
+from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
 
 
@@ -74,7 +75,7 @@ def node_sparse_attention(
         _checks.same_but_tokens(op, query, name, x)
     _checks.same(op, "key", key, "value", value)
     _checks.head_dim(op, query)
-    _check_kept(op, kept, query)
+    check_kept(op, kept, query)
     if kept_lengths is not None:
         _checks.lengths(op, "kept_lengths", kept_lengths, query)
     dropout_p = _checks.dropout(op, dropout_p)
@@ -90,6 +91,11 @@ def attend(
     seed: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Out and lse of arguments that have been checked; for `seed`, see :func:`vattn.reference.dropout.numbered`."""
+    if on_mesh(query, key, value, kept, kept_lengths):
+        return over_mesh(
+            "node_sparse_attention", query=query, key=key, value=value, kept=kept, kept_lengths=kept_lengths,
+            dropout_p=dropout_p, seed=seed, scale=scale,
+        )  # fmt: skip
     if runs_reference(query, "node_sparse_attention"):
         _check_range(kept, kept_lengths, key.shape[2])
         out, lse = reference.node_sparse_attention(
@@ -100,11 +106,12 @@ def attend(
     return _attend(query, key, value, kept, kept_lengths, dropout_p, seed, scale)
 
 
-def _check_kept(op: str, kept: object, query: Tensor) -> None:
+def check_kept(op: str, kept: object, query: Tensor) -> None:
+    """`kept` lists keys for each sample; whether there are such keys is for the kernels to see."""
     if not isinstance(kept, Tensor) or kept.dtype != torch.int64:
         got = f"kept.dtype={kept.dtype}" if isinstance(kept, Tensor) else f"kept={kept!r}"
         raise TypeError(f"{op}: kept must be an int64 tensor, got {got}")
-    _checks.dense(op, "kept", kept)
+    _checks.dense(op, "kept", kept, meshes=True)
     if kept.dim() != 2 or kept.shape[0] != query.shape[0]:
         raise ValueError(f"{op}: kept must have shape ({query.shape[0]}, K), got kept.shape={tuple(kept.shape)}")
     if kept.device != query.device:

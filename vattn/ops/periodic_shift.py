@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._library import empty_rows, runs_reference
+from vattn._meshes import on_mesh, over_mesh
 from vattn._operator import Operator
 
 
@@ -49,6 +50,8 @@ def periodic_shift(x: Tensor, fold_div: int) -> Tensor:
     _checks.tensor(op, "x", x)
     _checks.rank(op, "x", x, "(B, H, T, N, D)")
     _checks.integer(op, "fold_div", fold_div, least=1)
+    if on_mesh(x):
+        return over_mesh(op, x=x, fold_div=fold_div)
     if runs_reference(x, op):
         return reference.periodic_shift(x, fold_div)
     return _shift(x, fold_div, False)

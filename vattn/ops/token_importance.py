@@ -16,8 +16,9 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._flops import keys_read
 from vattn._library import compute_dtype, runs_reference
+from vattn._meshes import on_mesh, over_mesh
 from vattn._operator import Operator
-from vattn.position_bias import RelativePositionBias3D, check_bias, check_table
+from vattn.position_bias import RelativePositionBias3D, check_bias, check_table, table_of
 
 
 def token_importance(
@@ -84,14 +85,19 @@ def token_importance(
     scale = _checks.scale(op, scale, query.shape[-1])
 
     query, key, lse = query.detach(), key.detach(), None if lse is None else lse.detach()
+    if on_mesh(query, key, positions, key_lengths, lse):
+        return over_mesh(
+            op, query=query, key=key, position_bias=position_bias, positions=positions, key_lengths=key_lengths,
+            lse=lse, scale=scale,
+        )  # fmt: skip
     if runs_reference(query, op):
         if position_bias is not None and positions is not None:
             _checks.in_range(op, "positions", positions, math.prod(position_bias.window))
         return reference.token_importance(
             query, key, position_bias=position_bias, positions=positions, key_lengths=key_lengths, lse=lse, scale=scale
         )
-    table = None if position_bias is None else position_bias(as_table=True).detach()
-    window = [] if position_bias is None else position_bias.window
+    table, window = table_of(position_bias)
+    table = None if table is None else table.detach()
     return _importance(query, key, table, window, num_global, positions, key_lengths, lse, scale)
 
 

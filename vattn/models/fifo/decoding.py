@@ -122,7 +122,7 @@ def _frames(
 ) -> Iterator[Tensor]:
     shape = None
     for latent in latents:
-        _checks.tensor(OP, "latents", latent)
+        _checks.tensor(OP, "latents", latent, meshes=False)
         _checks.rank(OP, "latents", latent, "(B, C, H, W)")
         shape = shape or latent.shape
         if latent.shape != shape:

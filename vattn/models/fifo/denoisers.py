@@ -90,7 +90,7 @@ class Denoiser(ABC):
         return self.predict(latents.to(dtype), timesteps, conditions).to(latents.dtype)
 
     def check(self, latents: Tensor, timesteps: Tensor) -> None:
-        _checks.tensor(OP, "latents", latents)
+        _checks.tensor(OP, "latents", latents, meshes=False)
         _checks.rank(OP, "latents", latents, "(B, C, f, H, W)")
         batch, channels, frames, height, width = latents.shape
         if channels != self.num_channels:

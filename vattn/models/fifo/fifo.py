@@ -155,7 +155,7 @@ class FIFO:
             else:
                 batch, channels, height, width = self._require_shape(op, shape)
                 like = torch.empty(batch, channels, height, width, dtype=dtype or torch.float32, device=device)
-                _checks.tensor(op, "dtype", like)
+                _checks.tensor(op, "dtype", like, meshes=False)
                 steps = [0] * (context + levels)
                 slots = [self.scheduler.enter(_noise(draws, like)) for _ in steps]
                 first = -max(self._ready)
@@ -348,7 +348,7 @@ class FIFO:
         return own | {f"scheduler.{name}": value for name, value in self.scheduler.settings().items()}
 
     def _require_clip(self, op: str, latents: Tensor, dtype: Any, device: Any) -> None:
-        _checks.tensor(op, "latents", latents)
+        _checks.tensor(op, "latents", latents, meshes=False)
         _checks.rank(op, "latents", latents, "(B, C, frames, H, W)")
         if latents.shape[2] not in (1, self.frames):
             raise ValueError(

@@ -52,7 +52,7 @@ def restored(op: str, state: object, settings: Mapping[str, str], ready: list[in
         if settings.get(name) != theirs.get(name):
             raise ValueError(f"{op}: {name} must be {settings.get(name)} as it is here, got {name}={theirs.get(name)}")
     latents, steps, histories, number = (state[name] for name in FIELDS)
-    _checks.tensor(op, "latents", latents)
+    _checks.tensor(op, "latents", latents, meshes=False)
     _checks.rank(op, "latents", latents, "(B, C, L, H, W)")
     if latents.shape[2] != length:
         raise ValueError(f"{op}: latents must have L={length} frames, got latents.shape={tuple(latents.shape)}")

@@ -193,7 +193,7 @@ def official_ddim(
         roots = torch.linspace(*ends, num_train_timesteps, dtype=torch.float64, device="cpu")
         alphas_cumprod = (1 - roots**2).cumprod(0).float()
     else:
-        _checks.tensor(op, "alphas_cumprod", alphas_cumprod)
+        _checks.tensor(op, "alphas_cumprod", alphas_cumprod, meshes=False)
         _checks.rank(op, "alphas_cumprod", alphas_cumprod, "(num_train_timesteps)")
         alphas_cumprod = alphas_cumprod.detach().cpu()
     if not len(alphas_cumprod) or not ((0 < alphas_cumprod) & (alphas_cumprod < 1)).all():
