@@ -43,7 +43,8 @@ class Block:
 
     def taken(self, pieces: Pieces) -> Tensor:
         """The frames of the block, ``(B, heads, frames, N, D)``, of all pieces of the rank that holds them."""
-        return torch.cat([pieces[run, self.work.heads] for run in self.runs], 2)
+        parts = [pieces[run, self.work.heads] for run in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def pieces(self, x: Tensor) -> Pieces:
         """The inverse."""

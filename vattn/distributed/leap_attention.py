@@ -52,7 +52,8 @@ def leap_attention(
         B * h * N * D        numbers of each frame of others of which it computes h heads: the output; for `return_lse`
                              also B * h * N numbers of 32 bits (64 for float64)
 
-    and in the backward as many as it gets forward. `fold_div` adds what :func:`periodic_shift` of the output sends.
+    and in the backward as many as it gets forward. `fold_div` adds what :func:`periodic_shift` of the output sends. A
+    group that is exchanged by heads is computed by as many ranks as there are heads, at most.
 
     Args:
         query, key, value: ``(B, H, T_r, N, D)``: this rank's frames of N tokens each, any number of them, 0 too.

@@ -17,9 +17,8 @@ from torch import Tensor
 from vattn import _checks
 from vattn._library import compute_dtype
 from vattn.distributed._checks import settings_of
-from vattn.distributed._collectives import start_exchange
 from vattn.distributed._ranks import Ranks, agree, ranks_of
-from vattn.ops.periodic_shift import periodic_shift as shift_here
+from vattn.ops.periodic_shift import shift as shift_here
 
 OP = "distributed.periodic_shift"
 
@@ -70,33 +69,61 @@ def periodic_shift(x: Tensor, fold_div: int, *, group: Any = None, lengths: Sequ
 
 def shift(x: Tensor, fold_div: int, ranks: Ranks, lengths: Sequence[int]) -> Tensor:
     """The shift of frames that have been checked; `lengths` are those of all ranks."""
-    B, H, T, N, D = x.shape
-    fold = D // fold_div
-    rest = min(2 * fold, D) - fold
-    present = [rank for rank, length in enumerate(lengths) if length]
-    if fold == 0 or len(present) < 2:
+    if x.shape[-1] < fold_div or sum(map(bool, lengths)) < 2:  # nothing crosses
         return shift_here(x, fold_div)
-    x = x.to(compute_dtype(x))
-    before = [rank for rank in present if rank < ranks.rank][-1:] if T else []  # one neighbour, or none
-    after = [rank for rank in present if rank > ranks.rank][:1] if T else []
-    first, *_, last = x.split([1, T - 2, 1] if T > 1 else [T, 0], 2)
-    last = first if T == 1 else last
-    sent, received, borders = [0] * ranks.size, [0] * ranks.size, []
-    for rank in before:
-        borders.append(first[..., :fold])
-        sent[rank], received[rank] = B * H * N * fold, B * H * N * rest
-    for rank in after:
-        borders.append(last[..., fold : fold + rest])
-        sent[rank], received[rank] = B * H * N * rest, B * H * N * fold
-    pending = start_exchange(torch.cat([border.flatten() for border in borders or [x]]), ranks, sent, received)
-    shifted = shift_here(x, fold_div)
-    came = pending.wait()
-    if T == 0:
-        return torch.cat([shifted, came.view(x.shape)], 2)
-    earlier, later = came.split([sum(received[: ranks.rank]), sum(received[ranks.rank :])])
-    # In the place of the zeros of a clip that ends with this rank's frames.
-    if before:
-        shifted[:, :, 0, :, fold : fold + rest] = earlier.view(B, H, N, rest)
-    if after:
-        shifted[:, :, -1, :, :fold] = later.view(B, H, N, fold)
-    return shifted
+    return _apply(x.to(compute_dtype(x)), int(fold_div), False, ranks, tuple(lengths))
+
+
+class _Shift(torch.autograd.Function):
+    """The map is linear: its tangent is itself, and its backward its transpose, with the directions exchanged.
+
+    One function, and not one of its parts after the other: those would go over all frames again in the backward.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, fold_div: int, transpose: bool, ranks: Ranks, lengths: tuple[int, ...]) -> Tensor:
+        B, H, T, N, D = x.shape
+        fold = D // fold_div
+        to_before, to_after = slice(0, fold), slice(fold, min(2 * fold, D))
+        if transpose:
+            to_before, to_after = to_after, to_before
+        present = [rank for rank, length in enumerate(lengths) if length and T]
+        before = [rank for rank in present if rank < ranks.rank][-1:]  # one neighbour, or none
+        after = [rank for rank in present if rank > ranks.rank][:1]
+        there, back = (B * H * N * (some.stop - some.start) for some in (to_before, to_after))
+        sent, received, borders = [0] * ranks.size, [0] * ranks.size, [x.new_empty(0)]
+        for rank in before:
+            borders.append(x[:, :, 0, :, to_before].flatten())
+            sent[rank], received[rank] = there, back
+        for rank in after:
+            borders.append(x[:, :, -1, :, to_after].flatten())
+            sent[rank], received[rank] = back, there
+        started = ranks.start_exchange(torch.cat(borders), sent, received)
+        shifted = shift_here(x, fold_div, transpose)
+        earlier, later = ranks.wait(started).split([sum(received[: ranks.rank]), sum(received[ranks.rank :])])
+        # In the place of the zeros of a clip that ends with this rank's frames.
+        if before:
+            shifted[:, :, 0, :, to_after] = earlier.view(B, H, N, to_after.stop - to_after.start)
+        if after:
+            shifted[:, :, -1, :, to_before] = later.view(B, H, N, to_before.stop - to_before.start)
+        return shifted
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.fold_div, ctx.transpose, ctx.ranks, ctx.lengths = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _apply(grads[0], ctx.fold_div, not ctx.transpose, ctx.ranks, ctx.lengths), None, None, None, None
+
+
+class _ShiftWithTangent(_Shift):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _apply(tangents[0], ctx.fold_div, ctx.transpose, ctx.ranks, ctx.lengths)
+
+
+def _apply(x: Tensor, fold_div: int, transpose: bool, ranks: Ranks, lengths: tuple[int, ...]) -> Tensor:
+    # Dynamo refuses a function with a jvp.
+    function = _Shift if torch.compiler.is_compiling() else _ShiftWithTangent
+    return function.apply(x, fold_div, transpose, ranks, lengths)

@@ -52,9 +52,14 @@ def periodic_shift(x: Tensor, fold_div: int) -> Tensor:
     _checks.integer(op, "fold_div", fold_div, least=1)
     if on_mesh(x):
         return over_mesh(op, x=x, fold_div=fold_div)
-    if runs_reference(x, op):
-        return reference.periodic_shift(x, fold_div)
-    return _shift(x, fold_div, False)
+    return shift(x, fold_div)
+
+
+def shift(x: Tensor, fold_div: int, transpose: bool = False) -> Tensor:
+    """The shift of arguments that have been checked, or its transpose, which is its backward."""
+    if runs_reference(x, "periodic_shift"):
+        return reference.periodic_shift(x, fold_div, transpose)
+    return _shift(x, fold_div, transpose)
 
 
 # The map is linear: its tangent is itself, and its backward its transpose, the same with the directions exchanged.
