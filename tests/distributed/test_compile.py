@@ -1,4 +1,4 @@
-"""What PyTorch does with functions over ranks: compiled, differentiated twice and forward, checkpointed, in other dtypes."""
+"""Functions over ranks that PyTorch compiles, differentiates in every mode, checkpoints, and runs in other dtypes."""
 
 import functools
 from collections.abc import Callable, Sequence
