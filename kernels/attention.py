@@ -389,7 +389,7 @@ def jvp_kernel(
     q_ptr, k_ptrs, v_ptrs, dq_ptr, dk_ptrs, dv_ptrs, out_ptr, lse_ptr, dout_ptr, dlse_ptr, seed,
     pointers, n0, n1, n2, n3, n4, n5, n6, n7,
     q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides, out_strides, dout_strides,
-    split_stride, lse_rows, dlse_rows, H, heads, scale, threshold, keep_scale,
+    split_stride, lse_rows, H, heads, scale, threshold, keep_scale,
     OP: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -416,7 +416,7 @@ def jvp_kernel(
         others, (where, group, pair), OP, tangent_step, False, SHAPE, PRECISION, 1, BLOCK_K,
     )  # fmt: skip
 
-    tl.store(dlse_ptr + (split * heads + bh).to(tl.int64) * dlse_rows + number, dlse, mask=mask)
+    tl.store(dlse_ptr + (split * heads + bh).to(tl.int64) * lse_rows + number, dlse, mask=mask)
     out = load_out(out_ptr, out_strides, bh, H, row, mask, group, OP, SHAPE)
     dout = flash.add_rows(flash.scale_rows(acc, keep_scale), out, -dlse[:, None])
     dout_ptr += split * split_stride.to(tl.int64)
@@ -501,12 +501,10 @@ class Call:
             if len(given) != len(primals):
                 raise ValueError(f"jvp: there must be {len(primals)} tangents of {name}s, got {len(given)}")
         _check_tangents((query, *keys, *values), (self.query, *self.keys, *self.values), self.query, out, lse)
-        lse = lse.contiguous()
+        lse = lse[:, :, : dlses.shape[3]].contiguous()  # the rows of a split, which may be the first ones alone
         query, keys, values, out = launch.with_rows(query), _with_rows(keys), _with_rows(values), launch.with_rows(out)
         reads = self.query, self.keys, self.values, query, keys, values, out
-        # The rows of lse; of `dlses` there may be fewer, where splits share out what global queries read.
-        lse_rows = math.prod(lse.shape[2:])
-        steps = *map(strides, reads), launch.strides(douts[0]), douts.stride(0), lse_rows
+        steps = *map(strides, reads), launch.strides(douts[0]), douts.stride(0)
         tensors = *reads, lse, douts, dlses, self.seed
         self._launch(jvp_kernel, part, (*reads, douts), dlses, self.scale, tensors, steps)
 

@@ -21,8 +21,8 @@ struct Strided {
   int64_t batch = 0, head = 0, outer = 0, middle = 0, inner = 0;
 };
 
-// The numbers of batches and heads, of query tokens and of key tokens, for dropout: those that they have in a larger call
-// of which this one is a part. Null where it is none, and counts from 0.
+// The numbers of batches and heads, of query tokens and of key tokens, for dropout: those that they have in a larger
+// call, of which this one is a part. Null where it is none, and counts from 0.
 struct Numbers {
   const int64_t *heads = nullptr, *queries = nullptr, *keys = nullptr;
 };
@@ -123,8 +123,8 @@ struct TokenImportance : Attention {
   Strided key;
   Positions positions;
   const int64_t* key_lengths;  // (B,), or null
-  // Of the powers of 2 of a query (B, H, Lq), if no lse is given: exacter than that, their rounded logarithm.
-  float *maximum, *sum;
+  float *maximum, *sum;        // of the powers of 2 of a query (B, H, Lq), if no lse is given: exacter than that, their
+                               // rounded logarithm
   float* importance;           // (B, max_keys)
 };
 

@@ -44,10 +44,12 @@ def call(B, H, T, N, D, leap, group_size, projected):
     shape = (B, T, N, 3, H, D) if projected else (3, B, H, T, N, D)
     q, k, v = torch.empty(shape, dtype=torch.bfloat16, device="meta").permute(
         (3, 0, 4, 1, 2, 5) if projected else (0, 1, 2, 3, 4, 5))
-    settings = (leap, group_size, 4, 0.0, None, 0.1)
-    out, lse = leap_attention.forward(q, k, v, *settings)
-    leap_attention.backward(out, lse, q, k, v, out, lse, *settings)
-    leap_attention.jvp(q, k, v, q, k, v, out, lse, *settings)
+    numbered = torch.empty(1 + B * H + 2 * T * N, dtype=torch.int64, device="meta")
+    for dropout in ((0.0, None), (0.1, numbered)):
+        settings = (leap, group_size, 4, *dropout, 0.1)
+        out, lse = leap_attention.forward(q, k, v, *settings)
+        leap_attention.backward(out, lse, q, k, v, out, lse, *settings)
+        leap_attention.jvp(q, k, v, q, k, v, out, lse, *settings)
     periodic_shift.forward(q, 4, False)
     merge_attention.forward([q, k], [lse, lse])
     merge_attention.backward(out, lse, [q, k], [lse, lse], out, lse)
@@ -262,10 +264,11 @@ def test_no_length_compiles_anew():
     """Kernels are compiled for each head dim, and not for lengths, leaps and strides."""
     counts = json.loads(in_another_process("-c", COUNT_COMPILATIONS).splitlines()[-1])
     assert counts == {
-        "leap_attention.backward_key_kernel": 2,
-        "leap_attention.backward_query_kernel": 2,
-        "leap_attention.forward_kernel": 2,
-        "leap_attention.jvp_kernel": 2,
+        # Without dropout, and with that of numbered heads and tokens.
+        "leap_attention.backward_key_kernel": 2 * 2,
+        "leap_attention.backward_query_kernel": 2 * 2,
+        "leap_attention.forward_kernel": 2 * 2,
+        "leap_attention.jvp_kernel": 2 * 2,
         # Latent attention's results and those of its splits, which are float32, and one or two segments of keys.
         "latent_attention.decode_kernel": 2 * 2,
         "latent_attention.backward_key_kernel": 2 * 2,

@@ -39,23 +39,15 @@ def numbered(case: Case, *numbers: torch.Tensor) -> Case:
 
 
 @over("cases", ATTENTION)
-@pytest.mark.parametrize("dropout_p", [0.2, 0.9])
-def test_numbers(operator, sizes, dropout_p, backend):
-    case = numbered(operator.make(backend.device, **sizes | {"B": 2, "H": 2}, dropout_p=dropout_p))
+def test_numbers(operator, sizes, backend):
+    case = numbered(operator.make(backend.device, **sizes | {"B": 2, "H": 2}, dropout_p=0.2))
     check(backend, case)
     check_jvp(backend, case)
 
 
-@over("cases", ATTENTION)
-def test_numbers_in_bfloat16(operator, sizes, backend):
-    case = numbered(operator.make(backend.device, torch.bfloat16, **sizes, D=64, dropout_p=0.2))
-    check(backend, case)
-    check_jvp(backend, case)
-
-
-@over("paths", ATTENTION, [pytest.mark.slow])
+@over("paths", [op for op in ATTENTION if op.name in ("latent_attention", "edge_sparse_attention")], [pytest.mark.slow])
 def test_paths(operator, sizes, backend):
-    """All ways through the kernels that sizes decide."""
+    """Keys in several tensors or on chip, and global tokens."""
     case = numbered(operator.make(backend.device, **{"H": 2, "D": 24, **sizes, **operator.repeatable}, dropout_p=0.2))
     tangents = case.random_tangents()
     with poisoned(backend.device):

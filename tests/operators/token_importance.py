@@ -31,7 +31,7 @@ class TokenImportance(Operator):
         query, key = (torch.randn(B, H, length, D, device=device).to(dtype) for length in (queries, keys))
         table = torch.randn(num_offsets(window) + 2 * G + G * G, H, device=device) if window else None
         scale = D**-0.5 if scale is None else scale
-        settings = {"table": table, "window": window, "num_global": G, "positions": positions}
+        settings: dict[str, Any] = {"table": table, "window": window, "num_global": G, "positions": positions}
         settings |= {"key_lengths": key_lengths, "lse": lse, "scale": scale}
         return Case(self, {"query": query, "key": key}, {}, settings)
 

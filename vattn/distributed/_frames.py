@@ -13,6 +13,8 @@ from vattn.distributed._ranks import Ranks
 Pieces = dict[tuple[Range, Range], Tensor]
 """Of runs of frames, and heads, tensors ``(B, heads, frames, N, D)``."""
 
+Key = tuple[int, int, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -21,6 +23,11 @@ class Block:
     partner: int
     work: Work
     holder: int
+
+    @property
+    def key(self) -> Key:
+        """What tells it from the other blocks of a plan; a key for Dynamo, which hashes no objects of ours."""
+        return self.work.first, self.work.heads[0], self.holder
 
     @property
     def runs(self) -> tuple[Range, ...]:
@@ -46,17 +53,18 @@ class Block:
 
 def lent_blocks(plan: Plan, rank: int) -> list[Block]:
     """Frames of this rank that others need, in the order of those."""
-    lent = [Block(work.rank, work, rank) for work in plan.work if work.rank != rank and work.count(rank)]
+    lent = [Block(work.rank, work, rank) for work in plan.work if work.rank != rank and rank in work.runs]
     return sorted(lent, key=lambda block: block.partner)
 
 
 def needed_blocks(plan: Plan, rank: int) -> list[Block]:
     """Frames of others that this rank needs, in the order of those."""
+    computed = [work for work in plan.work if work.rank == rank]
     return [
         Block(holder, work, holder)
         for holder in range(len(plan.whole))
-        for work in plan.work
-        if work.rank == rank != holder and work.count(holder)
+        for work in computed
+        if rank != holder and holder in work.runs
     ]
 
 
@@ -67,13 +75,13 @@ class Moving:
     """
 
     def __init__(
-        self, ranks: Ranks, sent: Mapping[Block, Sequence[Tensor]], received: Sequence[Block], times: int,
-        nothing: Sequence[Tensor],
+        self, ranks: Ranks, sent: Sequence[Block], tensors: Mapping[Key, Sequence[Tensor]], received: Sequence[Block],
+        times: int, nothing: Sequence[Tensor],
     ) -> None:  # fmt: skip
-        """A block that is sent is `times` tensors ``(B, heads, frames, N, D)``; `nothing` is ``(B, H, 0, N, D)``."""
+        """A block is `times` tensors ``(B, heads, frames, N, D)``, and `nothing` are such ``(B, H, 0, N, D)``."""
         self._nothing, self._received, self._times = nothing[0].shape, received, times
-        tensors = [*nothing, *(x for block in sent.values() for x in block)]
-        rows = torch.cat([x.movedim((2, 1), (0, 3)).reshape(-1, x.shape[-1]) for x in tensors])
+        parts = [*nothing, *(x for block in sent for x in tensors[block.key])]
+        rows = torch.cat([x.movedim((2, 1), (0, 3)).reshape(-1, x.shape[-1]) for x in parts])
         self._pending = start_exchange(rows, ranks, self._of_ranks(sent, ranks), self._of_ranks(received, ranks))
 
     def _of_ranks(self, blocks: Iterable[Block], ranks: Ranks) -> list[int]:
@@ -85,7 +93,7 @@ class Moving:
     def _rows(self, block: Block) -> int:
         return block.frames * self._nothing[0] * self._nothing[3] * block.heads
 
-    def wait(self) -> tuple[dict[Block, list[Tensor]], Tensor]:
+    def wait(self) -> tuple[dict[Key, list[Tensor]], Tensor]:
         """The blocks that came; and nothing, which is tied to them."""
         B, _, _, N, D = self._nothing
         sizes = [self._rows(block) for block in self._received for _ in range(self._times)]
@@ -93,7 +101,7 @@ class Moving:
         came, left = {}, iter(parts)
         for block in self._received:
             tensors = (next(left).view(block.frames, B, N, block.heads, D) for _ in range(self._times))
-            came[block] = [x.movedim((0, 3), (2, 1)) for x in tensors]
+            came[block.key] = [x.movedim((0, 3), (2, 1)) for x in tensors]
         return came, nothing.view(self._nothing)
 
 

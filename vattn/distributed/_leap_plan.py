@@ -28,23 +28,25 @@ MOST_PLANS = 1024
 """That are remembered."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Work:
     """Leap groups of one span and of one size, of some heads, which one rank computes."""
 
     rank: int
     heads: Range
     size: int
-    runs: tuple[tuple[Range, ...], ...]
-    """Of each rank the runs of frames in these groups. All frames in order are frame j of each group, for j < size."""
+    first: int
+    """The first of the frames, which with the heads tells this work from others."""
+    runs: dict[int, tuple[Range, ...]]
+    """Of each rank that has any of these frames, in runs. In order they are frame j of each group, for j < size."""
 
     def count(self, rank: int) -> int:
         """How many frames of a rank it needs."""
-        return sum(map(length, self.runs[rank]))
+        return sum(map(length, self.runs.get(rank, ())))
 
     @property
     def frames(self) -> int:
-        return sum(length(run) for runs in self.runs for run in runs)
+        return sum(map(self.count, self.runs))
 
     @property
     def groups(self) -> int:
@@ -53,7 +55,7 @@ class Work:
     @property
     def moves(self) -> bool:
         """Whether another rank has any of the frames."""
-        return any(self.count(rank) for rank in range(len(self.runs)) if rank != self.rank)
+        return any(rank != self.rank for rank in self.runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Plan:
         """The frames of a rank in runs, in order, and of each run the heads that are computed together."""
         pieces: dict[Range, list[Range]] = {}
         for work in self.work:
-            for run in work.runs[rank]:
+            for run in work.runs.get(rank, ()):
                 pieces.setdefault(run, []).append(work.heads)
         if self.whole[rank][0] < self.whole[rank][1]:
             pieces[self.whole[rank]] = [(0, self.heads)]
@@ -123,13 +125,11 @@ def _new_plan(lengths: tuple[int, ...], leap: int, group_size: int, heads: int) 
         whole.append((first, last) if first < last else (begin, begin))
     work: list[Work] = []
     for start in dict.fromkeys(cut // span * span for cut in ends[:-1] if cut % span and cut < total):
-        work += _work_of_span(range(start, min(start + span, total)), leap, begins, ends, heads, work)
+        work += _work_of_span(range(start, min(start + span, total)), leap, ends, heads, work)
     return Plan(leap, group_size, heads, tuple(whole), tuple(work))
 
 
-def _work_of_span(
-    span: range, leap: int, begins: Sequence[int], ends: Sequence[int], heads: int, before: Sequence[Work]
-) -> list[Work]:
+def _work_of_span(span: range, leap: int, ends: Sequence[int], heads: int, before: Sequence[Work]) -> list[Work]:
     """Who computes the groups of a span that several ranks have; `before` it others were given."""
     groups = [span[i::leap] for i in range(min(leap, len(span)))]
     counts = [_counts(group, ends) for group in groups]
@@ -139,10 +139,7 @@ def _work_of_span(
         by_size: dict[int, list[int]] = {}
         for group in some:
             by_size.setdefault(len(group), []).extend(group)
-        return [
-            Work(rank, share, size, tuple(_runs(frames, *shard) for shard in zip(begins, ends, strict=True)))
-            for size, frames in by_size.items()
-        ]
+        return [Work(rank, share, size, min(frames), _runs(frames, ends)) for size, frames in by_size.items()]
 
     alone = [len(held) == 1 for held in counts]
     own = [
@@ -189,7 +186,7 @@ def _busiest(works: Sequence[Work]) -> int:
     sent: dict[int, int] = {}
     received: dict[int, int] = {}
     for work in works:
-        for rank in range(len(work.runs)):
+        for rank in work.runs:
             if rank != work.rank:
                 moved = work.count(rank) * length(work.heads)
                 for number, source, target in ((3, rank, work.rank), (1, work.rank, rank)):
@@ -207,16 +204,16 @@ def _counts(frames: Iterable[int], ends: Sequence[int]) -> dict[int, int]:
     return counts
 
 
-def _runs(frames: Iterable[int], begin: int, end: int) -> tuple[Range, ...]:
-    """Those of `frames` between `begin` and `end`, in runs without gaps."""
-    runs: list[list[int]] = []
+def _runs(frames: Iterable[int], ends: Sequence[int]) -> dict[int, tuple[Range, ...]]:
+    """These frames by their ranks, in runs without gaps."""
+    runs: dict[int, list[Range]] = {}
     for frame in sorted(frames):
-        if begin <= frame < end:
-            if runs and runs[-1][1] == frame:
-                runs[-1][1] += 1
-            else:
-                runs.append([frame, frame + 1])
-    return tuple((first, last) for first, last in runs)
+        of_rank = runs.setdefault(bisect.bisect_right(ends, frame), [])
+        if of_rank and of_rank[-1][1] == frame:
+            of_rank[-1] = (of_rank[-1][0], frame + 1)
+        else:
+            of_rank.append((frame, frame + 1))
+    return {rank: tuple(of_rank) for rank, of_rank in runs.items()}
 
 
 def length(run: Range) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vattn import _checks
 from vattn._library import compute_dtype
 from vattn.distributed._checks import settings_of
-from vattn.distributed._frames import Block, Moving, Pieces, cut, joined, lent_blocks, needed_blocks
+from vattn.distributed._frames import Block, Key, Moving, Pieces, cut, joined, lent_blocks, needed_blocks
 from vattn.distributed._leap_plan import Plan, Range, length, plan_leap
 from vattn.distributed._numbers import with_numbers
 from vattn.distributed._ranks import Ranks, agree, dropout_seed, ranks_of
@@ -147,8 +147,8 @@ def _attend_planned(inputs: Sequence[Tensor], plan: Plan, ranks: Ranks, operator
     lent, needed = lent_blocks(plan, rank), needed_blocks(plan, rank)
     pieces, nothing = zip(*(cut(x, plan, rank) for x in inputs), strict=True)
     if plan.moves:
-        sent = {block: [block.taken(x) for x in pieces] for block in lent}
-        there = Moving(ranks, sent, needed, len(inputs), nothing)
+        sent = {block.key: [block.taken(x) for x in pieces] for block in lent}
+        there = Moving(ranks, lent, sent, needed, len(inputs), nothing)
 
     results: list[Pieces] = [{} for _ in range(operator.results)]
     if length(whole):
@@ -158,11 +158,12 @@ def _attend_planned(inputs: Sequence[Tensor], plan: Plan, ranks: Ranks, operator
 
     if plan.moves:
         came, tie = there.wait()
-        returned: list[dict[Block, list[Tensor]]] = [{} for _ in results]
+        returned: list[dict[Key, list[Tensor]]] = [{} for _ in results]
         for each in (each for each in work if each.moves):
-            blocks = [Block(holder, each, holder) for holder in range(ranks.size) if each.count(holder)]
+            blocks = [Block(holder, each, holder) for holder in each.runs]
             frames = [
-                torch.cat([came[b][i] if b in came else b.taken(x) for b in blocks], 2) for i, x in enumerate(pieces)
+                torch.cat([came[b.key][i] if b.key in came else b.taken(x) for b in blocks], 2)
+                for i, x in enumerate(pieces)
             ]
             found = operator(frames, [run for b in blocks for run in b.runs], each.heads, each.groups, each.size)
             for result, others, x in zip(results, returned, found, strict=True):
@@ -170,11 +171,8 @@ def _attend_planned(inputs: Sequence[Tensor], plan: Plan, ranks: Ranks, operator
                     if block.holder == rank:
                         result.update(block.pieces(part))
                     else:
-                        others[block] = [part]
-        back = [
-            Moving(ranks, {block: others[block] for block in needed}, lent, 1, [_like_result(tie, i)])
-            for i, others in enumerate(returned)
-        ]
+                        others[block.key] = [part]
+        back = [Moving(ranks, needed, others, lent, 1, [_like_result(tie, i)]) for i, others in enumerate(returned)]
 
     for each in (each for each in work if not each.moves):
         block = Block(rank, each, rank)
@@ -187,8 +185,8 @@ def _attend_planned(inputs: Sequence[Tensor], plan: Plan, ranks: Ranks, operator
         for result, end, moving in zip(results, ends, back, strict=True):
             came, tie = moving.wait()
             end.append(tie)
-            for block, (x,) in came.items():
-                result.update(block.pieces(x))
+            for block in lent:
+                result.update(block.pieces(came[block.key][0]))
     return [joined(result, plan, rank, end) for result, end in zip(results, ends, strict=True)]
 
 

@@ -28,7 +28,7 @@ def node_sparse_attention(
     keep = read = None
     if kept_lengths is not None:
         listed = torch.arange(kept.shape[1], device=query.device) < kept_lengths.view(B, 1)
-        kept, read = torch.where(listed, kept, 0), listed.view(B, 1, 1, -1)
+        kept, read = torch.where(listed, kept, 0), listed[:, None, None]
         if key.shape[2] == 0:  # there is nothing to gather in place of what is not listed
             kept, read = kept[:, :0], read[..., :0]
     gathered = kept[:, None, :, None].expand(B, H, -1, D)
