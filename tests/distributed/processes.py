@@ -74,7 +74,7 @@ def _run(rank: int, world: int, cases: Mapping[str, Case], sizes: Sequence[int],
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=timeout),
     )  # fmt: skip
-    groups = {size: dist.new_group(range(size)) for size in sizes}
+    groups = {size: dist.new_group(range(size), timeout=datetime.timedelta(seconds=timeout)) for size in sizes}
     found: dict[str, Any] = {}
     for size, (name, case) in itertools.product(sizes, cases.items()):
         if rank < size:

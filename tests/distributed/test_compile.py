@@ -1,4 +1,4 @@
-"""What PyTorch does with functions over ranks: compiled, differentiated twice and forward, checkpointed, in other dtypes."""
+"""Functions over ranks that PyTorch compiles, differentiates in every mode, checkpoints, and runs in other dtypes."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -160,7 +160,7 @@ def modes(world: World, name: str) -> dict[str, float]:
         low = inputs(world, dtype)
         tried = grads_of(lambda *x: step(*x).float(), low)
         assert [x.dtype for x in tried] == [torch.float32, dtype, dtype]
-        size = max(float(x.abs().max()) for x in expected)
+        size = max(float(x.detach().abs().max()) for x in expected)
         found[f"{dtype}"] = error(tried, expected) / size / 1e4
     with torch.autocast("cpu", torch.bfloat16):
         tried = grads_of(lambda *x: step(*x).float(), tensors)

@@ -5,7 +5,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def kept(batch: int, count: int, keys: int) -> Tensor:
 def edge(q: Tensor, k: Tensor, v: Tensor, table: Tensor, positions: Tensor, **settings: Any) -> Any:
     bias = vattn.RelativePositionBias3D((1, 3, 4), 3)
     del bias.table
-    bias.table = table
+    bias.table = table  # type: ignore[assignment]
     layout = layout_of([[0, 1], [1], [2], [0], [1, 2], [2, 0], [0], [0, 1], []], 11, 4, 1, 3)
     return vattn.edge_sparse_attention(
         q, k, v, layout, position_bias=bias, positions=positions, causal=True, return_lse=True, return_importance=True,
@@ -56,7 +56,7 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, table: Tensor, **settings: Any) -> A
     """Shards of whole blocks, and no global token."""
     bias = vattn.RelativePositionBias3D((1, 3, 4), 3, num_global=0)
     del bias.table
-    bias.table = table
+    bias.table = table  # type: ignore[assignment]
     layout = layout_of([[0, 2], [3], [1, 2, 0], []], 12, 3, 0)
     return vattn.edge_sparse_attention(q, k, v, layout, position_bias=bias, return_lse=True, **settings)
 
@@ -64,7 +64,7 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, table: Tensor, **settings: Any) -> A
 def importance(q: Tensor, k: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     bias = vattn.RelativePositionBias3D((1, 3, 4), 3)
     del bias.table
-    bias.table = table
+    bias.table = table  # type: ignore[assignment]
     return vattn.token_importance(q, k, position_bias=bias, positions=positions)
 
 
@@ -84,12 +84,12 @@ CALLS = {
         tokens=["L", "K", "BJ", ".K"], sends=["K", "BJ", ".K"],
     ),
     "leap": Call(
-        lambda *x, **settings: vattn.leap_attention(*x, 2, fold_div=4, return_lse=True, **settings),
+        lambda q, k, v, **settings: vattn.leap_attention(q, k, v, 2, fold_div=4, return_lse=True, **settings),
         [(3, 3, 5, 2, 4)] * 3, "BHTND BHTND BHTND", "BHTND BHTN",
         tokens=["T", "TB", "HT"], sends=["T", "TB", "HT"],
     ),
     "axial": Call(
-        lambda *x, **settings: vattn.axial_attention(*x, 1, return_lse=True, **settings),
+        lambda q, k, v, **settings: vattn.axial_attention(q, k, v, 1, return_lse=True, **settings),
         [(3, 3, 2, 3, 2, 4)] * 3, "BHTXYD BHTXYD BHTXYD", "BHTXYD BHTXY",
         tokens=["T", "X", "Y", "BX", "YH"], sends=["X", "BX"],
     ),
@@ -109,7 +109,10 @@ CALLS = {
         lambda a, b, c, d: vattn.merge_attention([a, b], [c, d]),
         [*[(3, 3, 5, 4)] * 2, *[(3, 3, 5)] * 2], "BHLD BHLD BHL BHL", "BHLD BHL", more=["L", "LB"],
     ),
-    "shift": Call(lambda x: vattn.periodic_shift(x, 4), [(3, 3, 5, 2, 4)], "BHTND", "BHTND", more=["N", "NB"], tokens=["T", "BT"], sends=["T", "BT"]),
+    "shift": Call(
+        lambda x: vattn.periodic_shift(x, 4), [(3, 3, 5, 2, 4)], "BHTND", "BHTND", more=["N", "NB"], tokens=["T", "BT"],
+        sends=["T", "BT"],
+    ),
     "importance": Call(
         lambda q, k, n: vattn.token_importance(q, k, key_lengths=n),
         [(3, 3, 5, 4), (3, 3, 7, 4)], "BHLD BHKD", "BK", lambda: [torch.tensor([1, 7, 5])], gradients=0,
@@ -167,12 +170,12 @@ def compare(call: Call, mesh: DeviceMesh, way: str, dropout_p: float) -> dict[st
     ]
     torch.manual_seed(1 + dist.get_rank())  # the seed of the first rank counts
     with SentBytes() as sent:
-        results = as_tuple(call.function(*parts, *call.also(), **settings))
+        results = cast(tuple[DTensor, ...], as_tuple(call.function(*parts, *call.also(), **settings)))
     result = {
         "placements": [x.placements for x in results],
         "metadata": [(x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(results, expected, strict=True)],
         "stride": results[0].stride() == expected[0].stride(),
-        "errors": [difference(x.detach().full_tensor(), y.detach()) for x, y in zip(results, expected, strict=True)],
+        "errors": [difference(x.full_tensor().detach(), y.detach()) for x, y in zip(results, expected, strict=True)],
         "sent": sent.total,
     }
     if along:
@@ -183,7 +186,7 @@ def compare(call: Call, mesh: DeviceMesh, way: str, dropout_p: float) -> dict[st
             distribute_tensor(g, mesh, x.placements, src_data_rank=None) for g, (x, _) in zip(along, some, strict=True)
         ]
         with SentBytes() as sent:
-            grads = torch.autograd.grad([x for x, _ in some], parts[:count], here)
+            grads = cast(tuple[DTensor, ...], torch.autograd.grad([x for x, _ in some], parts[:count], here))
         result["sent"] += sent.total
         result["errors"] += [difference(x.full_tensor(), y) for x, y in zip(grads, right, strict=True)]
     return result
@@ -211,31 +214,36 @@ def refusals(world: World) -> dict[str, tuple[Any, str]]:
         return DTensor.from_local(x, mesh, [*sharded, Partial()])
 
     x, video = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 3, 4, 4)
-    batch, rest = placed(x, Shard(0)), placed(x, Replicate())
+
+    def leap(x: Tensor) -> Any:
+        return vattn.leap_attention(x, x, x, 1)
+
+    def edges(x: Tensor, layout: vattn.BlockLayout) -> Any:
+        return vattn.edge_sparse_attention(x, x, x, layout)
+
+    batch, heads, rest = placed(x, Shard(0)), placed(x, Shard(1)), placed(x, Replicate())
     global_token, per_head = layout_of([[0], [0]], 5, 3, 1), layout_of([[0, 1], [1]], 6, 3, 0)
     calls: dict[str, Callable[[], Any]] = {
         "key is not sharded": lambda: vattn.latent_attention(batch, rest, rest),
         "value is sharded otherwise": lambda: vattn.latent_attention(batch, batch, placed(x, Shard(1))),
         "queries and keys": lambda: vattn.latent_attention(*[placed(x, Shard(2))] * 3),
         "channels": lambda: vattn.latent_attention(*[placed(x, Shard(3))] * 3),
-        "channels from the back": lambda: vattn.leap_attention(*[placed(video, Shard(-1))] * 3, 1),
-        "tokens of a frame": lambda: vattn.leap_attention(*[placed(video, Shard(3))] * 3, 1),
+        "channels from the back": lambda: leap(placed(video, Shard(-1))),
+        "tokens of a frame": lambda: leap(placed(video, Shard(3))),
         "partial": lambda: vattn.latent_attention(partial(x), rest, rest),
         "plain key": lambda: vattn.latent_attention(batch, x, x),
         "plain query": lambda: vattn.latent_attention(x, batch, batch),
         "one of two keys": lambda: vattn.latent_attention(batch, (batch, x), (batch, x)),
         "another mesh": lambda: vattn.merge_attention([batch], [DTensor.from_local(x[..., 0], other, [Replicate()])]),
-        "global tokens": lambda: vattn.edge_sparse_attention(*[placed(x, Shard(2))] * 3, global_token),
-        "half a block": lambda: vattn.edge_sparse_attention(
-            *[placed(torch.randn(1, 1, 5, 4), Shard(2))] * 3, layout_of([[0], [0], [1]], 5, 2, 0)
-        ),
+        "global tokens": lambda: edges(placed(x, Shard(2)), global_token),
+        "half a block": lambda: edges(placed(torch.randn(1, 1, 5, 4), Shard(2)), layout_of([[0], [0], [1]], 5, 2, 0)),
         "shape": lambda: vattn.edge_sparse_attention(batch, batch, placed(x[:, :, :5], Shard(0)), per_head),
         "tokens to select": lambda: vattn.select_tokens(
             placed(x[:, 0], Shard(1)), placed(x[:, 0, :, 0], Shard(1)), 2, num_global=0
         ),
         "codes": lambda: vattn.nearest_code(batch, placed(x[0, 0], Shard(0))),
         "kept otherwise": lambda: vattn.node_sparse_attention(
-            *[placed(x, Shard(1))] * 3, placed(torch.zeros(2, 3, dtype=torch.int64), Shard(0))
+            heads, heads, heads, placed(torch.zeros(2, 3, dtype=torch.int64), Shard(0))
         ),
         "over ranks": lambda: vattn.distributed.latent_attention(rest, rest, rest, group=world.group),
         "a table without a query": lambda: vattn.token_importance(x, x, position_bias=bias_of(placed)),
@@ -290,7 +298,7 @@ class TensorParallel(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (4, 2)).movedim(-2, 1) for layer in (self.query, self.key, self.value))
-        out = vattn.leap_attention(q, k, v, 1, fold_div=2)
+        out = cast(Tensor, vattn.leap_attention(q, k, v, 1, fold_div=2))
         return self.proj(out.movedim(1, -2).flatten(-2))
 
 
@@ -332,10 +340,9 @@ def compiled(world: World) -> dict[str, float]:
             for shape, axes in zip(call.shapes, call.axes.split(), strict=True)
         ]
 
-        def step(*parts: Any, call: Call = call) -> Any:
+        def step(*parts: Any, call: Call = call, also: Sequence[Tensor] = call.also()) -> Any:
             return call.function(*parts, *also)[0]
 
-        also = call.also()
         results = []
         for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
             out = function(*parts)
@@ -348,7 +355,7 @@ def compiled(world: World) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    cases = {name: functools.partial(case, name=name) for name in CALLS}
+    cases: dict[str, Callable[[World], Any]] = {name: functools.partial(case, name=name) for name in CALLS}
     cases |= {"refusals": refusals, "tensor_parallel": tensor_parallel, "compiled": compiled}
     return run_cases(cases, tmp_path_factory.mktemp("dtensor"), sizes=(2, 4))
 
@@ -358,7 +365,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_that_an_operator_is_what_it_is_on_one_device(found, name, size):
     call = CALLS[name]
     for result in results(found, name, size):
-        assert set(way for way, _ in result) == set(ways(name, 1 if size == 2 else 2))
+        assert {way for way, _ in result} == set(ways(name, 1 if size == 2 else 2))
         for (way, dropout_p), one in result.items():
             assert max(one["errors"]) < 1e-10, (way, dropout_p, one["errors"])
             assert all(one["metadata"]) and one["stride"], way

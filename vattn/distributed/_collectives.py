@@ -193,11 +193,13 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.nothing = inputs[1].shape
+        ctx.nothing = inputs[1].shape, inputs[1].dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], grads[0].new_zeros(ctx.nothing)
+        shape, dtype = ctx.nothing
+        # A part of the gradient, so that its own backward goes on here, too.
+        return grads[0], grads[0].flatten()[:0].view(shape).to(dtype)
 
 
 class _TieWithTangent(_Tie):

@@ -10,7 +10,7 @@ part of the mask of one device.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -169,7 +169,7 @@ def edge_sparse_attention(
             dropout_p=dropout_p, scale=scale, return_lse=True,
         )  # fmt: skip
     if seen is not None:
-        seen = placed.result(seen * _share(placed, "H"), "B N", sums=True, N=layout.num_tokens)
+        seen = placed.result(seen * _share(placed, "H"), "B N", sums=True, others={"N": layout.num_tokens})
     return placed.result(out, rows, rows=True), placed.result(lse, "B H L"), seen
 
 
@@ -182,7 +182,8 @@ def node_sparse_attention(
     dim = placed.tokens("Lq", "Lk")
     by_keys = dim if dim is not None and placed.axes[dim] == ["Lk"] else None
     q, k, v = (placed.local(name, by_keys) for name in tensors)
-    kept, kept_lengths = placed.aside("kept", kept, "B K"), placed.aside("kept_lengths", kept_lengths, "B")
+    kept = cast(Tensor, placed.aside("kept", kept, "B K"))
+    kept_lengths = placed.aside("kept_lengths", kept_lengths, "B")
     if by_keys is None:
         begin, count = placed.part("Lq")
         seed = placed.numbered(seed, count if dim is None else range(begin, begin + count), key.shape[2])
@@ -218,7 +219,8 @@ def token_importance(
     key_lengths = placed.aside("key_lengths", key_lengths, "B")
     bias = _local_bias(placed, position_bias)
     position_bias = None if bias is None or bias[0].shape[1] == 0 else _module(bias)
-    q, k, lse = placed.local("query"), placed.local("key"), None if lse is None else placed.local("lse")
+    q, k = placed.local("query"), placed.local("key")
+    lse = None if lse is None else placed.local("lse")
     if dim is not None and placed.axes[dim] == ["Lk"]:
         found = _importance_of_shard(placed, dim, q, k, key_lengths, lse, scale)
     else:
@@ -251,8 +253,8 @@ def select_tokens(
         placed.local("tokens"), placed.local("importance"), keep, positions=positions, num_global=num_global
     )
     return (
-        placed.result(kept_tokens, "B G+K C", **{"G+K": num_global + keep}),
-        placed.result(kept_positions, "B K", K=keep),
+        placed.result(kept_tokens, "B G+K C", others={"G+K": num_global + keep}),
+        placed.result(kept_positions, "B K", others={"K": keep}),
     )
 
 
@@ -260,7 +262,8 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     axes = " ".join(f"x{i}" for i in range(x.dim() - 1))
     placed = Placed("nearest_code", {"x": (x, f"{axes} C".strip())}, free=axes)
     placed.tokens()
-    return placed.result(vattn.nearest_code(placed.local("x"), placed.aside("codebook", codebook, "K C")), axes)
+    own = cast(Tensor, placed.aside("codebook", codebook, "K C"))
+    return placed.result(vattn.nearest_code(placed.local("x"), own), axes)
 
 
 def _of_heads(layout: BlockLayout, first: int, count: int) -> BlockLayout:

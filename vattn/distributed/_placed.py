@@ -158,7 +158,7 @@ class Placed:
             return self._sliced(x.to_local(grad_placements=self._of_gradients(x.placements, whole_gradient)), axes)
         for placement, sharded in zip(x.placements, self.axes, strict=True):
             wanted = [axis for axis in sharded if axis in axes.split()]
-            if [_axis(placement, axes)] != (wanted or [None]):
+            if _axis(placement, axes) != (wanted[0] if wanted else None):
                 raise ValueError(
                     f"{self.op}: {name} must be replicated, or sharded as {next(iter(self.tensors))} is, "
                     f"got {name}.placements={x.placements}"
@@ -210,7 +210,7 @@ class Placed:
 
     def result(
         self, x: Tensor, axes: str, rows: bool = False, sums: bool = False, stride: tuple[int, ...] | None = None,
-        **others: int,
+        others: Mapping[str, int] | None = None,
     ) -> DTensor:  # fmt: skip
         """The DTensor whose part on this rank is `x`.
 
@@ -222,7 +222,7 @@ class Placed:
             stride: of the whole, if it is not that of contiguous rows or tensors.
             others: sizes of axes that no tensor has.
         """
-        names, sizes = axes.split(), self.sizes | others
+        names, sizes = axes.split(), self.sizes | dict(others or {})
         placements: list[Placement] = []
         for along in self.axes:
             own = [axis for axis in along if axis in names]
