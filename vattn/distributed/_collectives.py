@@ -48,11 +48,15 @@ Map = Exchange | Sum
 
 
 class _Start(torch.autograd.Function):
-    """Start `forward`, whose transpose is `backward`; None is the identity."""
+    """Start `forward`, whose transpose is `backward`; None is the identity.
+
+    What has been started has the shape of the result. Beside it stands a token of the shape of `x`, without memory: in
+    the backward, where the transpose has been started, the two change places.
+    """
 
     @staticmethod
-    def forward(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
-        return x.view_as(x) if forward is None else forward.start(x)
+    def forward(x: Tensor, forward: Map | None, backward: Map | None) -> tuple[Tensor, Tensor]:
+        return x.view_as(x) if forward is None else forward.start(x), x.new_zeros(()).expand(x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -60,23 +64,25 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _wait(grads[0], ctx.transpose, ctx.map), None, None
+        token, started = grads
+        return _wait(started, token, ctx.transpose, ctx.map), None, None
 
 
 class _Wait(torch.autograd.Function):
     """Wait for what :class:`_Start` has started."""
 
     @staticmethod
-    def forward(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+    def forward(x: Tensor, token: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
         return x.view_as(x) if forward is None else forward.ranks.wait(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.map, ctx.transpose = inputs
+        _, _, ctx.map, ctx.transpose = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _start(grads[0], ctx.transpose, ctx.map), None, None
+        started, token = _start(grads[0], ctx.transpose, ctx.map)
+        return token, started, None, None
 
 
 class _StartWithTangent(_Start):
@@ -88,16 +94,16 @@ class _StartWithTangent(_Start):
 class _WaitWithTangent(_Wait):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _wait(tangents[0], ctx.map, ctx.transpose)
+        return _wait(tangents[0], tangents[1], ctx.map, ctx.transpose)
 
 
-def _start(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+def _start(x: Tensor, forward: Map | None, backward: Map | None) -> tuple[Tensor, Tensor]:
     # Dynamo refuses a function with a jvp.
     return (_Start if torch.compiler.is_compiling() else _StartWithTangent).apply(x, forward, backward)
 
 
-def _wait(x: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
-    return (_Wait if torch.compiler.is_compiling() else _WaitWithTangent).apply(x, forward, backward)
+def _wait(x: Tensor, token: Tensor, forward: Map | None, backward: Map | None) -> Tensor:
+    return (_Wait if torch.compiler.is_compiling() else _WaitWithTangent).apply(x, token, forward, backward)
 
 
 class Pending:
@@ -108,7 +114,7 @@ class Pending:
         self._started = _start(x, *self._maps)
 
     def wait(self) -> Tensor:
-        return _wait(self._started, *self._maps)
+        return _wait(*self._started, *self._maps)
 
 
 def start_exchange(x: Tensor, ranks: Ranks, sent: Sequence[int], received: Sequence[int]) -> Pending:
@@ -132,4 +138,4 @@ def enter(x: Tensor, ranks: Ranks, grad: str) -> Tensor:
     """
     if grad == "partial" or ranks.size == 1:
         return x
-    return _wait(_start(x, None, Sum(ranks)), None, Sum(ranks))
+    return _wait(*_start(x, None, Sum(ranks)), None, Sum(ranks))
