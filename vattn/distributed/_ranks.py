@@ -107,10 +107,20 @@ class PaperRanks(Ranks):
         return x
 
 
-@torch.compiler.assume_constant_result
+_known: dict[str, Ranks] = {}
+
+
 def ranks_of(op: str, group: Any) -> Ranks:
     """The ranks that the argument `group` of `op` means."""
-    return group if isinstance(group, Ranks) else Ranks(process_group(op, group))
+    return group if isinstance(group, Ranks) else _known[_name_of(op, group)]
+
+
+@torch.compiler.assume_constant_result
+def _name_of(op: str, group: Any) -> str:
+    """The name under which `group` is known. What is constant in a trace must be found again where it is guarded."""
+    ranks = Ranks(process_group(op, group))
+    _known[ranks.name] = ranks
+    return ranks.name
 
 
 @dataclasses.dataclass
