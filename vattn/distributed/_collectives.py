@@ -139,3 +139,68 @@ def enter(x: Tensor, ranks: Ranks, grad: str) -> Tensor:
     if grad == "partial" or ranks.size == 1:
         return x
     return _wait(*_start(x, None, Sum(ranks)), None, Sum(ranks))
+
+
+class _EnterRows(torch.autograd.Function):
+    """:func:`enter` for the first rows of tensors, in one collective."""
+
+    @staticmethod
+    def forward(first: int, ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.first, ctx.ranks, *_ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        asked = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        packed = torch.cat([grads[i][:, :, : ctx.first] for i in asked], 2)
+        whole = _wait(*_start(packed, Sum(ctx.ranks), None), Sum(ctx.ranks), None)
+        found: list[Any] = [None] * len(grads)
+        for i, rows in zip(asked, whole.split(ctx.first, 2), strict=True):
+            found[i] = torch.cat([rows, grads[i][:, :, ctx.first :]], 2)
+        return None, None, *found
+
+
+class _EnterRowsWithTangent(_EnterRows):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tuple(None if x is None else x.view_as(x) for x in tangents[2:])
+
+
+def enter_rows(tensors: Sequence[Tensor], first: int, ranks: Ranks, grad: str) -> Sequence[Tensor]:
+    """Tensors ``(B, H, first + N, D)`` whose first rows are the same on every rank: those :func:`enter`."""
+    if grad == "partial" or ranks.size == 1 or first == 0:
+        return tensors
+    if torch.compiler.is_compiling():
+        return _EnterRows.apply(first, ranks, *(x.view_as(x) for x in tensors))  # Dynamo refuses one tensor twice
+    return _EnterRowsWithTangent.apply(first, ranks, *tensors)
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, nothing: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.nothing = inputs[1].shape
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], grads[0].new_zeros(ctx.nothing)
+
+
+class _TieWithTangent(_Tie):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return None if tangents[0] is None else tangents[0].view_as(tangents[0])
+
+
+def tie(x: Tensor, nothing: Tensor) -> Tensor:
+    """`x`, whose backward goes on to that of `nothing`, of no elements.
+
+    A rank that received nothing may have sent something: it takes part in sending the gradients back.
+    """
+    return (_Tie if torch.compiler.is_compiling() else _TieWithTangent).apply(x, nothing)

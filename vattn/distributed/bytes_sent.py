@@ -1,5 +1,6 @@
 """What a call sends, without a group: the function itself runs on tensors without data, over ranks on paper."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,8 @@ def _without_data(x: Any, requires_grad: bool) -> Any:
     if isinstance(x, Tensor):
         empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         return empty.requires_grad_(requires_grad and x.is_floating_point())
+    if isinstance(x, torch.nn.Module):
+        return copy.deepcopy(x).to("meta")
     if isinstance(x, (list, tuple)) and any(isinstance(y, Tensor) for y in x):
         return [_without_data(y, requires_grad) for y in x]
     return x
