@@ -70,12 +70,13 @@ class RelativePositionBias3D(nn.Module):
 
         Args:
             positions: ``(N,)`` or ``(B, N)`` int64, the raster index of each token; None for the full grid.
-            as_table: give the table instead, as a float32 copy, for kernels that look it up. A module whose weights are
-                sharded has all of them in its forward only, hence the call, and the copy.
+            as_table: give the table instead, as a copy in float32 (float64 if that is its dtype), for those who look
+                it up. A module whose weights are sharded has all of them in its forward only, hence the call and the
+                copy.
         """
         _checks.dense(type(self).__name__, "table", self.table)  # here, where one that FSDP shards is whole
         if as_table:
-            return self.table.to(torch.float32, copy=True)
+            return self.table.to(torch.promote_types(self.table.dtype, torch.float32), copy=True)
         if positions is None:
             positions = torch.arange(math.prod(self.window), device=self.table.device)
         return dense_bias((self.table, self.window), self.num_global, positions)
@@ -184,7 +185,7 @@ def table_of(position_bias: RelativePositionBias3D | BiasTable | None) -> tuple[
     if isinstance(position_bias, tuple):
         table, window = position_bias
         return table.float(), window
-    return position_bias(as_table=True), position_bias.window
+    return position_bias(as_table=True).float(), position_bias.window
 
 
 def dense_bias(position_bias: RelativePositionBias3D | BiasTable, num_global: int, positions: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def token_importance(
         return reference.token_importance(
             query, key, position_bias=position_bias, positions=positions, key_lengths=key_lengths, lse=lse, scale=scale
         )
-    table = None if position_bias is None else position_bias(as_table=True).detach()
+    table = None if position_bias is None else position_bias(as_table=True).detach().float()
     window = [] if position_bias is None else position_bias.window
     return _importance(query, key, table, window, num_global, positions, key_lengths, lse, scale)
 
