@@ -7,5 +7,14 @@ ranks make the same calls in the same order.
 
 from vattn.distributed.bytes_sent import bytes_sent
 from vattn.distributed.latent_attention import latent_attention
+from vattn.distributed.node_sparse_attention import node_sparse_attention
+from vattn.distributed.select_tokens import select_tokens
+from vattn.distributed.token_importance import token_importance
 
-__all__ = ["bytes_sent", "latent_attention"]
+__all__ = [
+    "bytes_sent",
+    "latent_attention",
+    "node_sparse_attention",
+    "select_tokens",
+    "token_importance",
+]

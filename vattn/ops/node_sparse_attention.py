@@ -74,7 +74,7 @@ def node_sparse_attention(
         _checks.same_but_tokens(op, query, name, x)
     _checks.same(op, "key", key, "value", value)
     _checks.head_dim(op, query)
-    _check_kept(op, kept, query)
+    check_kept(op, kept, query)
     if kept_lengths is not None:
         _checks.lengths(op, "kept_lengths", kept_lengths, query)
     dropout_p = _checks.dropout(op, dropout_p)
@@ -100,7 +100,8 @@ def attend(
     return _attend(query, key, value, kept, kept_lengths, dropout_p, seed, scale)
 
 
-def _check_kept(op: str, kept: object, query: Tensor) -> None:
+def check_kept(op: str, kept: object, query: Tensor) -> None:
+    """`kept` lists keys for each sample; whether there are such keys is for the kernels to see."""
     if not isinstance(kept, Tensor) or kept.dtype != torch.int64:
         got = f"kept.dtype={kept.dtype}" if isinstance(kept, Tensor) else f"kept={kept!r}"
         raise TypeError(f"{op}: kept must be an int64 tensor, got {got}")

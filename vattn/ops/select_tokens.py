@@ -55,6 +55,20 @@ def select_tokens(
         (tensor([0., 2., 4., 5.]), tensor([[1, 3, 4]]))
     """
     op = "select_tokens"
+    length = check_inputs(op, tokens, importance, num_global)
+    keep = count(op, keep, length)
+    if positions is not None:
+        _checks.positions(op, positions, tokens, tokens.shape[0], length)
+
+    importance = importance.detach()
+    if runs_reference(tokens, op) or importance.dtype == torch.float64:
+        return reference.select_tokens(tokens, importance, keep, positions=positions, num_global=num_global)
+    kept_tokens, kept_positions, _ = _select(tokens, importance.float(), keep, positions, num_global)
+    return kept_tokens, kept_positions
+
+
+def check_inputs(op: str, tokens: Tensor, importance: Tensor, num_global: int) -> int:
+    """`importance` is that of the tokens which are not global; returns how many these are."""
     _checks.tensor(op, "tokens", tokens)
     _checks.rank(op, "tokens", tokens, "(B, G+N, C)")
     _checks.integer(op, "num_global", num_global, least=0)
@@ -69,18 +83,10 @@ def select_tokens(
             f"{op}: importance must be on the device of tokens ({tokens.device}), "
             f"got importance.device={importance.device}"
         )
-    keep = _count(op, keep, length)
-    if positions is not None:
-        _checks.positions(op, positions, tokens, batch, length)
-
-    importance = importance.detach()
-    if runs_reference(tokens, op) or importance.dtype == torch.float64:
-        return reference.select_tokens(tokens, importance, keep, positions=positions, num_global=num_global)
-    kept_tokens, kept_positions, _ = _select(tokens, importance.float(), keep, positions, num_global)
-    return kept_tokens, kept_positions
+    return length
 
 
-def _count(op: str, keep: Any, length: int) -> int:
+def count(op: str, keep: Any, length: int) -> int:
     """How many of `length` tokens `keep` means."""
     if isinstance(keep, float):
         if not 0.0 <= keep <= 1.0:
