@@ -14,7 +14,7 @@ layout lists the blocks that block i reads; global tokens read everything, and e
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class BlockLayout:
     row_offsets: Tensor
     columns: Tensor
     _transposed: "BlockLayout | None" = None
+    _plans: dict[Any, Any]
+    """What :mod:`vattn.distributed` has found out about this layout."""
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class BlockLayout:
             ("num_global", num_global),
             ("row_offsets", row_offsets),
             ("columns", columns),
+            ("_plans", {}),
         ):
             object.__setattr__(self, name, value)
 

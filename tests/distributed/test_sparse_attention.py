@@ -161,8 +161,10 @@ def compiled(world: World) -> dict[str, float]:
         own = x.own(x.inputs)
         out = wrapped(distributed.node_sparse_attention)(*own, x.kept, **more)
         importance = wrapped(distributed.token_importance)(*own[:2], **more)
-        calls.append([out, importance, *torch.autograd.grad(out.sum(), own)])
-    for name, mine, plain in zip(("out", "importance", "query", "key", "value"), *calls, strict=True):
+        selected = wrapped(distributed.select_tokens)(own[1][:, 0], importance, 7, num_global=0, **more)[0]
+        calls.append([out, importance, selected, *torch.autograd.grad(out.sum() + selected.sum(), own)])
+    names = "out", "importance", "selected", "query", "key", "value"
+    for name, mine, plain in zip(names, *calls, strict=True):
         found[name] = largest(mine, plain)
     return found
 
@@ -283,7 +285,7 @@ def test_node_sparse_kernels_and_bytes(size: int, found: Found) -> None:
 
 def test_compiled_calls_are_the_same(found: Found) -> None:
     for differences in results(found, "compiled", 2):
-        assert len(differences) == 5
+        assert len(differences) == 6
         assert max(differences.values()) < 1e-6
 
 

@@ -6,6 +6,7 @@ ranks make the same calls in the same order.
 """
 
 from vattn.distributed.bytes_sent import bytes_sent
+from vattn.distributed.edge_sparse_attention import edge_sparse_attention
 from vattn.distributed.latent_attention import latent_attention
 from vattn.distributed.node_sparse_attention import node_sparse_attention
 from vattn.distributed.select_tokens import select_tokens
@@ -13,6 +14,7 @@ from vattn.distributed.token_importance import token_importance
 
 __all__ = [
     "bytes_sent",
+    "edge_sparse_attention",
     "latent_attention",
     "node_sparse_attention",
     "select_tokens",
