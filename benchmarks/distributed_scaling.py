@@ -3,12 +3,12 @@
     python -m benchmarks.distributed_scaling          a table and a plot: benchmarks/results/distributed-scaling.*
 
 Bytes are exact: each function of ``vattn.distributed`` runs on tensors without data, over ranks on paper, as
-``vattn.distributed.bytes_sent`` does. Arithmetic is that of the operators' own counts. Times follow from both by a model
-whose speeds are options:
+``vattn.distributed.bytes_sent`` does. Arithmetic is that of the operators' own counts. Times follow from both by a
+model whose speeds are options:
 
     compute     floating-point operations of the rank that has most of them / (--tflops)
     all_to_all  bytes handed / bandwidth + latency
-    all_reduce  2 (R - 1) / R x bytes / bandwidth + 2 log2(R) x latency       a ring for the bytes, a tree for the latency
+    all_reduce  2 (R - 1) / R x bytes / bandwidth + 2 log2(R) x latency      a ring for the bytes, a tree for the latency
     all_gather  (R - 1) x bytes / bandwidth + log2(R) x latency
 
 The bandwidth is --node-gb-per-s where all ranks share a node of --node ranks, else --network-gb-per-s. Nothing overlaps
@@ -200,7 +200,9 @@ def plot(found: Sequence[Step], path: pathlib.Path) -> None:
             axes.loglog(sizes, [1e3 * one.compute for one in row], "--", linewidth=0.8, base=2, color=f"C{number}")
         axes.set_title(f"{tokens:,} tokens")
         axes.set_xlabel("GPUs")
-        axes.set_xticks(sorted({one.size for one in found}), labels=[str(size) for size in sorted({one.size for one in found})])
+        axes.set_xticks(
+            sorted({one.size for one in found}), labels=[str(size) for size in sorted({one.size for one in found})]
+        )
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("forward + backward, ms (model; dashed: compute alone)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -227,8 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = list(steps(options.tokens, options.ranks, machine))
     text = (
         "# How far the operators scale, on paper\n\n"
-        "A model, not a measurement: bytes are exact, times follow from the speeds below. Each cell: what the busiest of "
-        "three ranks hands to collectives, the time of a forward and a backward, and the share of it that is "
+        "A model, not a measurement: bytes are exact, times follow from the speeds below. Each cell: what the slowest "
+        "of three ranks hands to collectives, the time of a forward and a backward, and the share of it that is "
         f"communication. bfloat16, {HEADS} heads of {HEAD_DIM}, {LATENTS} latents, {FRAME} tokens a frame, blocks of "
         f"{BLOCK}.\n\n{options.tflops:g} TFLOP/s, {options.node_gb_per_s:g} GB/s within a node of {options.node}, "
         f"{options.network_gb_per_s:g} GB/s between nodes, {options.latency_us:g} us latency.\n\n"

@@ -22,7 +22,8 @@ def largest(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, where NaN and infinities must be the same."""
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
     torch.testing.assert_close(found.isfinite(), wanted.isfinite())
-    return float(torch.where(found.isfinite() | wanted.isfinite(), found - wanted, 0).abs().amax()) if found.numel() else 0.0
+    differences = torch.where(found.isfinite(), found - wanted, 0).detach().abs()
+    return float(differences.amax()) if found.numel() > 0 else 0.0
 
 
 def message(call: Callable[[], Any]) -> str:
@@ -94,17 +95,10 @@ def node_sparse_of_float32(world: World) -> dict[str, float]:
         out = x.packed(distributed.node_sparse_attention, own, group=world.group)
         forward = sent.total
         torch.autograd.grad(out, own, x.weights[0])
-    compiled = torch.compile(distributed.node_sparse_attention, fullgraph=True)
-    step = compiled(*own, x.kept, group=world.group, lengths=x.lengths)
-    step.sum().backward()
-    query, plain = own[0].grad, x.own(x.inputs)
-    distributed.node_sparse_attention(*plain, x.kept, group=world.group).sum().backward()
-    assert query is not None and plain[0].grad is not None
-    named = {"rank": world.rank, "size": world.size, "lengths": x.lengths}
+    named: dict[str, Any] = {"rank": world.rank, "size": world.size, "lengths": x.lengths}
     inputs = [*(y.detach() for y in own), x.kept]
     return {
         "out": largest(out, x.packed(vattn.node_sparse_attention, x.inputs)),
-        "compiled": largest(step, out[..., :-1]), "compiled grad": largest(query, plain[0].grad),
         "forward bytes": forward, "bytes": sent.total,
         "forward formula": distributed.bytes_sent("node_sparse_attention", *inputs, **named),
         "formula": distributed.bytes_sent("node_sparse_attention", *inputs, backward=True, **named),
@@ -133,7 +127,6 @@ def importance_aside(world: World) -> dict[str, Any]:
     query, key, _ = x.own(x.inputs)
     with SentBytes() as sent:
         plain = distributed.token_importance(query, key, group=world.group)
-    compiled = torch.compile(distributed.token_importance, fullgraph=True)
     with forward_ad.dual_level():
         dual = distributed.token_importance(
             forward_ad.make_dual(query, query), forward_ad.make_dual(key, key), group=world.group
@@ -142,9 +135,8 @@ def importance_aside(world: World) -> dict[str, Any]:
     broken = query.detach().clone()
     broken[0, 0, 0, 0] = torch.nan
     nan = distributed.token_importance(broken, key, group=world.group)
-    bias = vattn.RelativePositionBias3D((1, 1, 5), 3)
+    bias: Any = vattn.RelativePositionBias3D((1, 1, 5), 3)
     return {
-        "compiled": largest(compiled(query, key, group=world.group, lengths=x.lengths), plain),
         "tangent": tangent is None, "gradient": plain.requires_grad, "nan": nan.isnan().any(1).tolist(),
         "bytes": sent.total, "keys": key.shape[2],
         "formula": distributed.bytes_sent(
@@ -155,6 +147,26 @@ def importance_aside(world: World) -> dict[str, Any]:
             lambda: distributed.token_importance(query, key, group=world.group, key_lengths=torch.tensor([41, 0]))
         ),
     }  # fmt: skip
+
+
+def compiled(world: World) -> dict[str, float]:
+    """Without a break in the graph, where lengths are known."""
+    found: dict[str, float] = {}
+    if world.size != 2:
+        return found
+    x = NodeSparse(world, 40, torch.float32)
+    more = {"group": world.group, "lengths": x.lengths}
+    calls: list[list[Tensor]] = []
+    for wrapped in (lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"), lambda f: f):
+        own = x.own(x.inputs)
+        out = wrapped(distributed.node_sparse_attention)(*own, x.kept, **more)
+        importance = wrapped(distributed.token_importance)(*own[:2], **more)
+        selected = wrapped(distributed.select_tokens)(own[1][:, 0], importance, 7, num_global=0, **more)[0]
+        calls.append([out, importance, selected, *torch.autograd.grad(out.sum() + selected.sum(), own)])
+    names = "out", "importance", "selected", "query", "key", "value"
+    for name, mine, plain in zip(names, *calls, strict=True):
+        found[name] = largest(mine, plain)
+    return found
 
 
 def selection(world: World) -> dict[str, float]:
@@ -244,7 +256,7 @@ def refused(world: World) -> dict[str, str]:
 CASES = {
     "node-sparse": node_sparse, "node-sparse of float32": node_sparse_of_float32, "importance": importance,
     "importance aside": importance_aside, "selection": selection, "selection aside": selection_aside,
-    "refused": refused,
+    "compiled": compiled, "refused": refused,
 }  # fmt: skip
 
 
@@ -261,3 +273,54 @@ def test_ranks_find_what_one_process_finds(case: str, size: int, found: Found) -
         assert len(differences) > 10
         for name, difference in differences.items():
             assert difference < (1e-6 if "float32" in name else EXACT), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_node_sparse_kernels_and_bytes(size: int, found: Found) -> None:
+    for result in results(found, "node-sparse of float32", size):
+        assert result["out"] < 1e-5
+        assert result["forward bytes"] == result["forward formula"] == 4 * 2 * 3 * 5 * (8 + 2)
+        assert result["bytes"] == result["formula"] == 4 * 2 * 3 * 5 * (8 + 2 + 8)
+
+
+def test_compiled_calls_are_the_same(found: Found) -> None:
+    for differences in results(found, "compiled", 2):
+        assert len(differences) == 6
+        assert max(differences.values()) < 1e-6
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_importance_has_no_gradient_and_sends_a_number_for_each_query(size: int, found: Found) -> None:
+    for result in results(found, "importance aside", size):
+        assert result["tangent"] and not result["gradient"]
+        assert result["nan"] == [result["keys"] > 0, False]  # of the sample in which a query holds one
+        assert result["bytes"] == result["formula"] == 4 * 2 * 2 * 3 * 5
+        assert result["bias"] == (
+            "ValueError: distributed.token_importance: position_bias must be None, for with a bias the queries are the "
+            "keys, which lie on several ranks, got position_bias=RelativePositionBias3D"
+        )
+        assert "key_lengths must be between 0 and 40" in result["lengths"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_selection_sends_importance_alone(size: int, found: Found) -> None:
+    for result in results(found, "selection aside", size):
+        assert result["tangent"] == 0.0
+        assert result["counts"] == [15, 15]
+        assert result["bytes"] == result["formula"] == 4 * 2 * result["longest"]
+        assert "keep must be between 0 and the number of tokens (30), got keep=31" in result["keep"]
+        assert "keep must be the same on every rank, got rank 0: 0, rank 1: 1" in result["other keep"]
+        assert result["dtype"].startswith("TypeError: distributed.select_tokens: tokens must be float32")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_wrong_call_is_an_error_on_every_rank(size: int, found: Found) -> None:
+    op = "distributed.node_sparse_attention"
+    for rank, messages in enumerate(results(found, "refused", size)):
+        assert messages["far"].startswith(f"ValueError: {op}: kept must be between 0 and 11")
+        assert messages["other"].startswith(f"ValueError: {op}: kept must be the same on every rank, got rank 0: [[0]")
+        assert messages["dtype"].startswith(f"TypeError: {op}: kept must be an int64 tensor")
+        assert messages["grad"].startswith(f"ValueError: {op}: grad must be one of full, partial")
+        own = f"{op}: key must have the batch, heads and head_dim of query"
+        others = f"RuntimeError: {op}: the call must be right on every rank, got on rank 1 ValueError: {own}"
+        assert messages["one rank"].startswith(f"ValueError: {own}" if rank > 0 else others)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from vattn import _checks
 from vattn._library import compute_dtype
@@ -38,11 +39,12 @@ def values_of(x: Tensor | None) -> Any:
     """What tells the values of a tensor of integers, where they can be looked at without waiting for a device."""
     if x is None:
         return None
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return tuple(x.shape), x.dtype
     return x.tolist() if x.numel() <= MOST_VALUES else (tuple(x.shape), crc(x))
 
 
 def crc(x: Tensor) -> int:
-    """A number that other values of a tensor on the CPU would hardly have."""
-    return zlib.crc32(x.detach().contiguous().numpy().data)
+    """A number that other values of a tensor of integers on the CPU would hardly have."""
+    with temporarily_clear_interpreter_stack():
+        return zlib.crc32(x.contiguous().numpy().data)

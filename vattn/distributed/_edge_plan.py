@@ -8,12 +8,14 @@ layout name, each of which comes once::
     rank 1          blocks 2 and 3      its own: 2: [3]  3: [3]      fetched: 2: [1]
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from vattn.distributed._checks import crc
 from vattn.layout import BlockLayout
@@ -32,8 +34,8 @@ class Plan:
         fetched: which of its queries read which fetched block, as a layout of a sequence of blocks, or None if nothing
             is fetched. Rows of the sequence are queries from 0 on, and keys from `first_key` on.
         first_key: the row of that sequence where the fetched keys begin.
-        query_tokens, key_tokens: int64, the number of the token in each row of that sequence, as a query and as a key; 0
-            where there is none.
+        query_tokens, key_tokens: int64, the number of the token in each row of that sequence, as a query and as a key;
+            0 where there is none.
     """
 
     exchanges: bool
@@ -126,9 +128,12 @@ def _padded(numbers: Tensor, before: int, length: int) -> Tensor:
     return torch.nn.functional.pad(numbers, (before, length - before - numbers.numel()))
 
 
-def plan_of(layout: BlockLayout, *arguments: Any) -> Plan:
-    """:func:`make_plan`, made once for a layout."""
-    return layout._plans[_planned(layout, *arguments)]
+def plan_of(
+    layout: BlockLayout, lengths: Sequence[int], rank: int, past_only: bool, apart: bool, device: torch.device
+) -> Plan:
+    """:func:`make_plan`, made once for a layout. In a trace it holds for these lengths alone."""
+    fixed = [operator.index(length) for length in lengths]
+    return layout._plans[_planned(layout, fixed, rank, past_only, apart, device)]
 
 
 @torch.compiler.assume_constant_result
@@ -138,7 +143,8 @@ def _planned(
     """Under which name the plan is found. In a trace it holds for this layout alone."""
     name = f"{lengths} {rank} {past_only} {apart} {device}"
     if name not in layout._plans:
-        layout._plans[name] = make_plan(layout, lengths, rank, past_only=past_only, apart=apart, device=device)
+        with _outside():
+            layout._plans[name] = make_plan(layout, lengths, rank, past_only=past_only, apart=apart, device=device)
     return name
 
 
@@ -147,5 +153,13 @@ def fingerprint(layout: BlockLayout) -> str:
     """What tells one layout from another; waits for its device, once."""
     if "fingerprint" not in layout._plans:
         sizes = layout.num_tokens, layout.block_size, layout.num_global, tuple(layout.row_offsets.shape)
-        layout._plans["fingerprint"] = f"{sizes} {crc(layout.row_offsets.cpu())} {crc(layout.columns.cpu())}"
+        with _outside():
+            layout._plans["fingerprint"] = f"{sizes} {crc(layout.row_offsets.cpu())} {crc(layout.columns.cpu())}"
     return layout._plans["fingerprint"]
+
+
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    """Whatever transforms and modes are active now: what is made here will be used when they are not."""
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        yield

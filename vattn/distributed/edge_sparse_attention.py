@@ -59,10 +59,10 @@ def edge_sparse_attention(
     ``lengths[r]``: whole blocks of the layout, 0 too; only the last token of all may end a block early.
 
     Forward, a rank sends the keys and the values of those of its blocks that other ranks read, once to each of them:
-    ``2 * B * H * D`` numbers in the dtype of the inputs for each token, nothing for a layout that stays within the ranks.
-    For the merge of the global tokens it sends ``B * H * G * (D + 2)`` numbers of at least 32 bits. In the backward it
-    sends the gradients of what it received, and, unless `grad` is "partial", of the global rows of query, key and value,
-    and of the table.
+    ``2 * B * H * D`` numbers in the dtype of the inputs for each token, nothing for a layout that stays within the
+    ranks. For the merge of the global tokens it sends ``B * H * G * (D + 2)`` numbers of at least 32 bits. In the
+    backward it sends the gradients of what it received; with "full" gradients also those of the global rows of query,
+    key and value, and of the table; with "partial" ones those of the merge.
 
     Who is sent what is found on the host, from the values of the layout: once for a layout, for which the host waits if
     that lies on a GPU. In a compiled function, another layout is compiled again.
@@ -72,10 +72,10 @@ def edge_sparse_attention(
         layout: of the blocks of all ranks, the same on every rank; on the CPU, or on the device of `query`.
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group. Shards lie in the order of
             ranks.
-        grad: what gradients of global tokens and of the table are. "full": those of the global tokens' outputs must come
-            whole, and equal, on every rank; those of their inputs, and of the table, are whole, and equal. "partial":
-            the loss is the sum of those of the ranks; global inputs and the table get this rank's share of their
-            gradient, and the sum over the ranks is whole.
+        grad: what gradients of global tokens and of the table are. "full": those of the global tokens' outputs must
+            come whole, and equal, on every rank; those of their inputs, and of the table, are whole, and equal.
+            "partial": the loss is the sum of those of the ranks; global inputs and the table get this rank's share of
+            their gradient, and the sum over the ranks is whole.
         lengths: how many tokens that are not global each rank has, where they are known. Without them the ranks ask
             each other, and compare their settings, layouts among them.
         position_bias: a table of biases that is added to the scaled scores, the same on every rank.
@@ -144,34 +144,35 @@ def edge_sparse_attention(
     bias = None
     if position_bias is not None:
         bias = enter(position_bias(as_table=True), ranks, grad), position_bias.window
-    moving = _start_fetching(key[:, :, G:], value[:, :, G:], plan, ranks) if plan.exchanges else None
+    # split, whose backward is one copy, where that of a slice is zeros and a copy
+    own = agreed.lengths[0][ranks.rank]
+    (global_query, own_query), (_, own_key), (_, own_value) = (x.split([G, own], 2) for x in (query, key, value))
+    moving = _start_fetching(own_key, own_value, plan, ranks) if plan.exchanges else None
 
     call = _Call(G, begin, bias, positions, causal, agreed.seed, **found)
     out, lse = call.of_local(query, key, value, plan)
     merge = None
     if G > 0 and ranks.size > 1:
-        of_global = out[:, :, :G], lse[:, :, :G]
-        if ranks.rank > 0:  # where the global keys have been read
-            of_global = call.of_global(query[:, :, :G], key[:, :, G:], value[:, :, G:])
-        merge = PendingMerge(*of_global, ranks, grad)
-        out, lse = out[:, :, G:], lse[:, :, G:]
+        (global_out, out), (global_lse, lse) = (x.split([G, own], 2) for x in (out, lse))
+        if ranks.rank > 0:  # the global keys count once
+            global_out, global_lse = call.of_global(global_query, own_key, own_value)
+        merge = PendingMerge(global_out, global_lse, ranks, grad)
     if moving is not None:
-        rows = moving.wait()
+        came = moving.wait()
         if plan.fetched is None:
-            out = tie(out, rows)
+            out = tie(out, came)
         else:
-            fetched = call.of_fetched(query[:, :, G:], rows, plan)
+            fetched = call.of_fetched(own_query, came, plan)
             out, lse = vattn.merge_attention([out, fetched[0]], [lse, fetched[1]])
     if merge is not None:
         global_out, global_lse = merge.wait()
-        out = torch.cat([global_out.transpose(1, 2), out.transpose(1, 2)], 1).transpose(1, 2)
-        lse = torch.cat([global_lse, lse], 2)
+        out, lse = _one_behind_another(global_out, out), torch.cat([global_lse, lse], 2)
     results = [out]
     if return_lse:
         results.append(lse)
     if return_importance:
         first = (lse[:, :, :G] - call.of_global_queries())[:, :, :1].detach()
-        results.append(vattn.token_importance(query[:, :, :1], key[:, :, G:], lse=first, scale=found["scale"]))
+        results.append(vattn.token_importance(query[:, :, :1], own_key, lse=first, scale=found["scale"]))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -195,7 +196,7 @@ class _Call:
         if positions is None and self.bias is not None:
             positions = torch.arange(self.begin, end, device=query.device)
         numbers = [range(self.num_global), range(self.num_global + self.begin, self.num_global + end)]
-        seeds = with_numbers(self.seed, *query.shape[:2], numbers, numbers)
+        seeds = self.numbered(query, numbers, numbers)
         out, lse, _ = attend(
             query, key, value, plan.local, self.bias, positions, self.causal, self.dropout_p, seeds, self.scale, False
         )
@@ -204,10 +205,13 @@ class _Call:
     def of_global(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The global queries read the keys here."""
         first = self.num_global + self.begin
-        numbers = [range(self.num_global)], [range(first, first + key.shape[2])]
-        seeds = with_numbers(self.seed, *query.shape[:2], *numbers)
+        seeds = self.numbered(query, [range(self.num_global)], [range(first, first + key.shape[2])])
         out, lse = attend_to_all(query, [key], [value], None, self.dropout_p, seeds, self.scale)
         return out, lse + self.of_global_queries()
+
+    def numbered(self, query: Tensor, queries: list[Any], keys: list[Any]) -> Tensor | None:
+        """The seed, with the numbers of query and key tokens on one device, the global ones first."""
+        return with_numbers(self.seed, query.shape[0], query.shape[1], queries, keys)
 
     def of_global_queries(self) -> Tensor | float:
         """``(H, G)``: the bias of a global query, which is the same for all keys that are not global."""
@@ -229,13 +233,12 @@ class _Call:
         if bias is not None or positions is not None:
             tokens = plan.query_tokens + plan.key_tokens  # rows apart: one of them is 0
             positions = tokens if positions is None else positions[..., tokens]
-        numbers = ([self.num_global + x] for x in (plan.query_tokens, plan.key_tokens))
+        seeds = self.numbered(query, [self.num_global + plan.query_tokens], [self.num_global + plan.key_tokens])
         out, lse, _ = attend(
             _padded(query, 0, length), key, value, plan.fetched, bias, positions,
-            self.causal and self.positions is not None, self.dropout_p,
-            with_numbers(self.seed, *query.shape[:2], *numbers), self.scale, False,
+            self.causal and self.positions is not None, self.dropout_p, seeds, self.scale, False,
         )  # fmt: skip
-        return out[:, :, :own], lse[:, :, :own]
+        return (out, lse) if length == own else (out[:, :, :own], lse[:, :, :own])
 
 
 def _start_fetching(key: Tensor, value: Tensor, plan: Plan, ranks: Ranks) -> Pending:
@@ -245,8 +248,15 @@ def _start_fetching(key: Tensor, value: Tensor, plan: Plan, ranks: Ranks) -> Pen
 
 
 def _padded(x: Tensor, before: int, length: int) -> Tensor:
-    behind = length - before - x.shape[2]
-    return x if before == behind == 0 else torch.nn.functional.pad(x, (0, 0, before, behind))
+    """`x` in the middle of `length` tokens, behind `before` others of zeros."""
+    B, H, own, D = x.shape
+    zeros = x.new_zeros(()).expand(B, H, length - own, D)
+    return x if own == length else _one_behind_another(zeros[:, :, :before], x, zeros[:, :, before:])
+
+
+def _one_behind_another(*tensors: Tensor) -> Tensor:
+    """The tokens of ``(B, H, L, D)``, with heads beside channels in memory, as every operator returns them."""
+    return torch.cat([x.transpose(1, 2) for x in tensors], 1).transpose(1, 2)
 
 
 def _check_tokens(layout: object, query: Tensor, position_bias: Any, positions: Tensor | None) -> int:

@@ -51,10 +51,10 @@ def node_sparse_attention(
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group. Shards lie in the order of
             ranks.
         grad: what gradients of query and output are. "full": that of the output must come whole, and equal, on every
-            rank; that of the query is whole, and equal. "partial": the loss is the sum of those of the ranks; query gets
-            this rank's share of its gradient, and the sum over the ranks is whole.
-        lengths: the sizes of the shards, one for each rank, where they are known. Without them the ranks ask each other,
-            and compare their settings.
+            rank; that of the query is whole, and equal. "partial": the loss is the sum of those of the ranks; the query
+            gets this rank's share of its gradient, and the sum over the ranks is whole.
+        lengths: the sizes of the shards, one for each rank, where they are known. Without them the ranks ask each
+            other, and compare their settings.
         dropout_p: probability of dropping an attention weight. The mask is that of one device with the seed that rank
             0 draws; all ranks draw one.
         scale: factor of the scores; None means ``D ** -0.5``.
@@ -101,7 +101,8 @@ def node_sparse_attention(
     own = (kept >= begin) & (kept < end)
     first_own = (~own).int().argsort(dim=1, stable=True)
     here, count = kept.gather(1, first_own) - begin, own.sum(1)
-    seeds = with_numbers(agreed.seed, *query.shape[:2], [range(query.shape[2])], [range(begin, end)])
+    B, H, Lq, _ = query.shape
+    seeds = with_numbers(agreed.seed, B, H, [range(Lq)], [range(begin, end)])
     out, lse = attend(
         enter(query, ranks, grad), key, value, here, count, float(dropout_p), seeds,
         _checks.scale(OP, scale, query.shape[-1]),

@@ -48,7 +48,7 @@ def select_tokens(
             ranks.
         lengths: the sizes of the shards without global tokens, one for each rank, where they are known. Without them
             the ranks ask each other, and compare their settings.
-        positions: int64, the positions of the tokens of all ranks, or of this rank's N tokens, ``(...)`` or ``(B, ...)``;
+        positions: ``(M,)`` or ``(B, M)`` int64, the positions of the M tokens of all ranks, or of this rank's N tokens;
             None for their numbers through all ranks.
         num_global: G.
 

@@ -40,8 +40,8 @@ def token_importance(
         key: ``(B, H, Lk, D)``: this rank's part of the keys, of any length, 0 too.
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group. Shards lie in the order of
             ranks.
-        lengths: the sizes of the shards, one for each rank, where they are known. Without them the ranks ask each other,
-            and compare their settings.
+        lengths: the sizes of the shards, one for each rank, where they are known. Without them the ranks ask each
+            other, and compare their settings.
         position_bias: None. With a bias queries and keys are the same tokens, and the queries are not on every rank.
         key_lengths: ``(B,)`` int32 or int64: sample b reads the first ``key_lengths[b]`` keys of all ranks, and the
             others get 0.
