@@ -8,7 +8,7 @@ model whose speeds are options:
 
     compute     floating-point operations of the rank that has most of them / (--tflops)
     all_to_all  bytes handed / bandwidth + latency
-    all_reduce  2 (R - 1) / R x bytes / bandwidth + 2 log2(R) x latency      a ring for the bytes, a tree for the latency
+    all_reduce  2 (R - 1) / R x bytes / bandwidth + 2 log2(R) x latency      ring for the bytes, tree for the latency
     all_gather  (R - 1) x bytes / bandwidth + log2(R) x latency
 
 The bandwidth is --node-gb-per-s where all ranks share a node of --node ranks, else --network-gb-per-s. Nothing overlaps
@@ -121,7 +121,7 @@ def _edge(tokens: int, size: int, rank: int) -> tuple[str, list[Any], dict[str, 
 
 def _node(tokens: int, size: int, rank: int) -> tuple[str, list[Any], dict[str, Any]]:
     lengths = _shares(tokens, size)
-    kept = torch.empty(1, tokens // 10, dtype=torch.int64, device="meta")
+    kept = torch.empty(1, tokens // 10 // size, dtype=torch.int64, device="meta")  # as many as a rank has on average
     return "node_sparse_attention", [_rows(LATENTS), *[_rows(lengths[rank])] * 2, kept], {"lengths": lengths}
 
 
