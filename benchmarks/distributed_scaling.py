@@ -166,14 +166,15 @@ def steps(tokens: Sequence[int], ranks: Sequence[int], machine: Machine) -> Iter
 def table(found: Sequence[Step]) -> str:
     """One row for each case and number of tokens: a column for each number of ranks."""
     sizes = sorted({one.size for one in found})
-    lines = ["| operator | tokens | " + " | ".join(f"{size} GPUs" for size in sizes) + " |"]
-    lines.append("|---|---|" + "---|" * len(sizes))
+    lines = ["| operator | tokens | half is sending from | " + " | ".join(f"{size} GPUs" for size in sizes) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(sizes))
     by_row: dict[tuple[str, int], dict[int, Step]] = {}
     for one in found:
         by_row.setdefault((one.case, one.tokens), {})[one.size] = one
     for (case, tokens), row in by_row.items():
         cells = [_cell(row[size]) if size in row else "" for size in sizes]
-        lines.append(f"| {case} | {tokens:,} | " + " | ".join(cells) + " |")
+        takes_over = next((f"{size} GPUs" for size in sizes if size in row and row[size].share >= 0.5), "-")
+        lines.append(f"| {case} | {tokens:,} | {takes_over} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -186,23 +187,19 @@ def plot(found: Sequence[Step], path: pathlib.Path) -> None:
     """Time of a step over the number of ranks, a panel for each number of tokens; dashed: without communication."""
     from matplotlib.figure import Figure
 
-    counts = sorted({one.tokens for one in found})
+    counts, sizes = sorted({one.tokens for one in found}), sorted({one.size for one in found})
     figure = Figure(figsize=(5.5 * len(counts), 5.5), layout="constrained")
     panels = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
     for axes, tokens in zip(panels, counts, strict=True):
         for number, case in enumerate(CASES):
             row = [one for one in found if one.case == case and one.tokens == tokens]
-            sizes = [one.size for one in row]
-            axes.loglog(
-                sizes, [1e3 * (one.compute + one.communication) for one in row], marker="o", markersize=3, base=2,
-                color=f"C{number}", label=case,
-            )  # fmt: skip
-            axes.loglog(sizes, [1e3 * one.compute for one in row], "--", linewidth=0.8, base=2, color=f"C{number}")
-        axes.set_title(f"{tokens:,} tokens")
-        axes.set_xlabel("GPUs")
-        axes.set_xticks(
-            sorted({one.size for one in found}), labels=[str(size) for size in sorted({one.size for one in found})]
-        )
+            whole = [1e3 * (one.compute + one.communication) for one in row]
+            axes.plot([one.size for one in row], whole, color=f"C{number}", marker="o", markersize=3, label=case)
+            compute = [1e3 * one.compute for one in row]
+            axes.plot([one.size for one in row], compute, "--", color=f"C{number}", linewidth=0.8)
+        axes.set(title=f"{tokens:,} tokens", xlabel="GPUs", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, labels=[str(size) for size in sizes])
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("forward + backward, ms (model; dashed: compute alone)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
