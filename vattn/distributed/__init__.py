@@ -3,12 +3,6 @@
 Results and gradients are those of one device, whatever the lengths of the shards, which may be empty. ``group`` is a
 ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shards lie in the order of ranks, and all
 ranks make the same calls in the same order.
-
-Without ``lengths`` the ranks compare their calls, and one that differs raises on all of them. With ``lengths`` nothing is
-asked, and a mismatch is not noticed: gloo ends the process that gets more than it expects, and NCCL waits. With
-``TORCH_DISTRIBUTED_DEBUG=INFO`` or ``DETAIL`` calls are compared all the same, but for those that are compiled.
-
-A DTensor is for the public operators, which run on its parts, or take these functions where tokens are sharded.
 """
 
 from vattn.distributed.axial_attention import axial_attention
@@ -17,6 +11,7 @@ from vattn.distributed.edge_sparse_attention import edge_sparse_attention
 from vattn.distributed.latent_attention import latent_attention
 from vattn.distributed.leap_attention import leap_attention
 from vattn.distributed.node_sparse_attention import node_sparse_attention
+from vattn.distributed.parallelize import parallelize, share_of
 from vattn.distributed.periodic_shift import periodic_shift
 from vattn.distributed.select_tokens import select_tokens
 from vattn.distributed.token_importance import token_importance
@@ -28,7 +23,9 @@ __all__ = [
     "latent_attention",
     "leap_attention",
     "node_sparse_attention",
+    "parallelize",
     "periodic_shift",
     "select_tokens",
+    "share_of",
     "token_importance",
 ]

@@ -1,0 +1,205 @@
+"""Models over ranks are the models: outputs, losses, every parameter's gradient, samples, and steps of training."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed.processes import Case, Found, World, results, run_cases
+from vattn.distributed import parallelize, share_of
+from vattn.models.mebt import MeBT, draft_and_revise, generate, masked_loss, maskgit
+
+SIZES = (2, 3, 4)
+Pair = tuple[Any, Any]
+"""What the ranks found, and what one process finds."""
+
+GRID = (3, 2, 4)
+MODES = ("latent_enc", "latent_self", "latent_enc", "latent_dec", "lt2l", "latent_self", "lt2l", "latent_dec")
+SPLITS = ((0, 24), (5, 13), (24, 0), (1, 2))
+"""Contexts and targets: also none, and fewer than ranks."""
+
+
+def seed(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def mebt(dtype: torch.dtype = torch.float64, **settings: Any) -> MeBT:
+    torch.manual_seed(0)
+    model = MeBT(11, GRID, dim=16, num_heads=2, modes=MODES, num_latents=5, **settings).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=seed(parameter.numel()))
+    return model
+
+
+def some_codes(batch: int = 2) -> Tensor:
+    return torch.randint(11, (batch, *GRID), generator=seed(3))
+
+
+def gradients(model: nn.Module, loss: Tensor, group: Any = None) -> dict[str, Tensor]:
+    """Of each parameter: over ranks their sum."""
+    loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        if group is not None:
+            dist.all_reduce(grad, group=group)
+        found[name] = grad
+    return found
+
+
+def total(x: Tensor, world: World) -> Tensor:
+    """The sum over the ranks."""
+    x = x.detach().clone()
+    dist.all_reduce(x, group=world.group)
+    return x
+
+
+def mebt_loss(model: MeBT, split: tuple[int, int], group: Any = None) -> tuple[Tensor, Tensor]:
+    """The logits and the loss of a fixed partition, of this rank's share."""
+    order = torch.stack([torch.randperm(24, generator=seed(i)) for i in range(2)])
+    context, target = order[:, : split[0]], order[:, split[0] : sum(split)]
+    logits = model(some_codes(), context, target)
+    own = range(split[1]) if group is None else share_of(split[1], group)
+    codes = some_codes().flatten(1).gather(1, target[:, own.start : own.stop])
+    return logits, masked_loss(logits, codes, 20, 24)
+
+
+def mebt_gradients(world: World, dtype: torch.dtype) -> dict[str, Pair]:
+    found: dict[str, Pair] = {}
+    for split in SPLITS:
+        one, many = mebt(dtype), parallelize(mebt(dtype), world.group)
+        logits, loss = mebt_loss(one, split)
+        own_logits, own_loss = mebt_loss(many, split, world.group)
+        got, expected = gradients(many, own_loss, world.group), gradients(one, loss)
+        found |= {f"{split} gradient of {name}": (got[name], expected[name]) for name in expected}
+        found[f"{split} logits"] = world.gather(own_logits, 1), logits.detach()
+        found[f"{split} loss"] = total(own_loss, world), loss.detach()
+    return found
+
+
+mebt_float64 = functools.partial(mebt_gradients, dtype=torch.float64)
+mebt_float32 = functools.partial(mebt_gradients, dtype=torch.float32)
+
+
+def mebt_training(world: World) -> dict[str, Pair]:
+    """The loss of training, with partitions that are drawn, and dropout of attention weights."""
+    found: dict[str, Pair] = {}
+    for number, budget in enumerate((None, 4)):
+        one, many = mebt(attn_drop=0.4).train(), parallelize(mebt(attn_drop=0.4), world.group).train()
+        losses = []
+        for model in (many, one):
+            torch.manual_seed(number)
+            losses.append(model.training_loss(some_codes(), budget=budget, prior="uniform", label_smoothing=0.1))
+        got, expected = gradients(many, losses[0], world.group), gradients(one, losses[1])
+        found |= {f"{budget} gradient of {name}": (got[name], expected[name]) for name in expected}
+        found[f"{budget} loss"] = total(losses[0], world), losses[1].detach()
+    return found
+
+
+def mebt_samples(world: World) -> dict[str, Pair]:
+    one, many = mebt().eval(), parallelize(mebt(), world.group).eval()
+    found: dict[str, Pair] = {}
+    ways: dict[str, Callable[[MeBT], Any]] = {
+        "generate": lambda m: generate(m, 2, num_steps=4, temperature=0.8, top_k=7, generator=seed(1)),
+        "maskgit": lambda m: tuple(maskgit(m, some_codes(), num_steps=5, generator=seed(2))),
+        "draft and revise": lambda m: tuple(
+            draft_and_revise(m, some_codes(), draft_steps=3, top_p=0.9, generator=seed(3))
+        ),
+    }
+    for name, way in ways.items():
+        found[name] = way(many), way(one)
+    return found
+
+
+def mebt_refusals(world: World) -> dict[str, Any]:
+    """What each rank says where one has other codes, or wrong ones."""
+    model, order = parallelize(mebt(), world.group), torch.arange(24).expand(2, -1)
+    codes = some_codes()
+    said = {}
+    for name, given, context in (
+        ("codes", (codes + (world.rank == 1)) % 11, order[:, :4]),
+        ("context", codes, order[:, : 4 + (world.rank == 1)]),
+        ("shape", codes[:, :, : 2 - (world.rank == 1)], order[:, :4]),
+    ):
+        try:
+            model(given, context, order[:, 5:])
+            said[name] = "nothing"
+        except (ValueError, RuntimeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+class Saved:
+    """Bytes that autograd keeps for a backward, but for those of parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.bytes = 0
+
+    def pack(self, x: Tensor) -> Tensor:
+        place = x.untyped_storage().data_ptr()
+        if place not in self.known:
+            self.known.add(place)
+            self.bytes += x.untyped_storage().nbytes()
+        return x
+
+
+def mebt_memory(world: World) -> tuple[int, int]:
+    """What the ranks keep at most, and what one process keeps."""
+    kept = []
+    for parallel in (True, False):
+        torch.manual_seed(0)
+        model = MeBT(64, (8, 16, 16), dim=16, num_heads=2, modes=MODES, num_latents=8)
+        saved = Saved(parallelize(model, world.group) if parallel else model)
+        codes = torch.zeros(1, 8, 16, 16, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+            loss = model.training_loss(codes, generator=seed(1))
+        loss.backward()
+        kept.append(saved.bytes)
+    most = torch.tensor(kept[0])
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=world.group)
+    return int(most), kept[1]
+
+
+CASES: dict[str, Case] = {
+    "mebt float64": mebt_float64, "mebt float32": mebt_float32, "mebt training": mebt_training,
+    "mebt samples": mebt_samples, "mebt refusals": mebt_refusals, "mebt memory": mebt_memory,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return run_cases(CASES, tmp_path_factory.mktemp("processes"), SIZES)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", ["mebt float64", "mebt float32", "mebt training", "mebt samples"])
+def test_ranks_find_what_one_process_finds(case: str, size: int, found: Found) -> None:
+    bound = 1e-10 if "float32" not in case else 2e-5
+    for pairs in results(found, case, size):
+        for name, (got, expected) in pairs.items():
+            torch.testing.assert_close(got, expected, rtol=bound, atol=bound, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_that_differs_is_told_on_all(size: int, found: Found) -> None:
+    for rank, said in enumerate(results(found, "mebt refusals", size)):
+        for name in ("codes", "context"):
+            assert said[name].startswith(f"ValueError: MeBT: {name} (or its generator) must be the same on every rank")
+        kind = "ValueError: MeBT: codes must have shape" if rank == 1 else "RuntimeError: MeBT: the call must be right"
+        assert said["shape"].startswith(kind)
+
+
+def test_memory_falls_with_ranks(found: Found) -> None:
+    shares = {size: most / alone for size in SIZES for most, alone in results(found, "mebt memory", size)}
+    assert all(share < 1.15 / size for size, share in shares.items()), shares

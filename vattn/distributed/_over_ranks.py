@@ -1,0 +1,34 @@
+"""Modules that work over ranks, once :func:`vattn.distributed.parallelize` has given them some."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from vattn.distributed._ranks import PaperRanks, Ranks, agree
+
+
+class OverRanks:
+    """A module with `ranks`: None is one process; otherwise it has its share of the tokens, and calls
+    :mod:`vattn.distributed` for those of others.
+
+    Gradients are "partial": the loss is the sum of the ranks' losses, and a parameter's gradient the sum of the ranks'.
+    """
+
+    ranks: Ranks | None = None
+
+    def refuse(self, ranks: Ranks) -> None:
+        """Raise ValueError for settings that cannot work over `ranks`."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the ranks compare their inputs: not in a program that is compiled, and not on paper."""
+        is_silent = self.ranks is None or isinstance(self.ranks, PaperRanks) or torch.compiler.is_compiling()
+        return not is_silent and self.ranks.size > 1  # type: ignore[union-attr]
+
+    def agree(self, op: str, check: Callable[[], Mapping[str, Any]]) -> None:
+        """Check an input on every rank: an error on one is one on all, and all have the settings that `check` gives."""
+        if self.compares:
+            agree(op, self.ranks, lambda: (check(), ()), None)  # type: ignore[arg-type]
+        else:
+            check()
