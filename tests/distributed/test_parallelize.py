@@ -1,6 +1,5 @@
 """Models over ranks are the models: outputs, losses, every parameter's gradient, samples, and steps of training."""
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -139,6 +138,64 @@ def mebt_refusals(world: World) -> dict[str, Any]:
     return said
 
 
+def mebt_compiled(world: World) -> Pair | None:
+    """The gradients of a step whose forward and backward are compiled in one piece."""
+    if world.size > 2:
+        return None
+    grads = []
+    for is_compiled in (True, False):
+        model = parallelize(mebt(), world.group)
+        order = torch.arange(24).expand(2, -1)
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if is_compiled else model
+        logits = forward(some_codes(), order[:, :9], order[:, 9:])
+        grads.append(gradients(model, logits.sin().sum(), world.group))
+    return tuple(grads)  # type: ignore[return-value]
+
+
+def with_ddp(model: MeBT, mesh: Any) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def with_fsdp2(model: MeBT, mesh: Any) -> nn.Module:
+    """Parameters are sharded over the ranks of one video, and copied for other videos."""
+    for block in model.transformer.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WAYS: dict[str, Callable[[MeBT, Any], nn.Module]] = {"DDP": with_ddp, "FSDP2": with_fsdp2}
+
+
+def two_steps(model: nn.Module, codes: Tensor, own: range, factor: int) -> dict[str, Tensor]:
+    """The weights after two steps of the forward alone, as DDP wants it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    order = torch.randperm(24, generator=seed(6)).expand(len(codes), -1)
+    context, target = order[:, :7], order[:, 7:]
+    for _ in range(2):
+        logits = model(codes, context, target)
+        loss = masked_loss(logits, codes.flatten(1).gather(1, target[:, own.start : own.stop]), 17, 24)
+        optimizer.zero_grad()
+        (loss * factor).backward()
+        optimizer.step()
+    full = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in model.state_dict().items()}
+    return {name.removeprefix("module."): x.detach() for name, x in full.items()}
+
+
+def data_by_context(world: World) -> dict[str, Pair]:
+    """Two videos at once, the tokens of each over two ranks."""
+    found: dict[str, Pair] = {}
+    if world.size < 4:
+        return found
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    codes, half = some_codes(4), some_codes(4).chunk(2)[mesh["data"].get_local_rank()]
+    expected = two_steps(mebt(), codes, range(17), 1)
+    for name, way in WAYS.items():
+        model = way(parallelize(mebt(), mesh["context"]), mesh)
+        got = two_steps(model, half, share_of(17, mesh["context"]), mesh["context"].size())
+        found |= {f"{name} {weight}": (got[weight], expected[weight]) for weight in expected}
+    return found
+
+
 class Saved:
     """Bytes that autograd keeps for a backward, but for those of parameters."""
 
@@ -174,6 +231,7 @@ def mebt_memory(world: World) -> tuple[int, int]:
 CASES: dict[str, Case] = {
     "mebt float64": mebt_float64, "mebt float32": mebt_float32, "mebt training": mebt_training,
     "mebt samples": mebt_samples, "mebt refusals": mebt_refusals, "mebt memory": mebt_memory,
+    "mebt compiled": mebt_compiled, "data by context": data_by_context,
 }  # fmt: skip
 
 
@@ -189,6 +247,18 @@ def test_ranks_find_what_one_process_finds(case: str, size: int, found: Found) -
     for pairs in results(found, case, size):
         for name, (got, expected) in pairs.items():
             torch.testing.assert_close(got, expected, rtol=bound, atol=bound, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def test_a_compiled_step(found: Found) -> None:
+    for compiled, eager in results(found, "mebt compiled", 2):
+        torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-10)
+
+
+def test_data_parallel_too(found: Found) -> None:
+    for pairs in results(found, "data by context", 4):
+        assert len(pairs) == 2 * len(mebt().state_dict())
+        for name, (got, expected) in pairs.items():
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
 @pytest.mark.parametrize("size", SIZES)

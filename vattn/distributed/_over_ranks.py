@@ -17,18 +17,18 @@ class OverRanks:
 
     ranks: Ranks | None = None
 
-    def refuse(self, ranks: Ranks) -> None:
+    def _refuse(self, ranks: Ranks) -> None:
         """Raise ValueError for settings that cannot work over `ranks`."""
 
     @property
-    def compares(self) -> bool:
+    def _compares(self) -> bool:
         """Whether the ranks compare their inputs: not in a program that is compiled, and not on paper."""
         is_silent = self.ranks is None or isinstance(self.ranks, PaperRanks) or torch.compiler.is_compiling()
         return not is_silent and self.ranks.size > 1  # type: ignore[union-attr]
 
-    def agree(self, op: str, check: Callable[[], Mapping[str, Any]]) -> None:
+    def _agree(self, op: str, check: Callable[[], Mapping[str, Any]]) -> None:
         """Check an input on every rank: an error on one is one on all, and all have the settings that `check` gives."""
-        if self.compares:
+        if self._compares:
             agree(op, self.ranks, lambda: (check(), ()), None)  # type: ignore[arg-type]
         else:
             check()

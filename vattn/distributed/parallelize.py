@@ -80,7 +80,7 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
             if isinstance(value := getattr(module, setting, None), (int, float)):
                 _require_zero(f"{name}.{setting}", value)
     for part in parts:
-        part.refuse(ranks)
+        part._refuse(ranks)
     for part in parts:
         part.ranks = ranks
     return model

@@ -168,7 +168,7 @@ class LatentBlock(nn.Module, OverRanks):
             nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim), nn.Dropout(proj_drop)
         )
 
-    def refuse(self, ranks: Ranks) -> None:
+    def _refuse(self, ranks: Ranks) -> None:
         if self.mode == "maskgit":
             must = "be another one over ranks: in it sharded tokens read sharded tokens"
             raise ValueError(f"LatentBlock: mode must {must}, got mode={self.mode!r}")

@@ -206,7 +206,7 @@ class MeBT(PretrainedModel, OverRanks):
         return cls._from_weights(weights, settings)
 
     def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
-        self.agree("MeBT", lambda: self._checked(codes, context, target))
+        self._agree("MeBT", lambda: self._checked(codes, context, target))
         codes = codes.reshape(codes.shape[0], math.prod(codes.shape[1:]))
         lengths = None
         if self.ranks is not None:
@@ -223,7 +223,7 @@ class MeBT(PretrainedModel, OverRanks):
             if positions.dim() != 2 or positions.shape[0] != codes.shape[0]:
                 must = f"have shape ({codes.shape[0]}, tokens)"
                 raise ValueError(f"MeBT: {name} must {must}, got {name}.shape={tuple(positions.shape)}")
-        if not self.compares:
+        if not self._compares:
             return {}
         given = {"codes": codes, "context": context, "target": target}
         return {f"{name} (or its generator)": fingerprint(x) for name, x in given.items()}
