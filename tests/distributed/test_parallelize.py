@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.processes import Case, Found, World, results, run_cases
 from vattn.distributed import parallelize, share_of
+from vattn.models.laps import LapsViT, LapsVisformer, video_from_image
 from vattn.models.mebt import MeBT, draft_and_revise, generate, masked_loss, maskgit
 
 SIZES = (2, 3, 4)
@@ -31,12 +32,15 @@ def seed(number: int) -> torch.Generator:
 
 
 def mebt(dtype: torch.dtype = torch.float64, **settings: Any) -> MeBT:
-    torch.manual_seed(0)
-    model = MeBT(11, GRID, dim=16, num_heads=2, modes=MODES, num_latents=5, **settings).to(dtype)
+    return filled(MeBT(11, GRID, dim=16, num_heads=2, modes=MODES, num_latents=5, **settings)).to(dtype)
+
+
+def filled(model: nn.Module) -> Any:
+    """In float64, with weights that are not small, so that every gradient shows."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=seed(parameter.numel()))
-    return model
+        for i, parameter in enumerate(model.parameters()):
+            parameter.normal_(std=0.3, generator=seed(i))
+    return model.double()
 
 
 def some_codes(batch: int = 2) -> Tensor:
@@ -196,6 +200,79 @@ def data_by_context(world: World) -> dict[str, Pair]:
     return found
 
 
+class SmallAttention(nn.Module):
+    """An attention in the manner of timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 2, nn.Linear(8, 24), nn.Linear(8, 8)
+
+
+class SplitAttention(nn.Module):
+    """An attention in the manner of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.scaling, self.attention_dropout = 2, 0.4, 0.3
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+
+
+class ImageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.first, self.second = SmallAttention(), SplitAttention()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.patches(pixel_values).flatten(2).mT
+        x = x + self.first(x)
+        x = x + self.second(x)[0]
+        return self.head(x.mean(1))
+
+
+def laps_vit() -> Any:
+    return filled(
+        LapsViT(6, (1, 2, None), 4, image_size=(8, 12), patch_size=4, num_classes=5, embed_dim=16, depth=3, num_heads=2)
+    )
+
+
+def laps_visformer() -> Any:
+    size = {"image_size": 32, "stem_channels": 4, "num_classes": 5, "embed_dim": 16, "depth": (1, 2, 1), "num_heads": 2}
+    return filled(LapsVisformer(6, ((1, 2), (None,)), **size)).train()
+
+
+def laps_from_image() -> Any:
+    return filled(video_from_image(ImageModel(), num_frames=6, levels=(1, 2))).train()
+
+
+LAPS: dict[str, Callable[[], Any]] = {
+    "LapsViT": laps_vit, "LapsVisformer": laps_visformer, "VideoFromImage": laps_from_image,
+}  # fmt: skip
+
+
+def laps(world: World) -> dict[str, Pair]:
+    """Logits, losses, gradients, and the statistics of batch norms, of six frames."""
+    found: dict[str, Pair] = {}
+    for name, make in LAPS.items():
+        side = (32, 32) if name == "LapsVisformer" else (8, 12)
+        video, labels = torch.randn(2, 6, 3, *side, dtype=torch.float64, generator=seed(8)), torch.tensor([4, 1])
+        own = share_of(6, world.group)
+        part = video[:, own.start : own.stop]
+        one, many = make(), parallelize(make(), world.group)
+        torch.manual_seed(5)
+        loss = one.training_loss(video, labels)
+        torch.manual_seed(5)
+        own_loss = many.training_loss(part, labels)
+        got, expected = gradients(many, own_loss, world.group), gradients(one, loss)
+        found |= {f"{name} gradient of {weight}": (got[weight], expected[weight]) for weight in expected}
+        found[f"{name} loss"] = total(own_loss, world), loss.detach()
+        found |= {f"{name} {buffer}": (x, one.get_buffer(buffer)) for buffer, x in many.named_buffers()}
+        one.eval(), many.eval()
+        found[f"{name} frames"] = world.gather(many.forward_frames(part), 1), one.forward_frames(video).detach()
+        found[f"{name} logits"] = many(part).detach(), one(video).detach()
+    return found
+
+
 class Saved:
     """Bytes that autograd keeps for a backward, but for those of parameters."""
 
@@ -231,7 +308,7 @@ def mebt_memory(world: World) -> tuple[int, int]:
 CASES: dict[str, Case] = {
     "mebt float64": mebt_float64, "mebt float32": mebt_float32, "mebt training": mebt_training,
     "mebt samples": mebt_samples, "mebt refusals": mebt_refusals, "mebt memory": mebt_memory,
-    "mebt compiled": mebt_compiled, "data by context": data_by_context,
+    "mebt compiled": mebt_compiled, "data by context": data_by_context, "laps": laps,
 }  # fmt: skip
 
 
@@ -241,7 +318,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("case", ["mebt float64", "mebt float32", "mebt training", "mebt samples"])
+@pytest.mark.parametrize("case", ["mebt float64", "mebt float32", "mebt training", "mebt samples", "laps"])
 def test_ranks_find_what_one_process_finds(case: str, size: int, found: Found) -> None:
     bound = 1e-10 if "float32" not in case else 2e-5
     for pairs in results(found, case, size):

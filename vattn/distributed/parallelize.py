@@ -31,8 +31,7 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
         VideoEncoder                                the video, all of it       tokens of its share of the blocks,
                                                                                and the pooled vector of all
 
-    :func:`share_of` says which share that is. There are as few embeddings, activations and logits on a rank as its share
-    has tokens.
+    :func:`share_of` says which share that is. A rank has embeddings, activations and logits of its share alone.
 
     **One rule for gradients.** The loss is the sum of the ranks' losses, and the gradient of a parameter is the sum of
     the ranks' gradients: one sum over the group after a backward makes it that of one process. `training_loss` gives a
@@ -61,7 +60,7 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
     Example:
         >>> from vattn.models.mebt import MeBT
         >>> model = MeBT(10, (2, 2, 2), dim=32, num_heads=2, modes=("latent_enc", "latent_dec"), num_latents=4)
-        >>> model = parallelize(model, one_rank)
+        >>> model = parallelize(model, group)
         >>> model.training_loss(torch.randint(10, (3, 2, 2, 2))).backward()     # then sum the gradients over the group
     """
     ranks = ranks_of(OP, mesh)
@@ -90,7 +89,7 @@ def share_of(total: int, mesh: Any = None) -> range:
     """This rank's share of `total` frames, contexts or targets of a model that is parallelized over `mesh`.
 
     Example:
-        >>> share_of(8, one_rank)
+        >>> share_of(8, group)
         range(0, 8)
     """
     return ranks_of("share_of", mesh).share(total)
