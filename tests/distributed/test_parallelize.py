@@ -16,6 +16,7 @@ from tests.distributed.processes import Case, Found, World, results, run_cases
 from vattn.distributed import parallelize, share_of
 from vattn.models.laps import LapsViT, LapsVisformer, video_from_image
 from vattn.models.mebt import MeBT, draft_and_revise, generate, masked_loss, maskgit
+from vattn.models.svitt import Sparsity, VideoEncoder, VideoTokens
 
 SIZES = (2, 3, 4)
 Pair = tuple[Any, Any]
@@ -273,6 +274,45 @@ def laps(world: World) -> dict[str, Pair]:
     return found
 
 
+SPARSITIES = {
+    "local and random": Sparsity(block_size=4, num_random=2, keep=1.0),
+    "padded with zeros": Sparsity(block_size=5, num_random=1, keep=1.0, pad_keys="zero"),
+    "dense": Sparsity(num_random=None, keep=1.0),
+    "one block": Sparsity(block_size=100, keep=1.0),
+}
+
+
+def video_encoder(name: str) -> Any:
+    is_odd = name == "padded with zeros"
+    return filled(
+        VideoEncoder(
+            2, image_size=(16, 16), patch_size=4, dim=16, depth=2, num_heads=2, mlp_dim=24, sparsity=SPARSITIES[name],
+            order="hilbert" if is_odd else "raster", mean_pooling=not is_odd,
+        )
+    )  # fmt: skip
+
+
+def encoded(model: Any, size: int) -> tuple[Tensor, VideoTokens]:
+    """A rank's part of a loss: of its patches, and of what is the same on every rank."""
+    out = model(torch.randn(2, 2, 3, 16, 16, dtype=torch.float64, generator=seed(9)), generator=seed(1))
+    same = out.tokens[:, 0].sin().sum() + out.pooled.cos().sum()
+    return out.tokens[:, 1:].sin().sum() + same / size, out
+
+
+def encoders(world: World) -> dict[str, Pair]:
+    found: dict[str, Pair] = {}
+    for name in SPARSITIES:
+        one, many = video_encoder(name), parallelize(video_encoder(name), world.group)
+        (loss, whole), (own_loss, out) = encoded(one, 1), encoded(many, world.size)
+        got, expected = gradients(many, own_loss, world.group), gradients(one, loss)
+        found |= {f"{name} gradient of {weight}": (got[weight], expected[weight]) for weight in expected}
+        found[f"{name} loss"] = total(own_loss, world), loss.detach()
+        found[f"{name} pooled"] = out.pooled.detach(), whole.pooled.detach()
+        found[f"{name} global token"] = out.tokens[:, 0].detach(), whole.tokens[:, 0].detach()
+        found[f"{name} tokens"] = world.gather(out.tokens[:, 1:], 1), whole.tokens[:, 1:].detach()
+    return found
+
+
 class Saved:
     """Bytes that autograd keeps for a backward, but for those of parameters."""
 
@@ -308,7 +348,7 @@ def mebt_memory(world: World) -> tuple[int, int]:
 CASES: dict[str, Case] = {
     "mebt float64": mebt_float64, "mebt float32": mebt_float32, "mebt training": mebt_training,
     "mebt samples": mebt_samples, "mebt refusals": mebt_refusals, "mebt memory": mebt_memory,
-    "mebt compiled": mebt_compiled, "data by context": data_by_context, "laps": laps,
+    "mebt compiled": mebt_compiled, "data by context": data_by_context, "laps": laps, "encoders": encoders,
 }  # fmt: skip
 
 
@@ -318,7 +358,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("case", ["mebt float64", "mebt float32", "mebt training", "mebt samples", "laps"])
+@pytest.mark.parametrize("case", ["mebt float64", "mebt float32", "mebt training", "mebt samples", "laps", "encoders"])
 def test_ranks_find_what_one_process_finds(case: str, size: int, found: Found) -> None:
     bound = 1e-10 if "float32" not in case else 2e-5
     for pairs in results(found, case, size):

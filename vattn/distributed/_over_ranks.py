@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from vattn.distributed._collectives import start_sum
 from vattn.distributed._ranks import PaperRanks, Ranks, agree
 
 
@@ -19,6 +21,12 @@ class OverRanks:
 
     def _refuse(self, ranks: Ranks) -> None:
         """Raise ValueError for settings that cannot work over `ranks`."""
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks of what each of them has a part of."""
+        if self.ranks is None or self.ranks.size == 1:
+            return x
+        return start_sum(x, self.ranks, "partial").wait()
 
     @property
     def _compares(self) -> bool:

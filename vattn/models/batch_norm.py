@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.distributed._collectives import start_sum
 from vattn.distributed._over_ranks import OverRanks
-from vattn.distributed._ranks import Ranks
 from vattn.models.recomputation import in_backward, unseen
 
 
@@ -50,26 +48,23 @@ def _batch_norm(norm: nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
         if momentum is None:  # the mean of all batches so far
             momentum = 1 / max(float(steps), 1)
     if norm.training and isinstance(norm, BatchNorm2d) and norm.ranks is not None:
-        return _over_ranks(norm.ranks, x, mean, var, weight, bias, momentum or 0.0, norm.eps)
+        return _over_ranks(norm, x, mean, var, weight, bias, momentum or 0.0)
     return F.batch_norm(x, mean, var, weight, bias, norm.training, momentum or 0.0, norm.eps)
 
 
 def _over_ranks(
-    ranks: Ranks, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, momentum: float, eps: float
+    norm: BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, momentum: float
 ) -> Tensor:
     """In training, for ``x (B, C, H, W)`` of this rank; `mean` and `var` move as they do for all samples together."""
 
-    def over_all(of_channels: Tensor) -> Tensor:
-        return start_sum(of_channels, ranks, "partial").wait()
-
     high = x.to(mean.dtype)
-    sums = over_all(torch.cat([high.sum((0, 2, 3)), high.new_full((1,), x.numel() // x.shape[1])]))
+    sums = norm._sum(torch.cat([high.sum((0, 2, 3)), high.new_full((1,), x.numel() // x.shape[1])]))
     count = sums[-1].detach()
     found_mean = sums[:-1] / count
     centred = high - found_mean[:, None, None]
-    found_var = over_all(centred.square().sum((0, 2, 3))) / count
+    found_var = norm._sum(centred.square().sum((0, 2, 3))) / count
     with unseen(), torch.no_grad():
         mean.lerp_(found_mean, momentum)
         var.lerp_(found_var * count / (count - 1), momentum)
-    scale = weight * torch.rsqrt(found_var + eps)
+    scale = weight * torch.rsqrt(found_var + norm.eps)
     return (centred * scale[:, None, None] + bias[:, None, None]).to(x.dtype)

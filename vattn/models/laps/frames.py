@@ -6,7 +6,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.distributed._collectives import start_sum
 from vattn.distributed._over_ranks import OverRanks
 from vattn.distributed._ranks import Ranks
 from vattn.models.layers import reduction
@@ -36,9 +35,7 @@ class FrameModel(nn.Module, OverRanks):
     def forward(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to the mean over frames, such as logits ``(B, num_classes)``."""
         outputs = self.forward_frames(video)
-        if self.ranks is None:
-            return outputs.mean(1)
-        return start_sum(outputs.sum(1), self.ranks, "partial").wait() / self.num_frames
+        return outputs.mean(1) if self.ranks is None else self._sum(outputs.sum(1)) / self.num_frames
 
     def training_loss(self, video: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """The cross-entropy of the video's logits, 0 if B is 0; over ranks this rank's part of it: they sum up to it.

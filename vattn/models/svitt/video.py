@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.distributed._checks import fingerprint
-from vattn.distributed._collectives import start_sum
 from vattn.distributed._over_ranks import OverRanks
 from vattn.distributed._ranks import Ranks
 from vattn.layout import BlockLayout
@@ -154,9 +153,9 @@ class VideoEncoder(PretrainedModel, OverRanks):
         video, say who reads whom, and None among them that all read all. If they are not given, they are drawn, so that
         the seed of `generator` decides; without one it is torch's own in training, and `eval_seed` in evaluation.
 
-        Over ranks (see :func:`vattn.distributed.parallelize`) all have the same video, layouts and draws. Each embeds the
-        patches of its share of the blocks, and has the global token and those in `tokens`; `pooled` is that of all. Where
-        all tokens read all, there are as many blocks as ranks.
+        Over ranks (see :func:`vattn.distributed.parallelize`) all have the same video, layouts and draws. Each embeds
+        the patches of its share of the blocks, and has the global token and these in `tokens`; `pooled` is that of all.
+        Where all tokens read all, there are as many blocks as ranks.
 
     Raises:
         TypeError, ValueError: a setting or an input that does not fit.
@@ -309,7 +308,7 @@ class VideoEncoder(PretrainedModel, OverRanks):
         """Of all patches that are left, on any rank: ``(B, 1 + N, dim)`` to ``(B, dim)``."""
         if self.ranks is None:
             return x[:, 1:].mean(1)
-        return start_sum(x[:, 1:].sum(1), self.ranks, "partial").wait() / math.prod(self.window)
+        return self._sum(x[:, 1:].sum(1)) / math.prod(self.window)
 
     def _block_size(self, ranks: Ranks) -> int:
         """Of the blocks that are shared out over ranks."""
