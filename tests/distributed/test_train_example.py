@@ -1,4 +1,4 @@
-"""The example of training over processes: its curve is that of one process, also from a checkpoint of another number."""
+"""The example of training over processes: its curve is that of one, also from a checkpoint of another number."""
 
 import json
 import shutil

@@ -64,7 +64,7 @@ class FrameModel(nn.Module, OverRanks):
 
         def check() -> Mapping[str, Any]:
             require_frames(op, "video", video, (self._own_frames, 3, "H", "W"))
-            return {"the shape of a video of one frame": (len(video), *video.shape[2:]), "video.dtype": video.dtype}
+            return {"the shape of a video of one frame": (video.shape[0], *video.shape[2:]), "video.dtype": video.dtype}
 
         self._agree(op, check)
         warn_of_bytes(self, "video", video, NORMALISED)

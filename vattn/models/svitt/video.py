@@ -62,8 +62,9 @@ class SparseBlock(nn.Module):
     """A layer of the encoder: sparse attention, MLP, and, where :meth:`sparsify` asks for it, pruning.
 
     Shape:
-        x ``(B, 1 + N, dim)``, its layout, its positions ``(N,)`` or ``(B, N)`` int64, or None for each, and over ranks
-        the lengths of the shards (see :class:`vattn.nn.SparseSelfAttention`), to x ``(B, 1 + K, dim)`` and its positions.
+        x ``(B, 1 + N, dim)``, its layout and its positions ``(N,)`` or ``(B, N)`` int64, or None for each, and over
+        ranks the lengths of the shards (see :class:`vattn.nn.SparseSelfAttention`), to x ``(B, 1 + K, dim)`` and its
+        positions.
     """
 
     def __init__(
