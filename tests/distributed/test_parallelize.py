@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.processes import Case, Found, World, results, run_cases
 from vattn.distributed import parallelize, share_of
+from vattn.distributed._ranks import PaperRanks, Ranks
 from vattn.models.laps import LapsVisformer, LapsViT, video_from_image
 from vattn.models.mebt import MeBT, draft_and_revise, generate, masked_loss, maskgit
 from vattn.models.svitt import Sparsity, VideoEncoder, VideoTokens
@@ -158,50 +160,6 @@ def mebt_compiled(world: World) -> Pair | None:
     return tuple(grads)  # type: ignore[return-value]
 
 
-def with_ddp(model: MeBT, mesh: Any) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def with_fsdp2(model: MeBT, mesh: Any) -> nn.Module:
-    """Parameters are sharded over the ranks of one video, and copied for other videos."""
-    for block in model.transformer.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-WAYS: dict[str, Callable[[MeBT, Any], nn.Module]] = {"DDP": with_ddp, "FSDP2": with_fsdp2}
-
-
-def two_steps(model: nn.Module, codes: Tensor, own: range, factor: int) -> dict[str, Tensor]:
-    """The weights after two steps of the forward alone, as DDP wants it."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    order = torch.randperm(24, generator=seed(6)).expand(len(codes), -1)
-    context, target = order[:, :7], order[:, 7:]
-    for _ in range(2):
-        logits = model(codes, context, target)
-        loss = masked_loss(logits, codes.flatten(1).gather(1, target[:, own.start : own.stop]), 17, 24)
-        optimizer.zero_grad()
-        (loss * factor).backward()
-        optimizer.step()
-    full = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in model.state_dict().items()}
-    return {name.removeprefix("module."): x.detach() for name, x in full.items()}
-
-
-def data_by_context(world: World) -> dict[str, Pair]:
-    """Two videos at once, the tokens of each over two ranks."""
-    found: dict[str, Pair] = {}
-    if world.size < 4:
-        return found
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
-    codes, half = some_codes(4), some_codes(4).chunk(2)[mesh["data"].get_local_rank()]
-    expected = two_steps(mebt(), codes, range(17), 1)
-    for name, way in WAYS.items():
-        model = way(parallelize(mebt(), mesh["context"]), mesh)
-        got = two_steps(model, half, share_of(17, mesh["context"]), mesh["context"].size())
-        found |= {f"{name} {weight}": (got[weight], expected[weight]) for weight in expected}
-    return found
-
-
 class SmallAttention(nn.Module):
     """An attention in the manner of timm."""
 
@@ -239,7 +197,14 @@ def laps_vit() -> Any:
 
 
 def laps_visformer() -> Any:
-    size = {"image_size": 32, "stem_channels": 4, "num_classes": 5, "embed_dim": 16, "depth": (1, 2, 1), "num_heads": 2}
+    size: dict[str, Any] = {
+        "image_size": 32,
+        "stem_channels": 4,
+        "num_classes": 5,
+        "embed_dim": 16,
+        "depth": (1, 2, 1),
+        "num_heads": 2,
+    }
     return filled(LapsVisformer(6, ((1, 2), (None,)), **size)).train()
 
 
@@ -314,6 +279,75 @@ def encoders(world: World) -> dict[str, Pair]:
     return found
 
 
+def with_ddp(model: Any, mesh: Any) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def with_fsdp2(model: Any, mesh: Any) -> nn.Module:
+    """Parameters are sharded over the ranks of one video, and copied for other videos."""
+    for block in model.transformer.blocks if isinstance(model, MeBT) else model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WAYS: dict[str, Callable[[Any, Any], nn.Module]] = {"DDP": with_ddp, "FSDP2": with_fsdp2}
+Step = Callable[[nn.Module, slice, Any], Tensor]
+"""A rank's part of the loss of some videos: a model, which videos, and the mesh over which each of them lies."""
+
+
+def find_codes(model: nn.Module, videos: slice, mesh: Any) -> Tensor:
+    order = torch.randperm(24, generator=seed(6)).expand(4, -1)[videos]
+    context, target, codes = order[:, :7], order[:, 7:], some_codes(4)[videos]
+    own = share_of(17, mesh)
+    logits = model(codes, context, target)
+    return masked_loss(logits, codes.flatten(1).gather(1, target[:, own.start : own.stop]), 17, 24)
+
+
+def classify(model: nn.Module, videos: slice, mesh: Any) -> Tensor:
+    video, own = torch.randn(4, 6, 3, 8, 12, dtype=torch.float64, generator=seed(8)), share_of(6, mesh)
+    logits = model(video[videos, own.start : own.stop])
+    return F.cross_entropy(logits, torch.tensor([4, 1, 0, 2])[videos]) / mesh.size
+
+
+def encode(model: nn.Module, videos: slice, mesh: Any) -> Tensor:
+    video = torch.randn(4, 2, 3, 16, 16, dtype=torch.float64, generator=seed(9))
+    return model(video[videos], generator=seed(1)).pooled.sin().mean() / mesh.size
+
+
+STEPS: dict[str, tuple[Callable[[], Any], Step]] = {
+    "MeBT": (mebt, find_codes),
+    "LapsViT": (laps_vit, classify),
+    "VideoEncoder": (functools.partial(video_encoder, "local and random"), encode),
+}
+
+
+def two_steps(model: nn.Module, loss_of: Step, videos: slice, mesh: Any) -> dict[str, Tensor]:
+    """The weights after two steps. DDP and FSDP take means over all ranks, where those of a video make a sum."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (loss_of(model, videos, mesh) * mesh.size).backward()
+        optimizer.step()
+    full = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in model.state_dict().items()}
+    return {name.removeprefix("module."): x.detach() for name, x in full.items()}
+
+
+def data_by_context(world: World) -> dict[str, Pair]:
+    """Two pairs of videos at once, the tokens of each over two ranks."""
+    found: dict[str, Pair] = {}
+    if world.size < 4:
+        return found
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    half = slice(0, 2) if mesh["data"].get_local_rank() == 0 else slice(2, 4)
+    context = Ranks(mesh["context"].get_group())
+    for kind, (make, loss_of) in STEPS.items():
+        expected = two_steps(make(), loss_of, slice(None), PaperRanks(0, 1))
+        for name, way in WAYS.items():
+            got = two_steps(way(parallelize(make(), mesh["context"]), mesh), loss_of, half, context)
+            found |= {f"{kind} {name} {weight}": (got[weight], expected[weight]) for weight in expected}
+    return found
+
+
 class Saved:
     """Bytes that autograd keeps for a backward, but for those of parameters."""
 
@@ -352,7 +386,7 @@ def large_encoder(ranks: Any) -> Callable[[], Tensor]:
 
 def of(model: Any, ranks: Any, loss: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
     many = model if ranks is None else parallelize(model, ranks)
-    return functools.partial(kept_bytes, many, loss)  # type: ignore[return-value]
+    return functools.partial(kept_bytes, many, loss)
 
 
 LARGE = {"MeBT": large_mebt, "LapsViT": large_vit, "VideoEncoder": large_encoder}
@@ -407,7 +441,7 @@ def test_a_compiled_step(found: Found) -> None:
 
 def test_data_parallel_too(found: Found) -> None:
     for pairs in results(found, "data by context", 4):
-        assert len(pairs) == 2 * len(mebt().state_dict())
+        assert len(pairs) == sum(len(WAYS) * len(make().state_dict()) for make, _ in STEPS.values())
         for name, (got, expected) in pairs.items():
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
