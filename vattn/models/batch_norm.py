@@ -56,7 +56,6 @@ def _over_ranks(
     norm: BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, momentum: float
 ) -> Tensor:
     """In training, for ``x (B, C, H, W)`` of this rank; `mean` and `var` move as they do for all samples together."""
-
     high = x.to(mean.dtype)
     sums = norm._sum(torch.cat([high.sum((0, 2, 3)), high.new_full((1,), x.numel() // x.shape[1])]))
     count = sums[-1].detach()

@@ -271,7 +271,7 @@ class VideoEncoder(PretrainedModel, OverRanks):
         for i, block in enumerate(self.blocks):
             layout = self._draw(x, draws) if layouts is None else layouts[i]
             if layout is None and self.ranks is not None:
-                layout = BlockLayout.dense(math.prod(self.window), self._block_size(self.ranks), num_global=1).to(x.device)
+                layout = self._dense(self.ranks).to(x.device)
             x, positions = block(x, layout, positions, draws, lengths=lengths)
             if cast(SparseBlock, block).keep < 1:
                 kept.append(cast(Tensor, positions))
@@ -313,13 +313,19 @@ class VideoEncoder(PretrainedModel, OverRanks):
 
     def _block_size(self, ranks: Ranks) -> int:
         """Of the blocks that are shared out over ranks."""
-        return self.sparsity.block_size if self.sparsity.num_random is not None else -(-math.prod(self.window) // ranks.size)
+        if self.sparsity.num_random is None:  # all tokens read all
+            return -(-math.prod(self.window) // ranks.size)
+        return self.sparsity.block_size
+
+    def _dense(self, ranks: Ranks) -> BlockLayout:
+        return BlockLayout.dense(math.prod(self.window), self._block_size(ranks), num_global=1)
 
     def _lengths(self, ranks: Ranks) -> list[int]:
         """How many patches each rank has: those of its share of the blocks."""
         num_tokens, size = math.prod(self.window), self._block_size(ranks)
-        ends = [0, *itertools.accumulate(ranks.shares(-(-num_tokens // size)))]
-        return [min(end * size, num_tokens) - begin * size for begin, end in itertools.pairwise(ends)]
+        blocks = itertools.accumulate(ranks.shares(-(-num_tokens // size)), initial=0)
+        ends = [min(block * size, num_tokens) for block in blocks]
+        return [end - begin for begin, end in itertools.pairwise(ends)]
 
     def _refuse(self, ranks: Ranks) -> None:
         if any(cast(SparseBlock, block).keep < 1 for block in self.blocks):
