@@ -9,8 +9,8 @@ layout name, each of which comes once::
 """
 
 import dataclasses
-import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,12 +126,9 @@ def _padded(numbers: Tensor, before: int, length: int) -> Tensor:
     return torch.nn.functional.pad(numbers, (before, length - before - numbers.numel()))
 
 
-def plan_of(
-    layout: BlockLayout, lengths: Sequence[int], rank: int, past_only: bool, apart: bool, device: torch.device
-) -> Plan:
-    """:func:`make_plan`, made once for a layout. In a trace it holds for these lengths alone."""
-    fixed = [operator.index(length) for length in lengths]
-    return layout._plans[_planned(layout, fixed, rank, past_only, apart, device)]
+def plan_of(layout: BlockLayout, *arguments: Any) -> Plan:
+    """:func:`make_plan`, made once for a layout."""
+    return layout._plans[_planned(layout, *arguments)]
 
 
 @torch.compiler.assume_constant_result

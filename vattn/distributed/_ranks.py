@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from vattn.reference.dropout import random_seed
 
@@ -48,12 +49,12 @@ class Ranks:
     """The ranks of a process group: who this is, how many there are, and what they send each other."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.name = group, group.group_name
+        self.name = group.group_name  # and not the group, of which a trace shows a stand-in only
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def __deepcopy__(self, memo: Any) -> "Ranks":
-        """Itself: the copy of a model works over the same group."""
-        return self
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return _resolve_process_group(self.name)
 
     def shares(self, total: int) -> list[int]:
         """How many of `total` things each rank has, as equal as can be: those of a rank lie together, in order."""

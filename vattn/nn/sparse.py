@@ -124,7 +124,8 @@ class SparseSelfAttention(nn.Module, OverRanks):
             return edge_sparse_attention, 0
         if layout is None or lengths is None:
             raise ValueError(f"SparseSelfAttention: layout and lengths must be given over ranks, got {lengths=}")
-        return partial(over_ranks, group=self.ranks, grad="partial"), sum(lengths[: self.ranks.rank])
+        told = None if self._compares else lengths  # None: the ranks also compare their layouts
+        return partial(over_ranks, group=self.ranks, grad="partial", lengths=told), sum(lengths[: self.ranks.rank])
 
     def _share_of_tokens(self, lse: Tensor, layout: BlockLayout, begin: int) -> Tensor:
         """The probability that is left to the tokens of ``lse (B, H, G+N)`` when there are also keys of padding.
