@@ -162,7 +162,7 @@ def main() -> int:
 
     options.outputs.mkdir(parents=True, exist_ok=True)
     curves, attended = (options.outputs / f"demo_{name}.png" for name in ("loss", "attention"))
-    pictures.loss_curves({run.name: run.losses for run in runs}, curves)
+    pictures.loss_curves({run.name: run.losses for run in runs}, curves, "which clip, and which way does it run?")
     span = NUM_FRAMES * STRIDE
     shown = clips.to_model(clips.decode("carphone_pristine", IMAGE_SIZE)[:span:STRIDE])
     pictures.attention(ours.model, shown.to(device), attended)

@@ -19,13 +19,13 @@ import vattn
 Heat = dict[int, Tensor]  # frame -> (rows, columns) of patches: the attention that each one gets
 
 
-def loss_curves(losses: Mapping[str, Sequence[float]], path: pathlib.Path) -> None:
+def loss_curves(losses: Mapping[str, Sequence[float]], path: pathlib.Path, title: str) -> None:
     """One curve per name over the steps, dashed after the first, as they should lie on top of each other."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for style, (name, values) in zip(itertools.chain("-", itertools.repeat("--")), losses.items(), strict=False):
         axes.plot(range(1, len(values) + 1), values, style, label=name)
-    axes.set(xlabel="step", ylabel="cross-entropy", title="which clip, and which way does it run?")
+    axes.set(xlabel="step", ylabel="cross-entropy", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
 

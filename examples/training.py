@@ -41,7 +41,7 @@ class Training:
         with tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step") as bar:
             while self.step < end:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate * self._warm_and_cool()
+                    group["lr"] = self.learning_rate * warm_and_cool(self.step, self.steps)
                 loss = loss_of(next(batches))
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -81,10 +81,11 @@ class Training:
         torch.set_rng_state(state["random"])
         return True
 
-    def _warm_and_cool(self) -> float:
-        """The share of the learning rate: linear over the first twentieth of the steps, then half a cosine to 0."""
-        warm = min(1.0, (self.step + 1) / (0.05 * self.steps))
-        return warm * (1 + math.cos(math.pi * self.step / self.steps)) / 2
+
+def warm_and_cool(step: int, steps: int) -> float:
+    """The share of the learning rate: linear over the first twentieth of the steps, then half a cosine to 0."""
+    warm = min(1.0, (step + 1) / (0.05 * steps))
+    return warm * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def code_batches(codes: Tensor, count: int) -> Iterator[Tensor]:

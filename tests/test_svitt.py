@@ -289,6 +289,7 @@ class TestVideoEncoder:
         encoder, video = video_encoder(sparsity=DENSE, drop_path=0.5), random_video()
         assert torch.equal(encoder(video).pooled, encoder(video).pooled)
         encoder.train()
+        torch.manual_seed(0)
         assert not torch.equal(encoder(video).pooled, encoder(video).pooled)
 
     def test_a_dropped_path_leaves_the_sample(self) -> None:

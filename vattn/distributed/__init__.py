@@ -17,6 +17,7 @@ from vattn.distributed.edge_sparse_attention import edge_sparse_attention
 from vattn.distributed.latent_attention import latent_attention
 from vattn.distributed.leap_attention import leap_attention
 from vattn.distributed.node_sparse_attention import node_sparse_attention
+from vattn.distributed.parallelize import parallelize, share_of
 from vattn.distributed.periodic_shift import periodic_shift
 from vattn.distributed.select_tokens import select_tokens
 from vattn.distributed.token_importance import token_importance
@@ -28,7 +29,9 @@ __all__ = [
     "latent_attention",
     "leap_attention",
     "node_sparse_attention",
+    "parallelize",
     "periodic_shift",
     "select_tokens",
+    "share_of",
     "token_importance",
 ]

@@ -14,6 +14,7 @@ from vattn._library import compute_dtype
 GRADS = ("full", "partial")
 MOST_VALUES = 64
 """Integers that an error message shows, rather than a checksum of them."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def grad_mode(op: str, grad: object) -> None:
@@ -45,6 +46,23 @@ def values_of(x: Tensor | None) -> Any:
 
 
 def crc(x: Tensor) -> int:
-    """A number that other values of a tensor of integers on the CPU would hardly have."""
+    """A number that other values of a tensor on the CPU would hardly have."""
     with temporarily_clear_interpreter_stack():
-        return zlib.crc32(x.contiguous().numpy().data)
+        return zlib.crc32(x.detach().contiguous().numpy().data)
+
+
+def fingerprint(value: Any) -> int:
+    """A number (int64) of all that tensors, numbers, strings, and lists and dicts of them say."""
+    if isinstance(value, Tensor):
+        x = torch.view_as_real(value) if value.is_complex() else value
+        rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1] if x.dim() else 1).contiguous()
+        bits = rows.view(_INTEGERS[x.element_size()])
+        sums = [bits.sum(axis) for axis in (0, 1)]  # weighted by their place, so that an order counts, too
+        totals = [(x * torch.arange(1, len(x) + 1, device=x.device)).sum().item() for x in sums]
+        return zlib.crc32(repr((tuple(value.shape), value.dtype, totals)).encode())
+    if isinstance(value, Mapping):
+        return zlib.crc32(repr([(name, fingerprint(value[name])) for name in sorted(value, key=str)]).encode())
+    if isinstance(value, (list, tuple)):
+        return zlib.crc32(repr([fingerprint(item) for item in value]).encode())
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
+    return zlib.crc32(repr(value if plain else type(value).__name__).encode())

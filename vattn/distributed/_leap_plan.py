@@ -86,7 +86,11 @@ class Plan:
         return {run: sorted(pieces[run]) for run in sorted(pieces)}
 
 
-_plans: dict[str, Plan] = {}
+class _Plans:
+    """Plans as attributes: a trace would find those of a dict alone that were there when it first looked."""
+
+
+_plans = _Plans()
 
 
 def plan_leap(lengths: tuple[int, ...], leap: int, group_size: int, heads: int) -> Plan:
@@ -97,17 +101,18 @@ def plan_leap(lengths: tuple[int, ...], leap: int, group_size: int, heads: int) 
         leap, group_size: as of :func:`vattn.leap_attention`; beyond the clip they mean the same as its length.
         heads: how many there are.
     """
-    return _plans[_name_of(lengths, leap, group_size, heads)]
+    return getattr(_plans, _name_of(lengths, leap, group_size, heads))
 
 
 @torch.compiler.assume_constant_result
 def _name_of(*case: Any) -> str:
     """The name under which a plan is known. What is constant in a trace must be found again where it is guarded."""
     name = str(case)
-    if name not in _plans:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        _plans[name] = _new_plan(*case)
+    known = vars(_plans)
+    if name not in known:
+        if len(known) >= MOST_PLANS:
+            known.clear()
+        known[name] = _new_plan(*case)
     return name
 
 

@@ -56,6 +56,22 @@ class Ranks:
     def group(self) -> dist.ProcessGroup:
         return _resolve_process_group(self.name)
 
+    def shares(self, total: int) -> list[int]:
+        """How many of `total` things each rank has, as equal as can be: those of a rank lie together, in order."""
+        return [(rank + 1) * total // self.size - rank * total // self.size for rank in range(self.size)]
+
+    def share(self, total: int) -> range:
+        """Which of `total` things this rank has."""
+        return range(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
+    def gather_shares(self, x: Tensor, total: int) -> Tensor:
+        """Of each rank's share of the columns ``x (B, n)``, those of all ranks, ``(B, total)``; without gradients."""
+        shares = self.shares(total)
+        rows = x.new_zeros(max(shares), x.shape[0])
+        rows[: x.shape[1]] = x.T
+        everyone = self.wait(self.start_all_gather(rows)).split(max(shares))
+        return torch.cat([part[:n] for part, n in zip(everyone, shares, strict=True)]).T.contiguous()
+
     def start_exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         return torch.ops._c10d_functional.all_to_all_single(x, received, sent, self.name)
 

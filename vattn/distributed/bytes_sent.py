@@ -10,7 +10,7 @@ from torch import Tensor
 import vattn.distributed
 from vattn.distributed._ranks import PaperRanks
 
-NOT_OPERATORS = {"bytes_sent", "parallelize"}
+NOT_OPERATORS = {"bytes_sent", "parallelize", "share_of"}
 
 
 def bytes_sent(op: str, *inputs: Any, rank: int, size: int, backward: bool = False, **settings: Any) -> int:

@@ -132,7 +132,8 @@ def latent_attention(
             end = begin + keys[i].shape[2]
         else:  # of replicated keys each rank reads its share
             total = keys[i].shape[2]
-            begin, end = (total * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+            share = ranks.share(total)
+            begin, end = share.start, share.stop
             keys[i], values[i] = (enter(x, ranks, grad)[:, :, begin:end] for x in (keys[i], values[i]))
         if read_lengths is not None:
             read_lengths = (read_lengths - begin).clamp(0, end - begin)

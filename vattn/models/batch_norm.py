@@ -3,18 +3,21 @@
     mean = (1 - m) mean + m mean(x),    var = (1 - m) var + m var(x)        in training, for a momentum m
 
 PyTorch's make NaN of statistics of nothing, and move them twice where activation checkpointing runs a forward again.
+Over ranks (see :func:`vattn.distributed.parallelize`) statistics of two-dimensional maps are those of all ranks' maps.
 Weights may have another dtype than statistics, as wrappers for mixed precision leave them.
 """
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vattn.distributed._over_ranks import OverRanks
 from vattn.models.recomputation import in_backward, unseen
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(nn.BatchNorm2d, OverRanks):
     """PyTorch's with its defaults; see above."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,4 +47,23 @@ def _batch_norm(norm: nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
                 steps.add_(1)
         if momentum is None:  # the mean of all batches so far
             momentum = 1 / max(float(steps), 1)
+    if norm.training and isinstance(norm, BatchNorm2d) and norm.ranks is not None:
+        return _over_ranks(norm, x, mean, var, weight, bias, momentum or 0.0)
     return F.batch_norm(x, mean, var, weight, bias, norm.training, momentum or 0.0, norm.eps)
+
+
+def _over_ranks(
+    norm: BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, momentum: float
+) -> Tensor:
+    """In training, for ``x (B, C, H, W)`` of this rank; `mean` and `var` move as they do for all samples together."""
+    high = x.to(mean.dtype)
+    sums = norm._sum(torch.cat([high.sum((0, 2, 3)), high.new_full((1,), x.numel() // x.shape[1])]))
+    count = sums[-1].detach()
+    found_mean = sums[:-1] / count
+    centred = high - found_mean[:, None, None]
+    found_var = norm._sum(centred.square().sum((0, 2, 3))) / count
+    with unseen(), torch.no_grad():
+        mean.lerp_(found_mean, momentum)
+        var.lerp_(found_var * count / (count - 1), momentum)
+    scale = weight * torch.rsqrt(found_var + norm.eps)
+    return (centred * scale[:, None, None] + bias[:, None, None]).to(x.dtype)

@@ -63,6 +63,19 @@ class Draws:
         return float(self.uniforms(device=self._device))
 
 
+class DrawsOfRows(Draws):
+    """Of what `draws` draws for `total` rows of each sample, that of some `rows`: those of a rank."""
+
+    def __init__(self, draws: Draws, rows: range, total: int) -> None:
+        super().__init__(draws.generator)
+        self.draws, self.rows, self.total = draws, rows, total
+
+    def exponential(self, *shape: int, device: torch.device) -> Tensor:
+        """For ``(B, rows, ...)`` the numbers of ``(B, total, ...)``, which lie on the device of the generator alone."""
+        numbers = self.draws.exponential(shape[0], self.total, *shape[2:], device=self.draws._device)
+        return numbers[:, self.rows.start : self.rows.stop].to(device)
+
+
 Randomness = torch.Generator | Draws | None
 """What samplers take as their `generator`."""
 

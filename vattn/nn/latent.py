@@ -10,13 +10,17 @@ Transformers" (CVPR 2023). Few latents stand between many contexts, which are kn
                             latents <---lt2l------ targets
 """
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.distributed._over_ranks import OverRanks
+from vattn.distributed._ranks import Ranks
+from vattn.distributed.latent_attention import latent_attention as over_ranks
 from vattn.nn.heads import merge_heads, split_heads
 from vattn.nn.sdpa import scaled_dot_product_attention
 from vattn.ops.latent_attention import latent_attention
@@ -35,7 +39,8 @@ class LatentAttention(nn.Module):
 
     Shape:
         readers and sources, lists of ``(B, tokens, C)``, to a list of the shapes of the readers. `attn_bias` is added
-        to the scaled scores, and is broadcastable to ``(B, H, all readers, all sources)``.
+        to the scaled scores, and is broadcastable to ``(B, H, all readers, all sources)``. `attend` is another function
+        with the arguments of :func:`vattn.latent_attention`, for what has no bias.
 
     Raises:
         TypeError: a setting of the wrong type.
@@ -68,7 +73,12 @@ class LatentAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, readers: Sequence[Tensor], sources: Sequence[Tensor], attn_bias: Tensor | None = None
+        self,
+        readers: Sequence[Tensor],
+        sources: Sequence[Tensor],
+        attn_bias: Tensor | None = None,
+        *,
+        attend: Callable[..., Any] = latent_attention,
     ) -> list[Tensor]:
         key, value = ([split_heads(layer(x), self.num_heads) for x in sources] for layer in (self.key, self.value))
         lengths = [x.shape[1] for x in readers]
@@ -80,7 +90,7 @@ class LatentAttention(nn.Module):
         for reader, bias in zip(readers, biases, strict=True):
             query = split_heads(self.query(reader), self.num_heads)
             if bias is None:
-                out = cast(Tensor, latent_attention(query, key, value, dropout_p=dropout_p))
+                out = cast(Tensor, attend(query, key, value, dropout_p=dropout_p))
             else:  # the operator has no bias
                 out = scaled_dot_product_attention(query, torch.cat(key, 2), torch.cat(value, 2), bias, dropout_p)
             outs.append(self.proj_drop(self.proj(merge_heads(out))))
@@ -100,7 +110,7 @@ LATENT_MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """The modes of a :class:`LatentBlock`: who reads, and is updated, and who is read."""
 
 
-class LatentBlock(nn.Module):
+class LatentBlock(nn.Module, OverRanks):
     """A block of MeBT: one of five ways in which latents, contexts and targets read each other.
 
     The residual of the attention is of the normalised reader, as in the official code: a stream loses its scale each
@@ -117,10 +127,12 @@ class LatentBlock(nn.Module):
     Shape:
         latents ``(B, NS, C)``, contexts ``(B, NC, C)``, targets ``(B, NT, C)``, of any lengths, 0 among them, to the
         same three. `attn_bias`, if given, is added to the scaled scores: ``(B or 1, H or 1, readers, sources)``.
+        Over ranks (see :func:`vattn.distributed.parallelize`) latents are the same on all, contexts and targets are
+        shards. `lengths` are those of all ranks' "contexts" and "targets"; without them the ranks ask each other.
 
     Raises:
         TypeError: a setting of the wrong type.
-        ValueError: a setting that does not fit.
+        ValueError: a setting that does not fit, or a bias over ranks.
 
     Source:
         Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
@@ -156,17 +168,47 @@ class LatentBlock(nn.Module):
             nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim), nn.Dropout(proj_drop)
         )
 
+    def _refuse(self, ranks: Ranks) -> None:
+        if self.mode == "maskgit":
+            must = "be another one over ranks: in it sharded tokens read sharded tokens"
+            raise ValueError(f"LatentBlock: mode must {must}, got mode={self.mode!r}")
+
     def forward(
-        self, latents: Tensor, contexts: Tensor, targets: Tensor, attn_bias: Tensor | None = None
+        self,
+        latents: Tensor,
+        contexts: Tensor,
+        targets: Tensor,
+        attn_bias: Tensor | None = None,
+        *,
+        lengths: Mapping[str, Sequence[int]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if attn_bias is not None and self.ranks is not None:
+            raise ValueError(
+                f"LatentBlock: attn_bias must be None over ranks, got attn_bias.shape={tuple(attn_bias.shape)}"
+            )
         streams = {"latents": latents, "contexts": contexts, "targets": targets}
         readers, sources = LATENT_MODES[self.mode]
         normed = {name: self.ln1(streams[name]) for name in dict.fromkeys((*readers, *sources))}
-        attended = self.attn([normed[name] for name in readers], [normed[name] for name in sources], attn_bias)
+        attended = self.attn(
+            [normed[name] for name in readers], [normed[name] for name in sources], attn_bias,
+            attend=self._attend(lengths),
+        )  # fmt: skip
         for name, y in zip(readers, attended, strict=True):
             x = normed[name] + y
             streams[name] = x + self.mlp(self.ln2(x))
         return streams["latents"], streams["contexts"], streams["targets"]
+
+    def _attend(self, lengths: Mapping[str, Sequence[int]] | None) -> Callable[..., Any]:
+        """The operator, on one process or over ranks."""
+        readers, sources = LATENT_MODES[self.mode]
+        draws = self.training and self.attn.attn_drop.p > 0
+        if self.ranks is None or (readers == sources and not draws):  # latents read latents: each rank has all
+            return latent_attention
+        sharded: Any = tuple("replicated" if name == "latents" else "keys" for name in sources)
+        of_shards: Any = None if lengths is None else [lengths.get(name) for name in sources]
+        if readers == ("targets",):
+            sharded, of_shards = "queries", None if lengths is None else lengths["targets"]
+        return partial(over_ranks, group=self.ranks, sharded=sharded, grad="partial", lengths=of_shards)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}"

@@ -14,12 +14,15 @@ The frames of a video lie behind each other in the batch, where an image model w
 
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.distributed._over_ranks import OverRanks
+from vattn.distributed._ranks import Ranks
+from vattn.distributed.leap_attention import leap_attention as over_ranks
 from vattn.nn.heads import merge_heads, split_heads
 from vattn.ops.leap_attention import leap_attention
 
@@ -60,6 +63,7 @@ def attend_frames(
     fold_div: int = 0,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Leap attention for frames that lie in the batch, heads merged: what the modules here share.
 
@@ -68,6 +72,7 @@ def attend_frames(
         num_frames: frames of a video.
         leap: as in :func:`vattn.leap_attention`; None means attention within each frame.
         fold_div, dropout_p, scale: as in :func:`vattn.leap_attention`.
+        ranks: over which the frames of a video are spread; this one has its share of them.
 
     Returns:
         ``(B * num_frames, N, H * D)``, a view of the operator's output.
@@ -75,19 +80,22 @@ def attend_frames(
     Raises:
         TypeError, ValueError: what does not fit, as :func:`vattn.leap_attention` says it.
     """
-    rows = query.shape[0]
-    if rows % num_frames:
-        raise ValueError(f"attend_frames: the batch must be a multiple of num_frames={num_frames}, got batch={rows}")
-    video = (rows // num_frames, num_frames)
+    rows, frames = query.shape[0], num_frames if ranks is None else len(ranks.share(num_frames))
+    if rows % frames:
+        raise ValueError(f"attend_frames: the batch must be a multiple of num_frames={frames}, got batch={rows}")
+    video = (rows // frames, frames)
     query, key, value = (x.unflatten(0, video).transpose(1, 2) for x in (query, key, value))
-    out = leap_attention(
+    attend: Callable[..., Any] = leap_attention
+    if ranks is not None:
+        attend = partial(over_ranks, group=ranks, lengths=ranks.shares(num_frames))
+    out = attend(
         query, key, value, 1 if leap is None else leap, group_size=1 if leap is None else 2, fold_div=fold_div,
         dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
     return merge_heads(cast(Tensor, out)).flatten(0, 1)
 
 
-class LeapAttention(nn.Module):
+class LeapAttention(nn.Module, OverRanks):
     """Multi-head self-attention within leap pairs of frames: timm's ``Attention``, for video.
 
     It takes and gives ``(B * num_frames, N, C)``, as an image model's blocks do, and its parameters have the
@@ -214,6 +222,7 @@ class LeapAttention(nn.Module):
         return attend_frames(
             self.q_norm(query), self.k_norm(key), value, num_frames=self.num_frames, leap=self.leap,
             fold_div=self.fold_div, dropout_p=self.attn_drop.p if self.training else 0.0, scale=self.scale,
+            ranks=self.ranks,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

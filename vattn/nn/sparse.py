@@ -9,11 +9,17 @@ network before; those that are left are cut into blocks anew, and keep their pos
     position   g | 0  2  3  5 | 6  7  8 11 |12 13 15       blocks of 4, the last one short
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.distributed._over_ranks import OverRanks
+from vattn.distributed.edge_sparse_attention import edge_sparse_attention as over_ranks
 from vattn.layout import BlockLayout
 from vattn.nn.heads import merge_heads, split_heads
 from vattn.ops.edge_sparse_attention import edge_sparse_attention
@@ -22,7 +28,7 @@ from vattn.position_bias import RelativePositionBias3D, num_offsets
 PAD_KEYS = ("mask", "zero")
 
 
-class SparseSelfAttention(nn.Module):
+class SparseSelfAttention(nn.Module, OverRanks):
     """Multi-head self-attention over the edges of a block layout, with a relative position bias.
 
     Args:
@@ -40,6 +46,8 @@ class SparseSelfAttention(nn.Module):
         x ``(B, G+N, C)`` to the same. `layout` is a :class:`vattn.BlockLayout` of these tokens, on the device of x;
         without one all read all. `positions`, ``(N,)`` or ``(B, N)`` int64, are raster indices in `window`, 0 .. N-1 if
         None. With `return_importance` also ``(B, N)``: how much the first global token attends to each other token.
+        Over ranks (see :func:`vattn.distributed.parallelize`) x has the global tokens and this rank's; `layout`, which
+        must be given, and `positions` are those of all tokens, and so are `lengths`, of which each rank has one.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -94,28 +102,40 @@ class SparseSelfAttention(nn.Module):
         positions: Tensor | None = None,
         *,
         return_importance: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        attend, begin = self._attend(layout, lengths)
         if layout is None:
             length = x.shape[1] - self.num_global
             layout = BlockLayout.dense(length, max(length, 1), num_global=self.num_global).to(x.device)
         query, key, value = (split_heads(layer(x), self.num_heads) for layer in (self.query, self.key, self.value))
-        out, lse, *importance = edge_sparse_attention(
+        out, lse, *importance = attend(
             query, key, value, layout, position_bias=self.position_bias, positions=positions, return_lse=True,
             return_importance=return_importance, dropout_p=self.attn_drop.p if self.training else 0.0,
         )  # fmt: skip
         if self.pad_keys == "zero" and layout.num_tokens % layout.block_size:
-            out = out * self._share_of_tokens(lse, layout).to(out.dtype)[..., None]
+            out = out * self._share_of_tokens(lse, layout, begin).to(out.dtype)[..., None]
         out = self.proj_drop(self.proj(merge_heads(out)))
         return (out, importance[0]) if return_importance else out
 
-    def _share_of_tokens(self, lse: Tensor, layout: BlockLayout) -> Tensor:
+    def _attend(self, layout: BlockLayout | None, lengths: Sequence[int] | None) -> tuple[Callable[..., Any], int]:
+        """The operator, on one process or over ranks, and the number of its first token that is not global."""
+        if self.ranks is None:
+            return edge_sparse_attention, 0
+        if layout is None or lengths is None:
+            raise ValueError(f"SparseSelfAttention: layout and lengths must be given over ranks, got {lengths=}")
+        told = None if self._compares else lengths  # None: the ranks also compare their layouts
+        return partial(over_ranks, group=self.ranks, grad="partial", lengths=told), sum(lengths[: self.ranks.rank])
+
+    def _share_of_tokens(self, lse: Tensor, layout: BlockLayout, begin: int) -> Tensor:
         """The probability that is left to the tokens of ``lse (B, H, G+N)`` when there are also keys of padding.
 
         All of these have the same score, the bias, so that they take ``exp(bias)`` each, where the tokens that are read
-        take ``exp(lse)`` together; and their values are 0.
+        take ``exp(lse)`` together; and their values are 0. Token 0 that is not global is number `begin` of the layout.
         """
         padding = -layout.num_tokens % layout.block_size
-        times = layout.block_counts()[..., -1].repeat_interleave(layout.block_size, -1)[:, : layout.num_tokens]
+        times = layout.block_counts()[..., -1].repeat_interleave(layout.block_size, -1)
+        times = times[:, begin : begin + lse.shape[2] - self.num_global]
         log_mass = (padding * times).to(lse.dtype).log()  # (L, N), -inf where the last block is not read
         if self.position_bias is not None:
             row = num_offsets(self.position_bias.window) + self.num_global

@@ -1,12 +1,14 @@
 """The windows of a step over the ranks of a group: each predicts its own, and all get all predictions."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vattn.distributed._checks import fingerprint
+from vattn.distributed._ranks import process_group
 
 OP = "FIFO"
 AGREED = (
@@ -17,7 +19,6 @@ AGREED = (
     "unconditional",
 )
 """What a step compares over the ranks before it goes on."""
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Ranks:
@@ -27,15 +28,8 @@ class Ranks:
         self.group, self.rank, self.size = group, 0, 1
         if group is None:
             return
-        if isinstance(group, dist.device_mesh.DeviceMesh):
-            if group.ndim != 1:
-                raise ValueError(f"{OP}: group must be one-dimensional, got group.ndim={group.ndim}")
-            self.group = group.get_group()
-        elif not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"{OP}: group must be a ProcessGroup, a DeviceMesh or None, got group={group!r}")
+        self.group = process_group(OP, group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        if self.rank < 0:
-            raise ValueError(f"{OP}: this process must be in group, got rank={dist.get_rank()}, which is not")
 
     def own(self, count: int) -> Sequence[int]:
         """Which of `count` windows this rank predicts."""
@@ -112,23 +106,6 @@ class Ranks:
         got = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(got, sent, self.group)
         return got
-
-
-def fingerprint(value: Any) -> int:
-    """A number (int64) of all that tensors, numbers, strings, and lists and dicts of them say."""
-    if isinstance(value, Tensor):
-        x = torch.view_as_real(value) if value.is_complex() else value
-        rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1] if x.dim() else 1).contiguous()
-        bits = rows.view(_INTEGERS[x.element_size()])
-        sums = [bits.sum(axis) for axis in (0, 1)]  # weighted by their place, so that an order counts, too
-        totals = [(x * torch.arange(1, len(x) + 1, device=x.device)).sum().item() for x in sums]
-        return zlib.crc32(repr((tuple(value.shape), value.dtype, totals)).encode())
-    if isinstance(value, Mapping):
-        return zlib.crc32(repr([(name, fingerprint(value[name])) for name in sorted(value, key=str)]).encode())
-    if isinstance(value, (list, tuple)):
-        return zlib.crc32(repr([fingerprint(item) for item in value]).encode())
-    plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
-    return zlib.crc32(repr(value if plain else type(value).__name__).encode())
 
 
 def _short(values: Sequence[Any]) -> str:

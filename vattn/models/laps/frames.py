@@ -1,10 +1,13 @@
 """What the models of LAPS share: outputs per frame, and the pre-norm block."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vattn.distributed._over_ranks import OverRanks
+from vattn.distributed._ranks import Ranks
 from vattn.models.layers import reduction
 from vattn.models.pixels import NORMALISED, require_frames, warn_of_bytes
 from vattn.models.settings import Config, leaves, official_settings
@@ -13,11 +16,14 @@ from vattn.nn import leap_of_level
 Levels = Sequence[int | None]
 
 
-class FrameModel(nn.Module):
+class FrameModel(nn.Module, OverRanks):
     """A model that has an output for every frame of a video, and for the video their mean.
 
     A video is ``(B, T, 3, H, W)``, frames in front of channels, and its pixels are normalised as those were on which
     the weights have learned: from 0 to 1, minus a mean, over a deviation. The first video warns of pixels of 0 to 255.
+
+    Over ranks (see :func:`vattn.distributed.parallelize`) each is given its share of the frames, and has the outputs of
+    these; their mean is that of all frames, the same on every rank.
     """
 
     num_frames: int
@@ -28,30 +34,49 @@ class FrameModel(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to the mean over frames, such as logits ``(B, num_classes)``."""
-        return self.forward_frames(video).mean(1)
+        outputs = self.forward_frames(video)
+        return outputs.mean(1) if self.ranks is None else self._sum(outputs.sum(1)) / self.num_frames
 
     def training_loss(self, video: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-        """The cross-entropy of the video's logits, 0 if B is 0.
+        """The cross-entropy of the video's logits, 0 if B is 0; over ranks this rank's part of it: they sum up to it.
 
         Args:
-            video: ``(B, T, 3, H, W)``.
+            video: ``(B, T, 3, H, W)``, over ranks this rank's frames.
             labels: ``(B,)`` int64, or probabilities ``(B, num_classes)``.
             label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
         """
-        return F.cross_entropy(self(video), labels, label_smoothing=label_smoothing, reduction=reduction(labels))
+        loss = F.cross_entropy(self(video), labels, label_smoothing=label_smoothing, reduction=reduction(labels))
+        return loss if self.ranks is None else loss / self.ranks.size
+
+    def _refuse(self, ranks: Ranks) -> None:
+        if self.num_frames < ranks.size:
+            op = type(self).__name__
+            raise ValueError(
+                f"{op}: num_frames must be at least {ranks.size}, one for each rank, got {self.num_frames}"
+            )
 
     def extra_repr(self) -> str:
         return f"num_frames={self.num_frames}"
 
     def frames(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to ``(B * T, 3, H, W)``."""
-        require_frames(type(self).__name__, "video", video, (self.num_frames, 3, "H", "W"))
+        op = type(self).__name__
+
+        def check() -> Mapping[str, Any]:
+            require_frames(op, "video", video, (self._own_frames, 3, "H", "W"))
+            return {"the shape of a video of one frame": (video.shape[0], *video.shape[2:]), "video.dtype": video.dtype}
+
+        self._agree(op, check)
         warn_of_bytes(self, "video", video, NORMALISED)
         return video.flatten(0, 1)
 
     def per_frame(self, x: Tensor) -> Tensor:
         """``(B * T, ...)`` to ``(B, T, ...)``."""
-        return x.unflatten(0, (x.shape[0] // self.num_frames, self.num_frames))
+        return x.unflatten(0, (x.shape[0] // self._own_frames, self._own_frames))
+
+    @property
+    def _own_frames(self) -> int:
+        return self.num_frames if self.ranks is None else len(self.ranks.share(self.num_frames))
 
 
 class Block(nn.Module):

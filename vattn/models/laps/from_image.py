@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from vattn.distributed._over_ranks import OverRanks
 from vattn.models.laps.frames import FrameModel, Levels, layer_leaps
 from vattn.nn import LeapAttention, attend_frames, require_only, split_heads
 
@@ -46,7 +47,7 @@ TRANSFORMERS = (
 )
 
 
-class SplitLeapAttention(nn.Module):
+class SplitLeapAttention(nn.Module, OverRanks):
     """Leap attention through the layers of a transformers attention: its names, its arguments, its results."""
 
     def __init__(
@@ -84,7 +85,7 @@ class SplitLeapAttention(nn.Module):
         )
         out = attend_frames(
             query, key, value, num_frames=self.num_frames, leap=self.leap, fold_div=self.fold_div,
-            dropout_p=self.dropout_p if self.training else 0.0, scale=self.scale,
+            dropout_p=self.dropout_p if self.training else 0.0, scale=self.scale, ranks=self.ranks,
         )  # fmt: skip
         if self.names.output is not None:
             out = self.get_submodule(self.names.output)(out)

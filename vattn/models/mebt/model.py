@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.distributed._checks import fingerprint
+from vattn.distributed._over_ranks import OverRanks
 from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
 from vattn.models.draws import Randomness
 from vattn.models.layers import init_linear
@@ -58,6 +60,7 @@ class LatentTransformer(nn.Module):
 
     Shape:
         latents ``(B, NS, C)``, contexts ``(B, NC, C)`` and targets ``(B, NT, C)`` to logits ``(B, NT, vocab_size)``.
+        `lengths`: see :class:`vattn.nn.LatentBlock`.
 
     Raises:
         TypeError, ValueError: a setting that does not fit.
@@ -92,14 +95,21 @@ class LatentTransformer(nn.Module):
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.apply(init_linear)
 
-    def forward(self, latents: Tensor, contexts: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        contexts: Tensor,
+        targets: Tensor,
+        *,
+        lengths: Mapping[str, Sequence[int]] | None = None,
+    ) -> Tensor:
         latents, contexts, targets = (self.drop(x) for x in (latents, contexts, targets))
         for block in self.blocks:
-            latents, contexts, targets = block(latents, contexts, targets)
+            latents, contexts, targets = block(latents, contexts, targets, lengths=lengths)
         return self.head(self.ln_f(targets))
 
 
-class MeBT(PretrainedModel):
+class MeBT(PretrainedModel, OverRanks):
     """MeBT: logits of the codes at some positions of a video, given the codes at others.
 
     Settings default to the official model for 16 frames of 128 x 128 pixels, in codes of 4 x 8 x 8 pixels each.
@@ -115,6 +125,8 @@ class MeBT(PretrainedModel):
         codes ``(B, T, height, width)`` int64, T up to that of the grid, or the first of them in raster order,
         ``(B, N)``; contexts ``(B, NC)`` and targets ``(B, NT)`` int64, which
         number codes in raster order, to logits ``(B, NT, vocab_size)``. Codes outside the contexts are not looked at.
+        Over ranks (see :func:`vattn.distributed.parallelize`) all have the same codes, contexts and targets, which are
+        integers; embeddings, activations and logits are those of this rank's share of contexts and targets.
 
     Raises:
         TypeError, ValueError: a setting or an input that does not fit.
@@ -194,15 +206,34 @@ class MeBT(PretrainedModel):
         return cls._from_weights(weights, settings)
 
     def forward(self, codes: Tensor, context: Tensor, target: Tensor) -> Tensor:
-        require_part("MeBT", self.grid, codes)
+        self._agree("MeBT", lambda: self._checked(codes, context, target))
         codes = codes.reshape(codes.shape[0], math.prod(codes.shape[1:]))
+        lengths = None
+        if self.ranks is not None:
+            lengths = {"contexts": self.ranks.shares(context.shape[1]), "targets": self.ranks.shares(target.shape[1])}
+            context, target = self._own(context), self._own(target)
+        contexts = self.tok_emb(codes.gather(1, context)) + F.embedding(context, self.pos_emb[0])
+        targets = self.mask_emb + F.embedding(target, self.pos_emb[0])
+        return self.transformer(self.sos_emb.expand(codes.shape[0], -1, -1), contexts, targets, lengths=lengths)
+
+    def _checked(self, codes: Tensor, context: Tensor, target: Tensor) -> Mapping[str, Any]:
+        """The inputs are right; what of them all ranks have alike, if there are any."""
+        require_part("MeBT", self.grid, codes)
         for name, positions in (("context", context), ("target", target)):
             if positions.dim() != 2 or positions.shape[0] != codes.shape[0]:
                 must = f"have shape ({codes.shape[0]}, tokens)"
                 raise ValueError(f"MeBT: {name} must {must}, got {name}.shape={tuple(positions.shape)}")
-        contexts = self.tok_emb(codes.gather(1, context)) + F.embedding(context, self.pos_emb[0])
-        targets = self.mask_emb + F.embedding(target, self.pos_emb[0])
-        return self.transformer(self.sos_emb.expand(codes.shape[0], -1, -1), contexts, targets)
+        if not self._compares:
+            return {}
+        given = {"codes": codes, "context": context, "target": target}
+        return {f"{name} (or its generator)": fingerprint(x) for name, x in given.items()}
+
+    def _own(self, positions: Tensor) -> Tensor:
+        """Of positions ``(B, tokens)`` this rank's share: all of them where there are no ranks."""
+        if self.ranks is None:
+            return positions
+        share = self.ranks.share(positions.shape[1])
+        return positions[:, share.start : share.stop]
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}"
@@ -220,6 +251,8 @@ class MeBT(PretrainedModel):
         generator: Randomness = None,
     ) -> Tensor:
         """The loss of one training step, with contexts and targets drawn by :func:`draw_partition`.
+
+        Over ranks this is the part of this rank's targets, and the sum over the ranks is the loss.
 
         Args:
             codes: ``(B, T, height, width)`` int64.
@@ -244,6 +277,6 @@ class MeBT(PretrainedModel):
             device=codes.device,
         )  # fmt: skip
         return masked_loss(
-            self(codes, context, target), codes.flatten(1).gather(1, target), num_tokens - context.shape[1],
+            self(codes, context, target), codes.flatten(1).gather(1, self._own(target)), num_tokens - context.shape[1],
             num_tokens, average=average, label_smoothing=label_smoothing,
         )  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.models.draws import Randomness, draws_of
+from vattn.models.draws import Draws, DrawsOfRows, Randomness, draws_of
 from vattn.models.mebt.masks import (
     Partition,
     draft_partitions,
@@ -117,10 +117,10 @@ def maskgit(
         masked = num_masked(schedule, t, total, official_rounding=official_rounding)
         if target.shape[1] == 0 or masked > target.shape[1]:
             continue
-        tokens, probabilities, is_valid = draw_tokens(model(codes, context, target), **sampling, generator=draws)
+        tokens, score, is_valid = _find(model, codes, context, target, draws, sampling)
         valid.append(is_valid)
         codes = codes.scatter(1, target, tokens)
-        score, chance = probabilities.gather(-1, tokens[..., None])[..., 0], context_temperature * DECAYS[decay](t)
+        chance = context_temperature * DECAYS[decay](t)
         if strategy != "maskgit":
             score, chance = torch.ones_like(score), 1.0
         if strategy == "bootstrap":
@@ -389,7 +389,7 @@ def _by_group(
     codes, context, target = _start(op, model, codes, context, target)
     target = target.gather(1, draws.permutation(len(target), target.shape[1], target.device))
     for known, wanted in progress_bar(partitions(context, target, num_steps), op, progress):
-        tokens, _, is_valid = draw_tokens(model(codes, known, wanted), **sampling, generator=draws)
+        tokens, _, is_valid = _find(model, codes, known, wanted, draws, sampling)
         codes = codes.scatter(1, wanted, tokens)
         valid.append(is_valid)
     require_valid(op, valid)
@@ -408,3 +408,21 @@ def _start(op: str, model: Logits, codes: Tensor, context: Tensor | None, target
         target = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
         context = target[:, :0]
     return Sample(codes, context, target)
+
+
+def _find(
+    model: Logits, codes: Tensor, context: Tensor, target: Tensor, draws: Draws, sampling: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens for all targets, the probabilities ``(B, NT)`` of both, and whether the logits were valid.
+
+    Over ranks each finds its own with the numbers that one process would draw for them; tokens and probabilities are
+    gathered.
+    """
+    ranks = getattr(model, "ranks", None)
+    own = draws if ranks is None else DrawsOfRows(draws, ranks.share(target.shape[1]), target.shape[1])
+    tokens, probabilities, is_valid = draw_tokens(model(codes, context, target), **sampling, generator=own)
+    score = probabilities.gather(-1, tokens[..., None])[..., 0]
+    if ranks is None:
+        return tokens, score, is_valid
+    everywhere = ranks.wait(ranks.start_all_reduce(is_valid.int(), "min")).bool()
+    return ranks.gather_shares(tokens, target.shape[1]), ranks.gather_shares(score, target.shape[1]), everywhere

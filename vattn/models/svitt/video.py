@@ -15,6 +15,7 @@ A model learns on few frames first, and goes on with more, and sparser: :func:`e
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.distributed._checks import fingerprint
+from vattn.distributed._over_ranks import OverRanks
+from vattn.distributed._ranks import Ranks
 from vattn.layout import BlockLayout
 from vattn.models.checkpoints import LARGEST, Model, PretrainedModel, count_blocks, heads_or_default
 from vattn.models.draws import Draws, Randomness
@@ -58,8 +62,9 @@ class SparseBlock(nn.Module):
     """A layer of the encoder: sparse attention, MLP, and, where :meth:`sparsify` asks for it, pruning.
 
     Shape:
-        x ``(B, 1 + N, dim)``, its layout and its positions ``(N,)`` or ``(B, N)`` int64, or None for each (see
-        :class:`vattn.nn.SparseSelfAttention`), to x ``(B, 1 + K, dim)`` and its positions.
+        x ``(B, 1 + N, dim)``, its layout and its positions ``(N,)`` or ``(B, N)`` int64, or None for each, and over
+        ranks the lengths of the shards (see :class:`vattn.nn.SparseSelfAttention`), to x ``(B, 1 + K, dim)`` and its
+        positions.
     """
 
     def __init__(
@@ -97,8 +102,10 @@ class SparseBlock(nn.Module):
         layout: BlockLayout | None = None,
         positions: Tensor | None = None,
         generator: Randomness = None,
+        *,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        attended = self.attn(self.norm1(x), layout, positions, return_importance=self.keep < 1)
+        attended = self.attn(self.norm1(x), layout, positions, return_importance=self.keep < 1, lengths=lengths)
         attended, importance = attended if self.keep < 1 else (attended, None)
         x = x + self._residual(attended, self.scale1)
         x = x + self._residual(self.mlp(self.norm2(x)), self.scale2)
@@ -123,7 +130,7 @@ class SparseBlock(nn.Module):
         return f"keep={self.keep}, keep_by={self.keep_by!r}, drop_path={self.drop_path}"
 
 
-class VideoEncoder(PretrainedModel):
+class VideoEncoder(PretrainedModel, OverRanks):
     """BEiT over the patches of all frames, with sparse edges and sparse nodes. Settings default to the official ones.
 
     Without sparsity, and with one frame, it is BEiT itself: an image checkpoint is loaded as one, and expanded.
@@ -146,6 +153,10 @@ class VideoEncoder(PretrainedModel):
         the weights have learned, to :class:`VideoTokens`. `layouts`, one for each layer, on the device of the
         video, say who reads whom, and None among them that all read all. If they are not given, they are drawn, so that
         the seed of `generator` decides; without one it is torch's own in training, and `eval_seed` in evaluation.
+
+        Over ranks (see :func:`vattn.distributed.parallelize`) all have the same video, layouts and draws. Each embeds
+        the patches of its share of the blocks, and has the global token and these in `tokens`; `pooled` is that of all.
+        Where all tokens read all, there are as many blocks as ranks.
 
     Raises:
         TypeError, ValueError: a setting or an input that does not fit.
@@ -251,37 +262,79 @@ class VideoEncoder(PretrainedModel):
                 f"VideoEncoder: layouts must be one for each of {len(self.blocks)} layers, "
                 f"got len(layouts)={len(layouts)}"
             )
-        x, positions = self._embed(video), None
-        if self._order is not None:
-            positions = self._order.on(x.device)
-            x = torch.cat([x[:, :1], x[:, 1:][:, positions]], 1)
+        self._agree("VideoEncoder", lambda: self._checked(video))
+        warn_of_bytes(self, "video", video, NORMALISED)
+        lengths = None if self.ranks is None else self._lengths(self.ranks)
+        positions = None if self._order is None else self._order.on(video.device)
+        x = self._embed(video, positions, lengths)
         kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             layout = self._draw(x, draws) if layouts is None else layouts[i]
-            x, positions = block(x, layout, positions, draws)
+            if layout is None and self.ranks is not None:
+                layout = self._dense(self.ranks).to(x.device)
+            x, positions = block(x, layout, positions, draws, lengths=lengths)
             if cast(SparseBlock, block).keep < 1:
                 kept.append(cast(Tensor, positions))
         x = self.norm(x)
-        pooled = self.pool_norm(x[:, 1:].mean(1)) if self.mean_pooling else x[:, 0]
-        return VideoTokens(x, pooled, tuple(kept))
+        return VideoTokens(x, self.pool_norm(self._mean(x)) if self.mean_pooling else x[:, 0], tuple(kept))
 
     @property
     def order_of_tokens(self) -> Tensor | None:
         """The raster indices of the tokens in the order in which they are read, ``(N,)``; None for raster order."""
         return None if self._order is None else self._order.made
 
-    def _embed(self, video: Tensor) -> Tensor:
-        """``(B, T, 3, height, width)`` to ``(B, 1 + N, dim)``, in raster order."""
+    def _checked(self, video: Tensor) -> Mapping[str, Any]:
+        """The video is right; what of it all ranks have alike, if there are any."""
         size = self.patch_embed.stride[0]
         frames, height, width = self.window
         require_frames("VideoEncoder", "video", video, (frames, 3, height * size, width * size))
-        warn_of_bytes(self, "video", video, NORMALISED)
-        patches = self.patch_embed(video.flatten(0, 1)).flatten(2).transpose(1, 2)  # (B * T, h * w, dim)
-        patches = patches.unflatten(0, video.shape[:2]).flatten(1, 2)
-        return torch.cat([self.cls_token.expand(video.shape[0], -1, -1), patches], 1)
+        return {"video": fingerprint(video)} if self._compares else {}
+
+    def _embed(self, video: Tensor, order: Tensor | None, lengths: Sequence[int] | None) -> Tensor:
+        """``(B, T, 3, height, width)`` to ``(B, 1 + N, dim)``, in the order of the tokens; over ranks this one's."""
+        glob = self.cls_token.expand(video.shape[0], -1, -1)
+        if self.ranks is None or lengths is None:
+            patches = self.patch_embed(video.flatten(0, 1)).flatten(2).transpose(1, 2)  # (B * T, h * w, dim)
+            patches = patches.unflatten(0, video.shape[:2]).flatten(1, 2)
+            return torch.cat([glob, patches if order is None else patches[:, order]], 1)
+        begin, size = sum(lengths[: self.ranks.rank]), self.patch_embed.stride[0]
+        own = torch.arange(begin, begin + lengths[self.ranks.rank], device=video.device)
+        t, h, w = torch.unravel_index(own if order is None else order[own], self.window)
+        grid = video.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # (B, T, 3, h, size, w, size)
+        pixels = grid.permute(0, 1, 3, 5, 2, 4, 6)[:, t, h, w]  # (B, N, 3, size, size)
+        patches = self.patch_embed(pixels.flatten(0, 1)).flatten(1)
+        return torch.cat([glob, patches.unflatten(0, pixels.shape[:2])], 1)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Of all patches that are left, on any rank: ``(B, 1 + N, dim)`` to ``(B, dim)``."""
+        if self.ranks is None:
+            return x[:, 1:].mean(1)
+        return self._sum(x[:, 1:].sum(1)) / math.prod(self.window)
+
+    def _block_size(self, ranks: Ranks) -> int:
+        """Of the blocks that are shared out over ranks."""
+        if self.sparsity.num_random is None:  # all tokens read all
+            return -(-math.prod(self.window) // ranks.size)
+        return self.sparsity.block_size
+
+    def _dense(self, ranks: Ranks) -> BlockLayout:
+        return BlockLayout.dense(math.prod(self.window), self._block_size(ranks), num_global=1)
+
+    def _lengths(self, ranks: Ranks) -> list[int]:
+        """How many patches each rank has: those of its share of the blocks."""
+        num_tokens, size = math.prod(self.window), self._block_size(ranks)
+        blocks = itertools.accumulate(ranks.shares(-(-num_tokens // size)), initial=0)
+        ends = [min(block * size, num_tokens) for block in blocks]
+        return [end - begin for begin, end in itertools.pairwise(ends)]
+
+    def _refuse(self, ranks: Ranks) -> None:
+        if any(cast(SparseBlock, block).keep < 1 for block in self.blocks):
+            must = "be 1 over ranks, each of which would keep another number of tokens of each video"
+            raise ValueError(f"VideoEncoder: sparsity.keep must {must}, got {self.sparsity.keep}")
 
     def _draw(self, x: Tensor, draws: Draws) -> BlockLayout | None:
-        layout = self.sparsity.layout(x.shape[1] - 1, draws)
+        num_tokens = x.shape[1] - 1 if self.ranks is None else math.prod(self.window)
+        layout = self.sparsity.layout(num_tokens, draws)
         return None if layout is None else layout.to(x.device)
 
     def _see(self, window: tuple[int, int, int], sparsity: Sparsity) -> None:
@@ -298,6 +351,8 @@ class VideoEncoder(PretrainedModel):
         self._order = None if order is None else Table(order)
         for i, block in enumerate(self.blocks):
             cast(SparseBlock, block).sparsify(sparsity, sparsity.keep if i in sparsity.prune_after else 1.0)
+        if self.ranks is not None:
+            self._refuse(self.ranks)
 
     def _expand(self, num_frames: int, sparsity: Sparsity | None = None) -> None:
         """What :func:`expand` does, to this encoder itself."""

@@ -1,0 +1,99 @@
+"""What can be said of models over ranks without other processes: what is refused, and what would be sent."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed.test_parallelize import GRID, MODES, mebt
+from vattn.distributed import parallelize
+from vattn.distributed._ranks import PaperRanks
+from vattn.models.laps import LapsViT
+from vattn.models.mebt import MeBT
+from vattn.models.svitt import Sparsity, VideoEncoder, expand
+
+
+def test_what_mebt_sends_does_not_grow_with_the_video() -> None:
+    sent = []
+    for frames in (4, 64):
+        with torch.device("meta"):
+            model = MeBT(11, (frames, 8, 8), dim=16, num_heads=2, modes=MODES, num_latents=5)
+            codes = torch.zeros(2, frames * 64, dtype=torch.int64)
+            order = codes.expand(2, -1)
+        ranks = PaperRanks(1, 4)
+        logits = parallelize(model, ranks)(codes, order[:, : frames * 8], order[:, frames * 8 :])
+        assert logits.shape[1] == frames * 56 // 4
+        forward = ranks.sent
+        logits.sum().backward()
+        sent.append((forward, ranks.sent))
+    reads = 4  # latents of sharded tokens: for each the peak, then out and weight
+    numbers = 2 * 2 * 5 * (1 + 8 + 1)
+    assert sent[0][0] == sent[1][0] == reads * numbers * 4
+    assert sent[0] == sent[1]
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "another model": (lambda: nn.Linear(2, 2), "parallelize: model must be MeBT, LapsViT, .*, got model=Linear"),
+    "dropout": (lambda: mebt(proj_drop=0.1), r"parallelize: dropout must be 0 .*, got .*proj_drop\.p=0\.1"),
+    "dropout of embeddings": (lambda: mebt(embed_drop=0.1), r"parallelize: dropout .*, got transformer\.drop\.p=0\.1"),
+    "maskgit": (
+        lambda: MeBT(11, GRID, 16, 2, ("latent_enc", "maskgit"), 5),
+        "LatentBlock: mode must be another one over ranks: .*, got mode='maskgit'",
+    ),
+    "few frames": (
+        lambda: LapsViT(2, (1,), image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2),
+        "LapsViT: num_frames must be at least 3, one for each rank, got 2",
+    ),
+    "pruning": (
+        lambda: VideoEncoder(2, image_size=8, patch_size=4, dim=8, depth=10, num_heads=2, mlp_dim=8),
+        r"VideoEncoder: sparsity\.keep must be 1 over ranks, .*, got 0\.7",
+    ),
+    "dropped paths": (
+        lambda: VideoEncoder(2, depth=2, dim=8, num_heads=2, mlp_dim=8, drop_path=0.2, sparsity=Sparsity(keep=1.0)),
+        r"parallelize: dropout must be 0 .*, got blocks\.1\.drop_path=0\.2",
+    ),
+    "twice": (
+        lambda: parallelize(mebt(), PaperRanks(0, 3)), "parallelize: model must be over no ranks yet, got one over 3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str) -> None:
+    make, message = REFUSED[name]
+    model = make()
+    before = [getattr(module, "ranks", None) for module in model.modules()]
+    with pytest.raises((TypeError, ValueError), match=message):
+        parallelize(model, PaperRanks(1, 3))
+    assert [getattr(module, "ranks", None) for module in model.modules()] == before
+
+
+def test_what_needs_a_group_is_told() -> None:
+    with pytest.raises(RuntimeError, match=r"parallelize: torch\.distributed must be initialized"):
+        parallelize(mebt())
+    with pytest.raises(TypeError, match="parallelize: group must be a ProcessGroup, a DeviceMesh or None, got group=3"):
+        parallelize(mebt(), 3)
+
+
+def test_refused_later() -> None:
+    sparsity = Sparsity(block_size=4, keep=1.0)
+    encoder = VideoEncoder(2, image_size=8, patch_size=4, dim=8, depth=10, num_heads=2, mlp_dim=8, sparsity=sparsity)
+    parallelize(encoder, PaperRanks(0, 2))
+    with pytest.raises(ValueError, match=r"VideoEncoder: sparsity\.keep must be 1 over ranks"):
+        expand(encoder, 4, Sparsity(keep=0.5))
+    block = parallelize(mebt(), PaperRanks(0, 2)).transformer.blocks[0]
+    with pytest.raises(ValueError, match="LatentBlock: attn_bias must be None over ranks"):
+        block(*torch.randn(3, 1, 5, 16, dtype=torch.float64), torch.zeros(1, 1, 5, 5))
+
+
+def test_a_model_over_ranks_is_saved_and_copied_as_any_other(tmp_path: Path) -> None:
+    model = parallelize(mebt(), PaperRanks(0, 1))
+    model.save_pretrained(tmp_path)
+    loaded = MeBT.from_pretrained(tmp_path)
+    assert loaded.ranks is None and list(loaded.state_dict()) == list(model.state_dict())
+    copied = copy.deepcopy(model)
+    assert copied.transformer.blocks[0].ranks is copied.ranks is not None
