@@ -1,9 +1,10 @@
 # Everything runs in $(VENV), which the first call makes: Python, torch, the packages, the C++ extension.
 #
-#   make demo       the main job on real clips, and short versions of `make video`, `make tokens` and `make fifo`: outputs/
+#   make demo       the main job on real clips, and short versions of `make video`, `tokens`, `fifo` and `ranks`: outputs/
 #   make video      a tokenizer and a MeBT learn from real clips: outputs/mebt_*.gif
 #   make tokens     a VQ-VAE learns from real clips, VideoGPT and MeBT from its codes: outputs/tokens_*.gif
 #   make fifo       a denoiser learns from real clips, and FIFO-Diffusion makes long videos of it: outputs/fifo_*
+#   make ranks      a MeBT learns from real clips with the tokens of a video over $(RANKS) processes: outputs/distributed_*
 #   make retrieval  a SViTT learns to find clips by their captions: outputs/svitt_*.png
 #   make test       all tests and doctests, and which ten took longest
 #   make fuzz       $(EXAMPLES) random inputs for every operator (or OPERATORS="leap_attention or axial_attention"), others each time
@@ -23,6 +24,7 @@ VENV ?= .venv
 # the download where there is no GPU. The version is pinned in constraints.txt.
 TORCH_INDEX ?=
 OPERATOR ?= leap_attention
+RANKS ?= 2
 TRITON ?=
 ARCHITECTURES ?= sm90
 HEAD_DIMS ?=
@@ -47,9 +49,10 @@ COMPILE := .venv-triton-$(TRITON)/bin/python
 COMPILER := .venv-triton-$(TRITON)/.installed
 endif
 BUILT := vattn/_build.json
+TORCHRUN = $(RUN) -m torch.distributed.run --standalone --nproc-per-node
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video tokens fifo retrieval test fuzz test-gpu sanitize kernels lint bench docs clean
+.PHONY: demo video tokens fifo ranks retrieval test fuzz test-gpu sanitize kernels lint bench docs clean
 
 # FIFO's tensors are so small here that a second thread gains little, and loses much where another program wants its core.
 demo: $(BUILT)
@@ -57,6 +60,7 @@ demo: $(BUILT)
 	$(RUN) -m examples.mebt_video --steps 150 --outputs outputs/demo
 	$(RUN) -m examples.video_tokens --short --steps 400 --outputs outputs/demo
 	OMP_NUM_THREADS=1 $(RUN) -m examples.fifo_long_video --short --size 16 --steps 400 --frames 96 --outputs outputs/demo
+	OMP_NUM_THREADS=1 $(TORCHRUN) 2 -m examples.train_distributed --short --outputs outputs/demo
 
 video: $(BUILT)
 	$(RUN) -m examples.mebt_video
@@ -67,6 +71,9 @@ tokens: $(BUILT)
 # Threads that wait for each other sleep: by default they spin, and are ten times slower where another program runs.
 fifo: $(BUILT)
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m examples.fifo_long_video
+
+ranks: $(BUILT)
+	OMP_NUM_THREADS=1 $(TORCHRUN) $(RANKS) -m examples.train_distributed
 
 retrieval: $(BUILT)
 	$(RUN) -m examples.svitt_retrieval
