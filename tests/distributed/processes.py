@@ -92,7 +92,7 @@ def _run(rank: int, world: int, cases: Mapping[str, Case], sizes: Sequence[int],
     dist.destroy_process_group()
 
 
-def run_cases(cases: Mapping[str, Case], folder: Path, sizes: Sequence[int] = (2, 3, 4), timeout: float = 60) -> Found:
+def run_cases(cases: Mapping[str, Case], folder: Path, sizes: Sequence[int] = (2, 3, 4), timeout: float = 120) -> Found:
     """What each of ``max(sizes)`` processes found. Cases are functions of modules: processes import those."""
     world = max(sizes)
     torch.multiprocessing.start_processes(
