@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tests.svitt_models import seed
 from tests.test_fifo import SIZES, clip, denoise, queue_of
+from vattn.distributed._checks import fingerprint
 from vattn.models.fifo import FIFO, PerFrameScheduler
-from vattn.models.fifo.ranks import fingerprint
 
 WORLD = 4
 CASES = ("f4 n2", "f4 n2 lookahead", "f5 n2 lookahead", "f1 n3", "f5 n1")

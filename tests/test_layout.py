@@ -206,6 +206,16 @@ def test_equal_layouts():
         assert other != layout
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_layouts_leave_plans_behind(copied):
+    layout = layout_of([[0, 1], [1]], 7, 4)
+    layout._plans["of ranks"] = object()
+    layout.transpose()
+    found = copied(layout)
+    assert found._plans == {} and "of ranks" in layout._plans
+    assert found == layout and found.transpose() == layout.transpose()
+
+
 def test_to_a_device():
     layout = BlockLayout.dense(7, 4, num_global=1)
     assert layout.to("cpu") is layout

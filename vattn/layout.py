@@ -65,7 +65,7 @@ class BlockLayout:
     columns: Tensor
     _transposed: "BlockLayout | None" = None
     _plans: dict[Any, Any]
-    """What :mod:`vattn.distributed` has found out about this layout."""
+    """What :mod:`vattn.distributed` has found out about this layout; it is not copied, nor saved."""
 
     def __init__(
         self,
@@ -425,6 +425,12 @@ class BlockLayout:
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"BlockLayout: a layout is immutable, cannot delete {name}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_plans"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _plans={})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):

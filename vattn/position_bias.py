@@ -184,10 +184,10 @@ def table_of(position_bias: RelativePositionBias3D | BiasTable | None) -> tuple[
         return None, []
     if isinstance(position_bias, tuple):
         table, window = position_bias
-        return table.float(), window
-    table = position_bias(as_table=True)
-    _checks.dense(type(position_bias).__name__, "table", table)
-    return table.float(), position_bias.window
+    else:
+        table, window = position_bias(as_table=True), position_bias.window
+        _checks.dense(type(position_bias).__name__, "table", table)
+    return table if table.dtype == torch.float32 else table.float(), window
 
 
 def dense_bias(position_bias: RelativePositionBias3D | BiasTable, num_global: int, positions: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A case is a function of a :class:`World`. Every process runs all cases in one or
 import contextlib
 import datetime
 import itertools
+import multiprocessing
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed.tensor", "vattn.distributed"])  # imported once
 
 Found = list[dict[str, Any]]
 """Of each process, what its cases gave, by "<case> <size of the group>"."""
@@ -89,7 +92,7 @@ def _run(rank: int, world: int, cases: Mapping[str, Case], sizes: Sequence[int],
     dist.destroy_process_group()
 
 
-def run_cases(cases: Mapping[str, Case], folder: Path, sizes: Sequence[int] = (2, 3, 4), timeout: float = 60) -> Found:
+def run_cases(cases: Mapping[str, Case], folder: Path, sizes: Sequence[int] = (2, 3, 4), timeout: float = 120) -> Found:
     """What each of ``max(sizes)`` processes found. Cases are functions of modules: processes import those."""
     world = max(sizes)
     torch.multiprocessing.start_processes(

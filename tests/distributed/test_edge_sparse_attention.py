@@ -326,7 +326,6 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    torch.multiprocessing.set_forkserver_preload([__name__])
     return run_cases(CASES, Path(tmp_path_factory.mktemp("ranks")), SIZES)
 
 

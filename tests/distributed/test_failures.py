@@ -16,7 +16,7 @@ import torch.distributed as dist
 from vattn import distributed
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
-TIMEOUT = 5.0
+TIMEOUT = 8.0  # for calls that fail: each rank comes to them in less, however busy the machine is
 PAIRS = 3
 """Groups of two processes: in each but the first, a rank leaves in another way."""
 
@@ -159,7 +159,10 @@ def _run(process: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=process, world_size=2 * PAIRS,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
-    groups = [dist.new_group([2 * i, 2 * i + 1], timeout=datetime.timedelta(seconds=TIMEOUT)) for i in range(PAIRS)]
+    groups = [
+        dist.new_group([2 * i, 2 * i + 1], timeout=datetime.timedelta(seconds=TIMEOUT if i else 60))
+        for i in range(PAIRS)
+    ]
     pair, rank = divmod(process, 2)
     try:
         if pair == 0:
@@ -211,13 +214,13 @@ def test_anomaly_detection(found):
         assert equal
 
 
-@pytest.mark.parametrize(("process", "least", "most"), [(2, 0, TIMEOUT), (4, TIMEOUT - 1, TIMEOUT + 2)])
-def test_a_rank_that_leaves(found, process, least, most):
+@pytest.mark.parametrize(("process", "says", "least"), [(2, "", 0), (4, ".*[Tt]imed out", TIMEOUT - 1)])
+def test_a_rank_that_leaves(found, process, says, least):
     """One that dies between forward and backward, and one that does not come in time."""
     assert isinstance(found[process], dict), found[process]
     assert process + 1 not in found
-    assert found[process]["said"].startswith("RuntimeError: ")
-    assert least <= found[process]["seconds"] <= most
+    assert_says(found[process]["said"], "RuntimeError: " + says)
+    assert least <= found[process]["seconds"] <= TIMEOUT + 20
 
 
 def assert_says(said: str, expected: str) -> None:

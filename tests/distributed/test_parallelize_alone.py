@@ -12,6 +12,7 @@ from torch import nn
 from tests.distributed.test_parallelize import GRID, MODES, mebt
 from vattn.distributed import parallelize
 from vattn.distributed._ranks import PaperRanks
+from vattn.models.batch_norm import BatchNorm2d
 from vattn.models.laps import LapsViT
 from vattn.models.mebt import MeBT
 from vattn.models.svitt import Sparsity, VideoEncoder, expand
@@ -97,3 +98,12 @@ def test_a_model_over_ranks_is_saved_and_copied_as_any_other(tmp_path: Path) -> 
     assert loaded.ranks is None and list(loaded.state_dict()) == list(model.state_dict())
     copied = copy.deepcopy(model)
     assert copied.transformer.blocks[0].ranks is copied.ranks is not None
+
+
+def test_batch_norms_of_narrow_weights_sum_in_float32() -> None:
+    x = (30 + torch.randn(60, 4, 15, 15, generator=torch.Generator().manual_seed(0))).bfloat16()
+    wide, narrow = BatchNorm2d(4), BatchNorm2d(4).bfloat16()
+    narrow.ranks = PaperRanks(0, 1)
+    torch.testing.assert_close(narrow(x).float(), wide(x.float()), rtol=2**-8, atol=2e-3)
+    torch.testing.assert_close(narrow.running_mean, wide.running_mean, check_dtype=False, rtol=2**-8, atol=0)
+    torch.testing.assert_close(narrow.running_var, wide.running_var, check_dtype=False, rtol=2**-8, atol=0)

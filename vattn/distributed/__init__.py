@@ -11,6 +11,11 @@ is asked, and a mismatch is not noticed: gloo ends the process that gets more th
 A DTensor is for the public operators, which run on its parts, or take these functions where tokens are sharded.
 """
 
+from torch.distributed import is_available
+
+if not is_available():
+    raise ImportError("vattn.distributed: PyTorch must be built with distributed support, got is_available()=False")
+
 from vattn.distributed.axial_attention import axial_attention
 from vattn.distributed.bytes_sent import bytes_sent
 from vattn.distributed.edge_sparse_attention import edge_sparse_attention

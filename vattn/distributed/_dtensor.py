@@ -149,19 +149,8 @@ def edge_sparse_attention(
     bias = _local_bias(placed, position_bias)
     seen: Tensor | None = None
     if dim is None:
-        out, lse, seen = attend_edges(
-            q,
-            k,
-            v,
-            layout,
-            bias,
-            positions,
-            causal,
-            dropout_p,
-            placed.numbered(seed, length, length),
-            scale,
-            importance,
-        )
+        seed = placed.numbered(seed, length, length)
+        out, lse, seen = attend_edges(q, k, v, layout, bias, positions, causal, dropout_p, seed, scale, importance)
     else:
         out, lse = over_ranks.edge_sparse_attention(
             q, k, v, layout, group=placed.group(dim, seed), grad="partial", lengths=placed.lengths(dim, "L"),

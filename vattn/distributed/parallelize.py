@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vattn.distributed._over_ranks import OverRanks
+from vattn._over_ranks import OverRanks
 from vattn.distributed._ranks import ranks_of
 
 OP = "parallelize"

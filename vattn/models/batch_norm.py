@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.distributed._over_ranks import OverRanks
+from vattn._over_ranks import OverRanks
 from vattn.models.recomputation import in_backward, unseen
 
 
@@ -56,14 +56,14 @@ def _over_ranks(
     norm: BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, momentum: float
 ) -> Tensor:
     """In training, for ``x (B, C, H, W)`` of this rank; `mean` and `var` move as they do for all samples together."""
-    high = x.to(mean.dtype)
+    high = x.to(torch.promote_types(mean.dtype, torch.float32))
     sums = norm._sum(torch.cat([high.sum((0, 2, 3)), high.new_full((1,), x.numel() // x.shape[1])]))
     count = sums[-1].detach()
     found_mean = sums[:-1] / count
     centred = high - found_mean[:, None, None]
     found_var = norm._sum(centred.square().sum((0, 2, 3))) / count
     with unseen(), torch.no_grad():
-        mean.lerp_(found_mean, momentum)
-        var.lerp_(found_var * count / (count - 1), momentum)
+        mean.lerp_(found_mean.to(mean.dtype), momentum)
+        var.lerp_((found_var * count / (count - 1)).to(var.dtype), momentum)
     scale = weight * torch.rsqrt(found_var + norm.eps)
     return (centred * scale[:, None, None] + bias[:, None, None]).to(x.dtype)

@@ -12,18 +12,19 @@ Transformers" (CVPR 2023). Few latents stand between many contexts, which are kn
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.distributed._over_ranks import OverRanks
-from vattn.distributed._ranks import Ranks
-from vattn.distributed.latent_attention import latent_attention as over_ranks
+from vattn._over_ranks import OverRanks
 from vattn.nn.heads import merge_heads, split_heads
 from vattn.nn.sdpa import scaled_dot_product_attention
 from vattn.ops.latent_attention import latent_attention
+
+if TYPE_CHECKING:
+    from vattn.distributed._ranks import Ranks
 
 
 class LatentAttention(nn.Module):
@@ -168,7 +169,7 @@ class LatentBlock(nn.Module, OverRanks):
             nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim), nn.Dropout(proj_drop)
         )
 
-    def _refuse(self, ranks: Ranks) -> None:
+    def _refuse(self, ranks: "Ranks") -> None:
         if self.mode == "maskgit":
             must = "be another one over ranks: in it sharded tokens read sharded tokens"
             raise ValueError(f"LatentBlock: mode must {must}, got mode={self.mode!r}")
@@ -204,6 +205,8 @@ class LatentBlock(nn.Module, OverRanks):
         draws = self.training and self.attn.attn_drop.p > 0
         if self.ranks is None or (readers == sources and not draws):  # latents read latents: each rank has all
             return latent_attention
+        from vattn.distributed.latent_attention import latent_attention as over_ranks
+
         sharded: Any = tuple("replicated" if name == "latents" else "keys" for name in sources)
         of_shards: Any = None if lengths is None else [lengths.get(name) for name in sources]
         if readers == ("targets",):

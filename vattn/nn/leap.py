@@ -14,17 +14,18 @@ The frames of a video lie behind each other in the batch, where an image model w
 
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.distributed._over_ranks import OverRanks
-from vattn.distributed._ranks import Ranks
-from vattn.distributed.leap_attention import leap_attention as over_ranks
+from vattn._over_ranks import OverRanks
 from vattn.nn.heads import merge_heads, split_heads
 from vattn.ops.leap_attention import leap_attention
+
+if TYPE_CHECKING:
+    from vattn.distributed._ranks import Ranks
 
 
 def leap_of_level(level: int | None, num_frames: int) -> int | None:
@@ -63,7 +64,7 @@ def attend_frames(
     fold_div: int = 0,
     dropout_p: float = 0.0,
     scale: float | None = None,
-    ranks: Ranks | None = None,
+    ranks: "Ranks | None" = None,
 ) -> Tensor:
     """Leap attention for frames that lie in the batch, heads merged: what the modules here share.
 
@@ -87,6 +88,8 @@ def attend_frames(
     query, key, value = (x.unflatten(0, video).transpose(1, 2) for x in (query, key, value))
     attend: Callable[..., Any] = leap_attention
     if ranks is not None:
+        from vattn.distributed.leap_attention import leap_attention as over_ranks
+
         attend = partial(over_ranks, group=ranks, lengths=ranks.shares(num_frames))
     out = attend(
         query, key, value, 1 if leap is None else leap, group_size=1 if leap is None else 2, fold_div=fold_div,

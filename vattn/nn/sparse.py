@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.distributed._over_ranks import OverRanks
-from vattn.distributed.edge_sparse_attention import edge_sparse_attention as over_ranks
+from vattn._over_ranks import OverRanks
 from vattn.layout import BlockLayout
 from vattn.nn.heads import merge_heads, split_heads
 from vattn.ops.edge_sparse_attention import edge_sparse_attention
@@ -124,6 +123,8 @@ class SparseSelfAttention(nn.Module, OverRanks):
             return edge_sparse_attention, 0
         if layout is None or lengths is None:
             raise ValueError(f"SparseSelfAttention: layout and lengths must be given over ranks, got {lengths=}")
+        from vattn.distributed.edge_sparse_attention import edge_sparse_attention as over_ranks
+
         told = None if self._compares else lengths  # None: the ranks also compare their layouts
         return partial(over_ranks, group=self.ranks, grad="partial", lengths=told), sum(lengths[: self.ranks.rank])
 

@@ -7,9 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vattn.distributed._checks import fingerprint
-from vattn.distributed._ranks import process_group
-
 OP = "FIFO"
 AGREED = (
     "the number of the frame that leaves",
@@ -28,6 +25,8 @@ class Ranks:
         self.group, self.rank, self.size = group, 0, 1
         if group is None:
             return
+        from vattn.distributed._ranks import process_group
+
         self.group = process_group(OP, group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
@@ -67,6 +66,8 @@ class Ranks:
             if error is not None:
                 raise error
             return
+        from vattn.distributed._checks import fingerprint
+
         told = [int(error is not None), *map(fingerprint, values)]
         got = torch.stack(self._gather(torch.tensor(told)))
         if got[:, 0].any():

@@ -1,17 +1,19 @@
 """What the models of LAPS share: outputs per frame, and the pre-norm block."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vattn.distributed._over_ranks import OverRanks
-from vattn.distributed._ranks import Ranks
+from vattn._over_ranks import OverRanks
 from vattn.models.layers import reduction
 from vattn.models.pixels import NORMALISED, require_frames, warn_of_bytes
 from vattn.models.settings import Config, leaves, official_settings
 from vattn.nn import leap_of_level
+
+if TYPE_CHECKING:
+    from vattn.distributed._ranks import Ranks
 
 Levels = Sequence[int | None]
 
@@ -48,7 +50,7 @@ class FrameModel(nn.Module, OverRanks):
         loss = F.cross_entropy(self(video), labels, label_smoothing=label_smoothing, reduction=reduction(labels))
         return loss if self.ranks is None else loss / self.ranks.size
 
-    def _refuse(self, ranks: Ranks) -> None:
+    def _refuse(self, ranks: "Ranks") -> None:
         if self.num_frames < ranks.size:
             op = type(self).__name__
             raise ValueError(

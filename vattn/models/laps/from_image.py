@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from vattn.distributed._over_ranks import OverRanks
+from vattn._over_ranks import OverRanks
 from vattn.models.laps.frames import FrameModel, Levels, layer_leaps
 from vattn.nn import LeapAttention, attend_frames, require_only, split_heads
 

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.distributed._checks import fingerprint
-from vattn.distributed._over_ranks import OverRanks
+from vattn._over_ranks import OverRanks
 from vattn.models.checkpoints import PretrainedModel, count_blocks, official_weights
 from vattn.models.draws import Randomness
 from vattn.models.layers import init_linear
@@ -225,6 +224,8 @@ class MeBT(PretrainedModel, OverRanks):
                 raise ValueError(f"MeBT: {name} must {must}, got {name}.shape={tuple(positions.shape)}")
         if not self._compares:
             return {}
+        from vattn.distributed._checks import fingerprint
+
         given = {"codes": codes, "context": context, "target": target}
         return {f"{name} (or its generator)": fingerprint(x) for name, x in given.items()}
 

@@ -18,15 +18,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from vattn import _checks
-from vattn.distributed._checks import fingerprint
-from vattn.distributed._over_ranks import OverRanks
-from vattn.distributed._ranks import Ranks
+from vattn._over_ranks import OverRanks
 from vattn.layout import BlockLayout
 from vattn.models.checkpoints import LARGEST, Model, PretrainedModel, count_blocks, heads_or_default
 from vattn.models.draws import Draws, Randomness
@@ -41,6 +39,9 @@ from vattn.models.svitt.weights import video_weights
 from vattn.models.tables import Table
 from vattn.nn import SparseSelfAttention
 from vattn.ops.select_tokens import select_tokens
+
+if TYPE_CHECKING:
+    from vattn.distributed._ranks import Ranks
 
 
 @exportable
@@ -288,7 +289,11 @@ class VideoEncoder(PretrainedModel, OverRanks):
         size = self.patch_embed.stride[0]
         frames, height, width = self.window
         require_frames("VideoEncoder", "video", video, (frames, 3, height * size, width * size))
-        return {"video": fingerprint(video)} if self._compares else {}
+        if not self._compares:
+            return {}
+        from vattn.distributed._checks import fingerprint
+
+        return {"video": fingerprint(video)}
 
     def _embed(self, video: Tensor, order: Tensor | None, lengths: Sequence[int] | None) -> Tensor:
         """``(B, T, 3, height, width)`` to ``(B, 1 + N, dim)``, in the order of the tokens; over ranks this one's."""
@@ -311,23 +316,23 @@ class VideoEncoder(PretrainedModel, OverRanks):
             return x[:, 1:].mean(1)
         return self._sum(x[:, 1:].sum(1)) / math.prod(self.window)
 
-    def _block_size(self, ranks: Ranks) -> int:
+    def _block_size(self, ranks: "Ranks") -> int:
         """Of the blocks that are shared out over ranks."""
         if self.sparsity.num_random is None:  # all tokens read all
             return -(-math.prod(self.window) // ranks.size)
         return self.sparsity.block_size
 
-    def _dense(self, ranks: Ranks) -> BlockLayout:
+    def _dense(self, ranks: "Ranks") -> BlockLayout:
         return BlockLayout.dense(math.prod(self.window), self._block_size(ranks), num_global=1)
 
-    def _lengths(self, ranks: Ranks) -> list[int]:
+    def _lengths(self, ranks: "Ranks") -> list[int]:
         """How many patches each rank has: those of its share of the blocks."""
         num_tokens, size = math.prod(self.window), self._block_size(ranks)
         blocks = itertools.accumulate(ranks.shares(-(-num_tokens // size)), initial=0)
         ends = [min(block * size, num_tokens) for block in blocks]
         return [end - begin for begin, end in itertools.pairwise(ends)]
 
-    def _refuse(self, ranks: Ranks) -> None:
+    def _refuse(self, ranks: "Ranks") -> None:
         if any(cast(SparseBlock, block).keep < 1 for block in self.blocks):
             must = "be 1 over ranks, each of which would keep another number of tokens of each video"
             raise ValueError(f"VideoEncoder: sparsity.keep must {must}, got {self.sparsity.keep}")

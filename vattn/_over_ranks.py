@@ -1,13 +1,16 @@
-"""Modules that work over ranks, once :func:`vattn.distributed.parallelize` has given them some."""
+"""Modules that work over ranks, once :func:`vattn.distributed.parallelize` has given them some.
+
+Only those that have ranks import :mod:`vattn.distributed`: it takes a second, and a PyTorch with `torch.distributed`.
+"""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vattn.distributed._collectives import start_sum
-from vattn.distributed._ranks import PaperRanks, Ranks, agree
+if TYPE_CHECKING:
+    from vattn.distributed._ranks import Ranks
 
 
 class OverRanks:
@@ -17,26 +20,33 @@ class OverRanks:
     Gradients are "partial": the loss is the sum of the ranks' losses, and a parameter's gradient the sum of the ranks'.
     """
 
-    ranks: Ranks | None = None
+    ranks: "Ranks | None" = None
 
-    def _refuse(self, ranks: Ranks) -> None:
+    def _refuse(self, ranks: "Ranks") -> None:
         """Raise ValueError for settings that cannot work over `ranks`."""
 
     def _sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks of what each of them has a part of."""
         if self.ranks is None or self.ranks.size == 1:
             return x
+        from vattn.distributed._collectives import start_sum
+
         return start_sum(x, self.ranks, "partial").wait()
 
     @property
     def _compares(self) -> bool:
         """Whether the ranks compare their inputs: not in a program that is compiled, and not on paper."""
-        is_silent = self.ranks is None or isinstance(self.ranks, PaperRanks) or torch.compiler.is_compiling()
-        return not is_silent and self.ranks.size > 1  # type: ignore[union-attr]
+        if self.ranks is None or self.ranks.size == 1 or torch.compiler.is_compiling():
+            return False
+        from vattn.distributed._ranks import PaperRanks
+
+        return not isinstance(self.ranks, PaperRanks)
 
     def _agree(self, op: str, check: Callable[[], Mapping[str, Any]]) -> None:
         """Check an input on every rank: an error on one is one on all, and all have the settings that `check` gives."""
         if self._compares:
+            from vattn.distributed._ranks import agree
+
             agree(op, self.ranks, lambda: (check(), ()), None)  # type: ignore[arg-type]
         else:
             check()
