@@ -14,8 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from vattn import _checks
 from vattn.reference.dropout import random_seed
 
 MOST_LENGTHS = 8
@@ -28,20 +31,23 @@ def process_group(op: str, group: Any) -> dist.ProcessGroup:
     Raises:
         TypeError: it is none of these.
         ValueError: the mesh has more dimensions, or this process is not in the group.
-        RuntimeError: there is no default group yet.
+        RuntimeError: there is no default group.
     """
+    if not dist.is_initialized():
+        got = None if group is None else type(group).__name__  # a mesh has no repr then
+        raise RuntimeError(f"{op}: torch.distributed must be initialized (init_process_group), got group={got}")
     if group is None:
-        if not dist.is_initialized():
-            raise RuntimeError(f"{op}: torch.distributed must be initialized (init_process_group), got group=None")
         return dist.group.WORLD  # type: ignore[return-value]
     if isinstance(group, dist.device_mesh.DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be one-dimensional, got group.ndim={group.ndim}")
         return group.get_group()
+    # What `new_group` gives a process that it leaves out, and a group of others.
+    left_out = group is dist.GroupMember.NON_GROUP_MEMBER
+    if left_out or (isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0):
+        raise ValueError(f"{op}: this process must be in group, got rank={dist.get_rank()}, which is not")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be a ProcessGroup, a DeviceMesh or None, got group={group!r}")
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"{op}: this process must be in group, got rank={dist.get_rank()}, which is not")
     return group
 
 
@@ -192,6 +198,7 @@ def agree(
         RuntimeError: another rank had an error.
         ValueError: another rank has another op, setting, dtype or shape, or `lengths` are not those of the shards.
     """
+    _refuse_vmap(op, ranks)
     settled = seed is None or ranks.size == 1 or seed.numel() > 1
     if lengths is not None and settled and not _compares_always(ranks):
         _, own = check()
@@ -202,6 +209,14 @@ def agree(
     if isinstance(ranks, PaperRanks):
         raise ValueError(f"{op}: lengths must be given on paper, got lengths=None")
     return _handshake(op, ranks, check, lengths, seed)
+
+
+def _refuse_vmap(op: str, ranks: Ranks) -> None:
+    """Of several samples, a collective would be stacked while it is on its way."""
+    if torch.compiler.is_compiling() or ranks.size == 1 or torch._C._functorch.maybe_current_level() is None:
+        return
+    if any(each.key() == TransformType.Vmap for each in retrieve_all_functorch_interpreters()):
+        raise NotImplementedError(f"{op}: samples must lie along the batch over several ranks, got torch.func.vmap")
 
 
 def _compares_always(ranks: Ranks) -> bool:
@@ -215,6 +230,10 @@ def _checked(op: str, ranks: Ranks, lengths: Sequence[Sequence[int]], own: Seque
     if len(lengths) != len(own):
         raise ValueError(f"{op}: lengths must be those of {len(own)} sharded tensors, got lengths={lengths}")
     for of_ranks, here in zip(lengths, own, strict=True):
+        if isinstance(of_ranks, str) or not isinstance(of_ranks, Sequence):
+            raise TypeError(f"{op}: lengths must be a list of an int for each rank, got lengths={of_ranks!r}")
+        for length in of_ranks:
+            _checks.integer(op, "lengths", length, least=0)
         if len(of_ranks) != ranks.size:
             raise ValueError(f"{op}: lengths must be one for each of {ranks.size} ranks, got lengths={list(of_ranks)}")
         if of_ranks[ranks.rank] != here:
