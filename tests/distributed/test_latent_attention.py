@@ -253,3 +253,16 @@ def test_lengths_of_a_tuple_are_those_of_what_is_sharded() -> None:
         )
         with pytest.raises(ValueError, match="lengths must be a list for each key tensor that is sharded"):
             run_ranks(2, functools.partial(_of_ranks, call))
+
+
+def test_bytes_of_any_call() -> None:
+    """Of dropout nothing is asked on paper; inference mode is as good as any; a rank is an int."""
+    x, frames = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 3, 4)
+    told: dict[str, Any] = {"rank": 0, "lengths": [4, 4], "backward": True}
+    calls: dict[str, Any] = {"latent_attention": (x, x, x), "leap_attention": (frames, frames, frames, 3)}
+    for op, inputs in calls.items():
+        expected = distributed.bytes_sent(op, *inputs, size=2, **told)
+        with torch.inference_mode():
+            assert distributed.bytes_sent(op, *inputs, size=2, dropout_p=0.5, **told) == expected > 0
+    with pytest.raises(TypeError, match="bytes_sent: size must be an int, got size='2'"):
+        distributed.bytes_sent("latent_attention", x, x, x, size="2", **told)  # type: ignore[arg-type]
