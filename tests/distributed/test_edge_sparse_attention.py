@@ -365,6 +365,23 @@ def test_what_does_not_fit_is_an_error_on_every_rank(size: int, found: Found) ->
             assert f"Error: {OP}: " in message and must in message, message
 
 
+def test_a_loss_of_lse_alone_and_what_lies_in_memory() -> None:
+    """Rank 0 sends and receives nothing back; its backward takes part all the same."""
+    layout = layout_of([[0], [0, 1]], 8, 4, num_global=0)
+    x = torch.randn(1, 2, 8, 4, dtype=torch.float64, requires_grad=True)
+    lse = vattn.edge_sparse_attention(x, x, x, layout, return_lse=True)[1]
+    (wanted,) = torch.autograd.grad(lse.square().sum(), x)
+
+    def one(ranks: Any) -> float:
+        own = x[:, :, 4 * ranks.rank :][:, :, :4].detach().requires_grad_()
+        out, lse = distributed.edge_sparse_attention(own, own, own, layout, group=ranks, return_lse=True)
+        assert out.transpose(1, 2).is_contiguous()
+        (grad,) = torch.autograd.grad(lse.square().sum(), own)
+        return largest(grad, wanted[:, :, 4 * ranks.rank :][:, :, :4])
+
+    assert max(run_ranks(2, one)) < EXACT
+
+
 @settings(max_examples=60)
 @given(problems(), st.booleans())
 def test_plans_of_ranks_fit_each_other(problem: Problem, apart: bool) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.distributed.simulated import run_ranks
 from vattn import distributed
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
@@ -44,6 +45,13 @@ def other_order(rank: int, group: Any) -> Any:
     if rank:
         distributed.axial_attention(x, x, x, 0, group=group)
     return distributed.leap_attention(x, x, x, 1, group=group)
+
+
+def select(rank: int, group: Any) -> Any:
+    """Of positions, the second rank has too many."""
+    x = torch.randn(2, 2, 4)
+    positions = torch.zeros(2 + rank, dtype=torch.int64)
+    return distributed.select_tokens(x, x[..., 0], 1, group=group, positions=positions, num_global=0)
 
 
 def inputs(rank: int, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -79,6 +87,14 @@ DISAGREE: dict[str, tuple[Callable[[int, Any], Any], str]] = {
     "order": (
         other_order,
         r"distributed.\w+: the operator must .*rank 0: distributed.leap_attention, rank 1: distributed.axial_at",
+    ),
+    "positions of one rank": (
+        select,
+        r"distributed.select_tokens: positions must be those of all tokens \(4\) or of the rank's \(2\), got on rank 1",
+    ),
+    "gradients of one rank": (
+        lambda rank, group: call(rank, group, inputs=[x.requires_grad_(rank == 0) for x in tensors(rank)]),
+        r"distributed.latent_attention: requires_grad must be .*, got rank 0: \[True\], rank 1: \[False\]",
     ),
     "lengths": (
         lambda rank, group: call(rank, group, lengths=[6, 7] if rank else [6, 8], dropout_p=0.5),
@@ -122,10 +138,9 @@ def disagree(rank: int, group: Any) -> dict[str, Any]:
     known = {"lengths": [6, 7]}
     for name, (function, *_) in (DISAGREE | WRONG).items():
         found[name] = raised(function, rank, group), torch.equal(call(rank, group), whole)
-    dist.set_debug_level(dist.DebugLevel.INFO)
     function = lambda rank, group: call(rank, group, scale=1.0 + rank, **known)  # noqa: E731
-    found["compared in debug mode"] = raised(function, rank, group), torch.equal(call(rank, group, **known), whole)
-    dist.set_debug_level(dist.DebugLevel.OFF)
+    found["lengths are known"] = raised(function, rank, group), torch.equal(call(rank, group, **known), whole)
+    found["left out"] = raised(call, rank, dist.GroupMember.NON_GROUP_MEMBER), True
     query, key = (x.requires_grad_() for x in tensors(rank))
     grads = []
     for anomaly in (False, True):
@@ -203,10 +218,25 @@ def test_a_call_that_is_wrong_on_one_rank(found, name):
         assert one[name][1]
 
 
-def test_given_lengths_in_debug_mode(found):
-    for said, usable in (one["compared in debug mode"] for one in of_pair(found)):
+def test_calls_with_lengths_are_compared_on_a_cpu(found):
+    for said, usable in (one["lengths are known"] for one in of_pair(found)):
         assert_says(said, "ValueError: distributed.latent_attention: scale must be the same on every rank")
         assert usable
+
+
+def test_a_group_of_others(found):
+    for rank, one in enumerate(of_pair(found)):
+        said = f"ValueError: distributed.latent_attention: this process must be in group, got rank={rank}, which is not"
+        assert_says(one["left out"][0], said)
+
+
+def test_samples_of_vmap_are_refused():
+    """They would be stacked while they are on their way."""
+    q, x = torch.randn(2, 2, 3, 5, 4), torch.randn(2, 2, 3, 6, 4)
+    for name, inputs in (("latent_attention", (q, x, x)), ("token_importance", (q, x))):
+        function = getattr(distributed, name)
+        with pytest.raises(NotImplementedError, match=f"^distributed.{name}: .*, got torch.func.vmap"):
+            run_ranks(2, lambda ranks, f=function, x=inputs: torch.func.vmap(lambda *y: f(*y, group=ranks))(*x))
 
 
 def test_anomaly_detection(found):

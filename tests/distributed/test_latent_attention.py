@@ -228,3 +228,41 @@ def test_a_wrong_call_is_refused_by_name(change: dict[str, Any], message: str) -
     query, key = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 3, 4)
     with pytest.raises(ValueError, match=f"distributed.latent_attention: .*{message}"):
         run_ranks(2, lambda ranks: distributed.latent_attention(query, key, key, group=ranks, **change))
+
+
+def _of_ranks(call: Any, ranks: Any) -> Any:
+    return call(group=ranks)
+
+
+@pytest.mark.parametrize("lengths", [3, "33", torch.tensor([3, 3]), {0: 3, 1: 3}, [3, 3.0], [3, None]])
+def test_lengths_are_ints(lengths: Any) -> None:
+    query, key = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 3, 4)
+    for keys in (key, (key, key)):
+        of_tuple = [lengths] * 2 if isinstance(keys, tuple) else lengths
+        call = functools.partial(distributed.latent_attention, query, keys, keys, lengths=of_tuple)
+        with pytest.raises(TypeError, match=r"distributed.latent_attention: lengths must be .*, got lengths="):
+            run_ranks(2, functools.partial(_of_ranks, call))
+
+
+def test_lengths_of_a_tuple_are_those_of_what_is_sharded() -> None:
+    query, key = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 3, 4)
+    sharded = "keys", "replicated"
+    for lengths in ([None, [3, 3]], [[3, 3], [3, 3]], [[3, 3]]):
+        call = functools.partial(
+            distributed.latent_attention, query, (key, key), (key, key), sharded=sharded, lengths=lengths
+        )
+        with pytest.raises(ValueError, match="lengths must be a list for each key tensor that is sharded"):
+            run_ranks(2, functools.partial(_of_ranks, call))
+
+
+def test_bytes_of_any_call() -> None:
+    """Of dropout nothing is asked on paper; inference mode is as good as any; a rank is an int."""
+    x, frames = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 3, 4)
+    told: dict[str, Any] = {"rank": 0, "lengths": [4, 4], "backward": True}
+    calls: dict[str, Any] = {"latent_attention": (x, x, x), "leap_attention": (frames, frames, frames, 3)}
+    for op, inputs in calls.items():
+        expected = distributed.bytes_sent(op, *inputs, size=2, **told)
+        with torch.inference_mode():
+            assert distributed.bytes_sent(op, *inputs, size=2, dropout_p=0.5, **told) == expected > 0
+    with pytest.raises(TypeError, match="bytes_sent: size must be an int, got size='2'"):
+        distributed.bytes_sent("latent_attention", x, x, x, size="2", **told)  # type: ignore[arg-type]

@@ -36,6 +36,11 @@ def settings_of(op: str, name: str, x: Tensor, **settings: Any) -> Mapping[str, 
     }  # fmt: skip
 
 
+def asks(*tensors: Tensor) -> bool:
+    """Whether a backward through these will come: if it sends anything, all ranks must take part."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def values_of(x: Tensor | None) -> Any:
     """What tells the values of a tensor of integers, where they can be looked at without waiting for a device."""
     if x is None:

@@ -2,11 +2,12 @@
 
 local checks     an error on one rank is an error on all of them: none waits for a call that will not come
 handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank; where
-                 `lengths` are known there is none, unless TORCH_DISTRIBUTED_DEBUG is INFO or DETAIL
+                 `lengths` are known there is none in compiled code and on GPUs
 collectives      of torch's functional ones, which compile, and are asynchronous until they are waited for
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from vattn import _checks
 from vattn.reference.dropout import random_seed
 
 MOST_LENGTHS = 8
@@ -28,20 +32,23 @@ def process_group(op: str, group: Any) -> dist.ProcessGroup:
     Raises:
         TypeError: it is none of these.
         ValueError: the mesh has more dimensions, or this process is not in the group.
-        RuntimeError: there is no default group yet.
+        RuntimeError: there is no default group.
     """
+    if not dist.is_initialized():
+        got = None if group is None else type(group).__name__  # a mesh has no repr then
+        raise RuntimeError(f"{op}: torch.distributed must be initialized (init_process_group), got group={got}")
     if group is None:
-        if not dist.is_initialized():
-            raise RuntimeError(f"{op}: torch.distributed must be initialized (init_process_group), got group=None")
         return dist.group.WORLD  # type: ignore[return-value]
     if isinstance(group, dist.device_mesh.DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be one-dimensional, got group.ndim={group.ndim}")
         return group.get_group()
+    # What `new_group` gives a process that it leaves out, and a group of others.
+    left_out = group is dist.GroupMember.NON_GROUP_MEMBER
+    if left_out or (isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0):
+        raise ValueError(f"{op}: this process must be in group, got rank={dist.get_rank()}, which is not")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be a ProcessGroup, a DeviceMesh or None, got group={group!r}")
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"{op}: this process must be in group, got rank={dist.get_rank()}, which is not")
     return group
 
 
@@ -85,11 +92,14 @@ class Ranks:
     def wait(self, x: Tensor) -> Tensor:
         return torch.ops._c10d_functional.wait_tensor(x)
 
+    @functools.cached_property
+    def on_cpu(self) -> bool:
+        """Whether the group sends what lies on a CPU."""
+        return "cpu" in {device.type for device in self.group._device_types}
+
     def all_gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Those of every rank; all have as many."""
-        device = (
-            "cpu" if "cpu" in {d.type for d in self.group._device_types} else torch.accelerator.current_accelerator()
-        )
+        device = "cpu" if self.on_cpu else torch.accelerator.current_accelerator()
         told = torch.tensor([numbers], dtype=torch.int64, device=device)
         return self.wait(self.start_all_gather(told)).tolist()
 
@@ -198,9 +208,9 @@ def agree(
     Args:
         check: raises for what is wrong here; gives the settings that must be the same on every rank, and how many
             tokens this rank has of each tensor that is sharded.
-        lengths: of the shards of each such tensor, in the order of ranks, where known: then nothing is asked, unless
-            there is a seed. Nor is a mismatch noticed then: gloo ends a process that gets more than it expects. With
-            TORCH_DISTRIBUTED_DEBUG set to INFO or DETAIL, calls are compared all the same.
+        lengths: of the shards of each such tensor, in the order of ranks, where known: then nothing is asked in compiled
+            code and on GPUs, unless there is a seed, nor is a mismatch noticed there. With TORCH_DISTRIBUTED_DEBUG set
+            to INFO or DETAIL, eager calls on GPUs are compared all the same.
         seed: of this rank's dropout; that of rank 0 counts. With numbers behind it, all ranks have the same.
 
     Raises:
@@ -208,7 +218,8 @@ def agree(
         RuntimeError: another rank had an error.
         ValueError: another rank has another op, setting, dtype or shape, or `lengths` are not those of the shards.
     """
-    settled = seed is None or ranks.size == 1 or seed.numel() > 1
+    _refuse_vmap(op, ranks)
+    settled = seed is None or ranks.size == 1 or seed.numel() > 1 or isinstance(ranks, PaperRanks)
     if lengths is not None and settled and not _compares_always(ranks):
         _, own = check()
         return Agreed(_checked(op, ranks, lengths, own), seed)
@@ -220,17 +231,32 @@ def agree(
     return _handshake(op, ranks, check, lengths, seed)
 
 
+def _refuse_vmap(op: str, ranks: Ranks) -> None:
+    """Of several samples, a collective would be stacked while it is on its way."""
+    if torch.compiler.is_compiling() or ranks.size == 1 or torch._C._functorch.maybe_current_level() is None:
+        return
+    if any(each.key() == TransformType.Vmap for each in retrieve_all_functorch_interpreters()):
+        raise NotImplementedError(f"{op}: samples must lie along the batch over several ranks, got torch.func.vmap")
+
+
 def _compares_always(ranks: Ranks) -> bool:
-    """Whether ranks compare their calls although nothing needs to be asked, as torch's own collectives do then."""
+    """Whether ranks compare their calls although nothing needs to be asked: where it costs little, or is wished for.
+
+    On a CPU a tenth of a millisecond is little for an error by name: gloo ends a process that gets more than it expects.
+    """
     if torch.compiler.is_compiling() or ranks.size == 1 or isinstance(ranks, PaperRanks):
         return False
-    return dist.get_debug_level() != dist.DebugLevel.OFF
+    return ranks.on_cpu or dist.get_debug_level() != dist.DebugLevel.OFF
 
 
 def _checked(op: str, ranks: Ranks, lengths: Sequence[Sequence[int]], own: Sequence[int]) -> list[list[int]]:
     if len(lengths) != len(own):
         raise ValueError(f"{op}: lengths must be those of {len(own)} sharded tensors, got lengths={lengths}")
     for of_ranks, here in zip(lengths, own, strict=True):
+        if isinstance(of_ranks, str) or not isinstance(of_ranks, Sequence):
+            raise TypeError(f"{op}: lengths must be a list of an int for each rank, got lengths={of_ranks!r}")
+        for length in of_ranks:
+            _checks.integer(op, "lengths", length, least=0)
         if len(of_ranks) != ranks.size:
             raise ValueError(f"{op}: lengths must be one for each of {ranks.size} ranks, got lengths={list(of_ranks)}")
         if of_ranks[ranks.rank] != here:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vattn import _checks
 from vattn._library import compute_dtype
-from vattn.distributed._checks import settings_of
+from vattn.distributed._checks import asks, settings_of
 from vattn.distributed._collectives import start_exchange
 from vattn.distributed._numbers import with_numbers
 from vattn.distributed._ranks import Ranks, agree, dropout_seed, ranks_of
@@ -104,8 +104,10 @@ def axial_attention(
         found.update(axes, dropout_p=_checks.dropout(OP, dropout_p), scale=_checks.scale(OP, scale, query.shape[-1]))
         others = [n for axis, n in enumerate(grid) if axis != axes["sharded_dim"]]
         settings = settings_of(
-            OP, "query", query, **found, return_lse=bool(return_lse), **{"the other axes of the grid": others}
-        )
+            OP, "query", query, **found, return_lse=bool(return_lse),
+            requires_grad=found["dim"] == found["sharded_dim"] and asks(query, key, value),
+            **{"the other axes of the grid": others},
+        )  # fmt: skip
         return settings, [grid[axes["sharded_dim"]]]
 
     seed = dropout_seed(group, query, dropout_p)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import vattn.distributed
+from vattn import _checks
 from vattn.distributed._ranks import PaperRanks
 
 NOT_OPERATORS = {"bytes_sent", "parallelize", "share_of"}
@@ -26,6 +27,7 @@ def bytes_sent(op: str, *inputs: Any, rank: int, size: int, backward: bool = Fal
         settings: its other arguments; `lengths` of the shards must be among them where the function takes them.
 
     Raises:
+        TypeError: `rank` or `size` is no int, or the call does not fit.
         ValueError: there is no such function, no such rank, or the call does not fit.
 
     Example:
@@ -39,7 +41,9 @@ def bytes_sent(op: str, *inputs: Any, rank: int, size: int, backward: bool = Fal
     names = [name for name in vattn.distributed.__all__ if name not in NOT_OPERATORS]
     if op not in names:
         raise ValueError(f"bytes_sent: op must be one of {', '.join(names)}, got op={op!r}")
-    if not 0 <= rank < size:
+    _checks.integer("bytes_sent", "size", size, least=1)
+    _checks.integer("bytes_sent", "rank", rank, least=0)
+    if rank >= size:
         raise ValueError(f"bytes_sent: rank must be between 0 and {size - 1}, got rank={rank}")
     return sum(handed for _, handed in calls(op, *inputs, rank=rank, size=size, backward=backward, **settings))
 
@@ -49,9 +53,9 @@ def calls(
 ) -> list[tuple[str, int]]:
     """The collectives of a call, and the bytes that this rank hands to each."""
     paper = PaperRanks(rank, size)
-    on_meta = [_without_data(x, backward) for x in inputs]
-    settings = {name: _without_data(x, backward) for name, x in settings.items()}
-    with torch.set_grad_enabled(backward):
+    with torch.inference_mode(False), torch.set_grad_enabled(backward):
+        on_meta = [_without_data(x, backward) for x in inputs]
+        settings = {name: _without_data(x, backward) for name, x in settings.items()}
         results = getattr(vattn.distributed, op)(*on_meta, group=paper, **settings)
     if backward:
         outs = [x for x in _tensors(results) if x.requires_grad]

@@ -22,7 +22,7 @@ from torch import Tensor
 import vattn
 from vattn import _checks
 from vattn._library import compute_dtype
-from vattn.distributed._checks import grad_mode, settings_of, values_of
+from vattn.distributed._checks import asks, grad_mode, settings_of, values_of
 from vattn.distributed._collectives import Pending, enter, enter_rows, start_exchange, tie
 from vattn.distributed._edge_plan import Plan, fingerprint, plan_of
 from vattn.distributed._merge import PendingMerge
@@ -120,9 +120,11 @@ def edge_sparse_attention(
         if return_importance and layout.num_global == 0:
             raise ValueError(f"{OP}: return_importance needs a global token, got layout.num_global=0")
         found.update(dropout_p=_checks.dropout(OP, dropout_p), scale=_checks.scale(OP, scale, query.shape[-1]))
+        asked = [asks(query), asks(key), asks(value)] if grad == "full" and layout.num_global else [asks(key, value)]
+        asked += [asks(query, key, value)] + ([] if position_bias is None else [asks(*position_bias.parameters())])
         settings = settings_of(
             OP, "query", query, grad=grad, layout=fingerprint(layout), causal=causal, positions=values_of(positions),
-            return_importance=return_importance, **found,
+            return_importance=return_importance, requires_grad=asked, **found,
             **{"window of position_bias": None if position_bias is None else position_bias.window},
         )  # fmt: skip
         return settings, [own]
@@ -160,10 +162,11 @@ def edge_sparse_attention(
     if moving is not None:
         came = moving.wait()
         if plan.fetched is None:
-            out = tie(out, came)
+            out, lse = tie(out, came), tie(lse, came)  # whichever a loss looks at
         else:
             fetched = call.of_fetched(own_query, came, plan)
             out, lse = vattn.merge_attention([out, fetched[0]], [lse, fetched[1]])
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)  # which the reference, of float64, lays otherwise
     if merge is not None:
         global_out, global_lse = merge.wait()
         out, lse = _one_behind_another(global_out, out), torch.cat([global_lse, lse], 2)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from vattn import _checks
-from vattn.distributed._checks import grad_mode, settings_of, values_of
+from vattn.distributed._checks import asks, grad_mode, settings_of, values_of
 from vattn.distributed._collectives import enter
 from vattn.distributed._merge import merge_over_ranks
 from vattn.distributed._numbers import with_numbers
@@ -93,6 +93,8 @@ def latent_attention(
         grad_mode(OP, grad)
         keys, values = checked_inputs(OP, query, key, value, key_lengths)
         shards = _sharded(sharded, len(keys), isinstance(key, Tensor))
+        if not isinstance(key, Tensor) and sharded != "queries":
+            _check_lengths_of_tuple(lengths, shards)
         found.update(
             keys=keys, values=values, shards=shards, dropout_p=_checks.dropout(OP, dropout_p),
             scale=_checks.scale(OP, scale, query.shape[-1]),
@@ -103,9 +105,13 @@ def latent_attention(
             own = [query.shape[2]]
         else:
             fixed.append(query.shape[2])
+        alike = [] if sharded == "queries" else [query]
+        alike += [x for some in (keys, values) for x, how in zip(some, shards, strict=True) if how == "replicated"]
+        asked = [asks(x) for x in alike] if grad == "full" else sharded != "queries" and asks(query, *keys, *values)
         settings = settings_of(
-            OP, "query", query, sharded=sharded, grad=grad, dropout_p=found["dropout_p"], scale=found["scale"],
-            key_lengths=values_of(key_lengths), **{"numbers of replicated tokens": fixed},
+            OP, "query", query, requires_grad=asked, sharded=sharded, grad=grad,
+            dropout_p=found["dropout_p"], scale=found["scale"], key_lengths=values_of(key_lengths),
+            **{"numbers of replicated tokens": fixed},
         )  # fmt: skip
         return settings, own
 
@@ -167,12 +173,23 @@ def _sharded(sharded: object, count: int, one: bool) -> list[str]:
     return list(sharded)
 
 
+def _check_lengths_of_tuple(lengths: Any, shards: Sequence[str]) -> None:
+    """`lengths` is None for those tensors that are replicated, and for no others."""
+    if not isinstance(lengths, (list, tuple)):  # :func:`agree` looks at what it is
+        return
+    if [each is None for each in lengths] != [how == "replicated" for how in shards]:
+        raise ValueError(
+            f"{OP}: lengths must be a list for each key tensor that is sharded and None for others, "
+            f"got lengths={lengths}, sharded={tuple(shards)}"
+        )
+
+
 def _of_shards(
     lengths: Sequence[int] | Sequence[Sequence[int] | None] | None, sharded: str | Sequence[str], key: Any
 ) -> list[Sequence[int]] | None:
     """`lengths` as a list for each tensor that is sharded."""
     if lengths is None:
         return None
-    if isinstance(key, Tensor) or sharded == "queries":
+    if isinstance(key, Tensor) or sharded == "queries" or not isinstance(lengths, (list, tuple)):
         return [lengths]  # type: ignore[list-item]
-    return [each for each in lengths if each is not None]  # type: ignore[misc]
+    return [each for each in lengths if each is not None]

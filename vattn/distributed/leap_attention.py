@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vattn import _checks
 from vattn._library import compute_dtype
-from vattn.distributed._checks import settings_of
+from vattn.distributed._checks import asks, settings_of
 from vattn.distributed._frames import Block, Key, Moving, Pieces, cut, joined, lent_blocks, needed_blocks
 from vattn.distributed._leap_plan import Plan, Range, length, plan_leap
 from vattn.distributed._numbers import with_numbers
@@ -99,7 +99,7 @@ def leap_attention(
         found.update(dropout_p=_checks.dropout(OP, dropout_p), scale=_checks.scale(OP, scale, query.shape[-1]))
         settings = settings_of(
             OP, "query", query, leap=int(leap), group_size=int(group_size), fold_div=int(fold_div),
-            return_lse=bool(return_lse), N=query.shape[3], **found,
+            return_lse=bool(return_lse), N=query.shape[3], requires_grad=asks(query, key, value), **found,
         )  # fmt: skip
         return settings, [query.shape[2]]
 

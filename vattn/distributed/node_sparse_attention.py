@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks
-from vattn.distributed._checks import grad_mode, settings_of, values_of
+from vattn.distributed._checks import asks, grad_mode, settings_of, values_of
 from vattn.distributed._collectives import enter
 from vattn.distributed._merge import merge_over_ranks
 from vattn.distributed._numbers import with_numbers
@@ -88,6 +88,7 @@ def node_sparse_attention(
         settings = settings_of(
             OP, "query", query, grad=grad, dropout_p=_checks.dropout(OP, dropout_p),
             scale=_checks.scale(OP, scale, query.shape[-1]), kept=values_of(kept),
+            requires_grad=asks(query) if grad == "full" else asks(query, key, value),
             **{"number of queries": query.shape[2]},
         )  # fmt: skip
         return settings, [key.shape[2]]

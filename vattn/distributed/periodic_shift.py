@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vattn import _checks
 from vattn._library import compute_dtype
-from vattn.distributed._checks import settings_of
+from vattn.distributed._checks import asks, settings_of
 from vattn.distributed._ranks import Ranks, agree, ranks_of
 from vattn.ops.periodic_shift import shift as shift_here
 
@@ -61,7 +61,7 @@ def periodic_shift(x: Tensor, fold_div: int, *, group: Any = None, lengths: Sequ
         _checks.tensor(OP, "x", x)
         _checks.rank(OP, "x", x, "(B, H, T, N, D)")
         _checks.integer(OP, "fold_div", fold_div, least=1)
-        return settings_of(OP, "x", x, fold_div=int(fold_div), N=x.shape[3]), [x.shape[2]]
+        return settings_of(OP, "x", x, fold_div=int(fold_div), N=x.shape[3], requires_grad=asks(x)), [x.shape[2]]
 
     agreed = agree(OP, ranks, check, None if lengths is None else [lengths])
     return shift(x, fold_div, ranks, agreed.lengths[0])

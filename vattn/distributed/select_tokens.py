@@ -82,15 +82,26 @@ def select_tokens(
             "channels": tokens.shape[2], "dtype of importance": importance.dtype, "keep": keep,
             "num_global": num_global,
         }  # fmt: skip
-        return settings, [own]
+        if positions is not None:
+            _checks.index_tensor(OP, "positions", positions)
+            some = positions.shape[-1] if positions.dim() else 0
+            _checks.positions(OP, positions, tokens, tokens.shape[0], some)
+            if lengths is None:  # whether these are as many as tokens, is seen when all ranks have told how many
+                return settings, [own, some]
+        return settings, [own] if lengths is not None else [own, own]
 
     of_ranks = agree(OP, ranks, check, None if lengths is None else [lengths])
     begin, total = of_ranks.begins(ranks.rank), sum(of_ranks.lengths[0])
     B, own = importance.shape
-    if positions is not None:
-        here = isinstance(positions, Tensor) and positions.shape[-1:] == (own,)
-        _checks.positions(OP, positions, tokens, B, own if here else total)
-        positions = positions if here else positions[..., begin : begin + own]
+    for rank, counts in enumerate(zip(*of_ranks.lengths, strict=True)):
+        if counts[-1] not in (counts[0], total):
+            raise ValueError(
+                f"{OP}: positions must be those of all tokens ({total}) or of the rank's ({counts[0]}), "
+                f"got on rank {rank} positions.shape[-1]={counts[-1]}"
+            )
+    if positions is not None and positions.shape[-1] != own:
+        _checks.positions(OP, positions, tokens, B, total)
+        positions = positions[..., begin : begin + own]
 
     all_kept = count(OP, keep, total)
     everyone = _gathered(importance.detach(), of_ranks.lengths[0], ranks)
