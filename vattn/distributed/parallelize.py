@@ -8,10 +8,12 @@ parameters                   the same on every rank, unless FSDP shards them
 
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from vattn.distributed._over_ranks import OverRanks
-from vattn.distributed._ranks import ranks_of
+from vattn.distributed._over_ranks import Held, OverRanks
+from vattn.distributed._ranks import Ranks, ranks_of
 
 OP = "parallelize"
 EXACT = "attn_drop"
@@ -63,7 +65,7 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
         >>> model = parallelize(model, group)
         >>> model.training_loss(torch.randint(10, (3, 2, 2, 2))).backward()     # then sum the gradients over the group
     """
-    ranks = ranks_of(OP, mesh)
+    ranks = _ranks_of(OP, mesh)
     if not isinstance(model, OverRanks):
         raise TypeError(
             f"{OP}: model must be MeBT, LapsViT, LapsVisformer, VideoFromImage or VideoEncoder, "
@@ -80,8 +82,9 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
                 _require_zero(f"{name}.{setting}", value)
     for part in parts:
         part._refuse(ranks)
+    held = Held(ranks)
     for part in parts:
-        part.ranks = ranks
+        part._held = held
     return model
 
 
@@ -92,7 +95,16 @@ def share_of(total: int, mesh: Any = None) -> range:
         >>> share_of(8, group)
         range(0, 8)
     """
-    return ranks_of("share_of", mesh).share(total)
+    return _ranks_of("share_of", mesh).share(total)
+
+
+def _ranks_of(op: str, mesh: Any) -> Ranks:
+    if isinstance(mesh, DeviceMesh) and mesh.ndim != 1:
+        must = "be one-dimensional, as one of its dimensions is: mesh[name]"
+        raise ValueError(f"{op}: mesh must {must}, got mesh.ndim={mesh.ndim} (mesh_dim_names={mesh.mesh_dim_names})")
+    if not isinstance(mesh, (DeviceMesh, dist.ProcessGroup, Ranks, type(None))):
+        raise TypeError(f"{op}: mesh must be a one-dimensional DeviceMesh, a ProcessGroup or None, got mesh={mesh!r}")
+    return ranks_of(op, mesh)
 
 
 def _require_zero(name: str, value: float) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.distributed._checks import fingerprint
+from vattn.distributed._edge_plan import dense_layout
 from vattn.distributed._over_ranks import OverRanks
 from vattn.distributed._ranks import Ranks
 from vattn.layout import BlockLayout
@@ -269,9 +270,9 @@ class VideoEncoder(PretrainedModel, OverRanks):
         x = self._embed(video, positions, lengths)
         kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            layout = self._draw(x, draws) if layouts is None else layouts[i]
+            layout = self._drawn(x, draws) if layouts is None else layouts[i]
             if layout is None and self.ranks is not None:
-                layout = self._dense(self.ranks).to(x.device)
+                layout = dense_layout(math.prod(self.window), self._block_size(self.ranks), x.device)
             x, positions = block(x, layout, positions, draws, lengths=lengths)
             if cast(SparseBlock, block).keep < 1:
                 kept.append(cast(Tensor, positions))
@@ -317,9 +318,6 @@ class VideoEncoder(PretrainedModel, OverRanks):
             return -(-math.prod(self.window) // ranks.size)
         return self.sparsity.block_size
 
-    def _dense(self, ranks: Ranks) -> BlockLayout:
-        return BlockLayout.dense(math.prod(self.window), self._block_size(ranks), num_global=1)
-
     def _lengths(self, ranks: Ranks) -> list[int]:
         """How many patches each rank has: those of its share of the blocks."""
         num_tokens, size = math.prod(self.window), self._block_size(ranks)
@@ -331,6 +329,11 @@ class VideoEncoder(PretrainedModel, OverRanks):
         if any(cast(SparseBlock, block).keep < 1 for block in self.blocks):
             must = "be 1 over ranks, each of which would keep another number of tokens of each video"
             raise ValueError(f"VideoEncoder: sparsity.keep must {must}, got {self.sparsity.keep}")
+
+    def _drawn(self, x: Tensor, draws: Draws) -> BlockLayout | None:
+        if self.ranks is None or self.sparsity.num_random is None:
+            return self._draw(x, draws)
+        return torch.compiler.disable(self._draw)(x, draws)  # which blocks are drawn says what is sent
 
     def _draw(self, x: Tensor, draws: Draws) -> BlockLayout | None:
         num_tokens = x.shape[1] - 1 if self.ranks is None else math.prod(self.window)
