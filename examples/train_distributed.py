@@ -148,7 +148,7 @@ def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def compare(path: pathlib.Path, name: str, losses: Sequence[float], options: dict[str, Any]) -> float | None:
-    """Add a curve to the others of the same options, in a file and a picture; how far it is from them at most, if any."""
+    """Add a curve to the others of the same options, in a file and a picture; how far it is from any at most."""
     stored = json.loads(path.read_text()) if path.exists() else {}
     curves = stored["curves"] if stored.get("options") == options else {}
     apart = [abs(a - b) for other in curves.values() for a, b in zip(losses, other, strict=False)]

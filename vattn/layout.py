@@ -14,7 +14,7 @@ layout lists the blocks that block i reads; global tokens read everything, and e
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor

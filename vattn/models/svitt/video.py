@@ -325,6 +325,14 @@ class VideoEncoder(PretrainedModel, OverRanks):
         ends = [min(block * size, num_tokens) for block in blocks]
         return [end - begin for begin, end in itertools.pairwise(ends)]
 
+    def _require_all_tokens(self, op: str) -> None:
+        """Raise ValueError if this rank has a share of the tokens only."""
+        if self.ranks is not None and self.ranks.size > 1:
+            must = "be over no ranks where texts read the tokens of videos, of which a rank has its share"
+            raise ValueError(
+                f"{op}: video must {must}, got one over {self.ranks.size}; its pooled vector is of all tokens"
+            )
+
     def _refuse(self, ranks: Ranks) -> None:
         if any(cast(SparseBlock, block).keep < 1 for block in self.blocks):
             must = "be 1 over ranks, each of which would keep another number of tokens of each video"
