@@ -147,8 +147,8 @@ def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path.parent for path in folder.glob("step_*/.metadata"))
 
 
-def compare(path: pathlib.Path, name: str, losses: Sequence[float], options: dict[str, Any]) -> float:
-    """Add a curve to the others of the same options, in a file and a picture; how far it is from them at most."""
+def compare(path: pathlib.Path, name: str, losses: Sequence[float], options: dict[str, Any]) -> float | None:
+    """Add a curve to the others of the same options, in a file and a picture; how far it is from any at most."""
     stored = json.loads(path.read_text()) if path.exists() else {}
     curves = stored["curves"] if stored.get("options") == options else {}
     apart = [abs(a - b) for other in curves.values() for a, b in zip(losses, other, strict=False)]
@@ -156,7 +156,7 @@ def compare(path: pathlib.Path, name: str, losses: Sequence[float], options: dic
     path.write_text(json.dumps({"options": options, "curves": curves}))
     title = "masked codes, with the tokens of each clip over processes"
     pictures.loss_curves(curves, path.with_suffix(".png"), title)
-    return max(apart, default=0.0)
+    return max(apart, default=None)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -192,9 +192,10 @@ def train(options: argparse.Namespace) -> int:
         apart = compare(path, name, run.losses, same)
         share = codes.shape[1:].numel() / size
         print(f"\n{name}: {codes.shape[1:].numel()} tokens a clip, {share:.0f} on each process; wrote {path}")
-        print(f"loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f}; apart from other runs by {apart:.1e} at most")
+        others = "no other run to compare with" if apart is None else f"apart from other runs by {apart:.1e} at most"
+        print(f"loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f}; {others}")
         few = max(1, until // 10)
-        if not apart <= SAME:
+        if apart is not None and not apart <= SAME:
             failed = 1
             print(f"FAILED: losses must be within {SAME} of those of other runs", file=sys.stderr)
         elif until == options.steps and not sum(run.losses[-few:]) <= FALLEN * sum(run.losses[:few]):

@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from vattn.distributed._ranks import Ranks
 
 
+class Held:
+    """The ranks of a model. Copies of it are over the same ones; another process has others, and no such group."""
+
+    def __init__(self, ranks: "Ranks") -> None:
+        self.ranks = ranks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Held":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        must = "be over no ranks, since their group is of this process alone: save its state_dict(), or save_pretrained"
+        raise TypeError(f"parallelize: a model that is pickled must {must}, got one over {self.ranks.size}")
+
+
 class OverRanks:
     """A module with `ranks`: None is one process; otherwise it has its share of the tokens, and calls
     :mod:`vattn.distributed` for those of others.
@@ -20,7 +34,11 @@ class OverRanks:
     Gradients are "partial": the loss is the sum of the ranks' losses, and a parameter's gradient the sum of the ranks'.
     """
 
-    ranks: "Ranks | None" = None
+    _held: Held | None = None
+
+    @property
+    def ranks(self) -> "Ranks | None":
+        return None if self._held is None else self._held.ranks
 
     def _refuse(self, ranks: "Ranks") -> None:
         """Raise ValueError for settings that cannot work over `ranks`."""

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
+class Found:
+    """What was found out, as attributes: of a dict, a trace finds those entries only that were there when it began."""
+
+
 class BlockLayout:
     """Compressed rows of blocks, for all heads or one set per head.
 
@@ -64,7 +68,7 @@ class BlockLayout:
     row_offsets: Tensor
     columns: Tensor
     _transposed: "BlockLayout | None" = None
-    _plans: dict[Any, Any]
+    _plans: Found
     """What :mod:`vattn.distributed` has found out about this layout; it is not copied, nor saved."""
 
     def __init__(
@@ -107,7 +111,7 @@ class BlockLayout:
             ("num_global", num_global),
             ("row_offsets", row_offsets),
             ("columns", columns),
-            ("_plans", {}),
+            ("_plans", Found()),
         ):
             object.__setattr__(self, name, value)
 
@@ -430,7 +434,7 @@ class BlockLayout:
         return {name: value for name, value in vars(self).items() if name != "_plans"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _plans={})
+        vars(self).update(state, _plans=Found())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):

@@ -235,12 +235,12 @@ SPARSITIES = {
 }
 
 
-def video_encoder(name: str) -> Any:
+def video_encoder(name: str, depth: int = 2) -> Any:
     is_odd = name == "padded with zeros"
     return filled(
         VideoEncoder(
-            2, image_size=(16, 16), patch_size=4, dim=16, depth=2, num_heads=2, mlp_dim=24, sparsity=SPARSITIES[name],
-            order="hilbert" if is_odd else "raster", mean_pooling=not is_odd,
+            2, image_size=(16, 16), patch_size=4, dim=16, depth=depth, num_heads=2, mlp_dim=24,
+            sparsity=SPARSITIES[name], order="hilbert" if is_odd else "raster", mean_pooling=not is_odd,
         )
     )  # fmt: skip
 
@@ -335,6 +335,22 @@ def data_by_context(world: World) -> dict[str, Pair]:
     return found
 
 
+def meshes(world: World) -> list[str]:
+    """What is said of a mesh of two dimensions."""
+    if world.size < max(SIZES):
+        return []
+    mesh, said = init_device_mesh("cpu", (1, world.size), mesh_dim_names=("data", "context")), []
+    for call in (lambda: parallelize(mebt(), mesh), lambda: share_of(4, mesh)):
+        with pytest.raises(ValueError) as caught:
+            call()
+        said.append(str(caught.value))
+    return said
+
+
+def logits_of(out: Any) -> Tensor:
+    return torch.cat([out.tokens, out.pooled[:, None]], 1) if isinstance(out, VideoTokens) else out
+
+
 def compiled(world: World) -> dict[str, Pair]:
     """The gradients of steps whose forward and backward are compiled in one piece, and as they are."""
     found: dict[str, Pair] = {}
@@ -343,11 +359,13 @@ def compiled(world: World) -> dict[str, Pair]:
     order, own = torch.arange(24).expand(2, -1), share_of(6, world.group)
     frames = torch.randn(2, 6, 3, 8, 12, dtype=torch.float64, generator=seed(8))[:, own.start : own.stop]
     short = functools.partial(mebt, modes=("latent_enc", "latent_dec", "lt2l", "latent_dec"))
-    for make, inputs in ((short, (some_codes(), order[:, :9], order[:, 9:])), (laps_vit, (frames,))):
+    video = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64, generator=seed(9))
+    dense = functools.partial(video_encoder, "dense", depth=1)
+    for make, inputs in ((short, (some_codes(), order[:, :9], order[:, 9:])), (laps_vit, (frames,)), (dense, (video,))):
         one, other = (parallelize(make(), world.group) for _ in range(2))
         forward = torch.compile(one, fullgraph=True, backend="aot_eager")
-        got = gradients(one, forward(*inputs).sin().sum(), world.group)
-        expected = gradients(other, other(*inputs).sin().sum(), world.group)
+        got = gradients(one, logits_of(forward(*inputs)).sin().sum(), world.group)
+        expected = gradients(other, logits_of(other(*inputs)).sin().sum(), world.group)
         found |= {f"gradient of {name}": (got[name], expected[name]) for name in expected}
     return found
 
@@ -420,7 +438,7 @@ def memory(world: World) -> dict[str, float]:
 CASES: dict[str, Case] = {
     "mebt float64": mebt_float64, "mebt float32": mebt_float32, "mebt training": mebt_training,
     "mebt samples": mebt_samples, "mebt refusals": mebt_refusals, "memory": memory,
-    "compiled": compiled, "data by context": data_by_context, "laps": laps, "encoders": encoders,
+    "compiled": compiled, "data by context": data_by_context, "meshes": meshes, "laps": laps, "encoders": encoders,
 }  # fmt: skip
 
 
@@ -439,6 +457,12 @@ def test_ranks_find_what_one_process_finds(case: str, size: int, found: Found) -
         assert pairs
         for name, (got, expected) in pairs.items():
             torch.testing.assert_close(got, expected, rtol=bound, atol=bound, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def test_a_mesh_of_two_dimensions_is_refused(found: Found) -> None:
+    for said in results(found, "meshes", max(SIZES)):
+        for op, message in zip(("parallelize", "share_of"), said, strict=True):
+            assert message.startswith(f"{op}: mesh must be one-dimensional") and "got mesh.ndim=2" in message
 
 
 def test_data_parallel_too(found: Found) -> None:

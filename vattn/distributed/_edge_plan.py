@@ -12,13 +12,14 @@ import contextlib
 import dataclasses
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from vattn.distributed._checks import crc
-from vattn.layout import BlockLayout
+from vattn.layout import BlockLayout, Found
 
 
 @dataclasses.dataclass
@@ -133,7 +134,7 @@ def plan_of(
 ) -> Plan:
     """:func:`make_plan`, made once for a layout. In a trace it holds for these lengths alone."""
     fixed = [operator.index(length) for length in lengths]
-    return layout._plans[_planned(layout, fixed, rank, past_only, apart, device)]
+    return getattr(layout._plans, _planned(layout, fixed, rank, past_only, apart, device))
 
 
 @torch.compiler.assume_constant_result
@@ -142,20 +143,47 @@ def _planned(
 ) -> str:
     """Under which name the plan is found. In a trace it holds for this layout alone."""
     name = f"{lengths} {rank} {past_only} {apart} {device}"
-    if name not in layout._plans:
+    known = _known(layout)
+    if name not in known:
         with _outside():
-            layout._plans[name] = make_plan(layout, lengths, rank, past_only=past_only, apart=apart, device=device)
+            known[name] = make_plan(layout, lengths, rank, past_only=past_only, apart=apart, device=device)
     return name
 
 
 @torch.compiler.assume_constant_result
 def fingerprint(layout: BlockLayout) -> str:
     """What tells one layout from another; waits for its device, once."""
-    if "fingerprint" not in layout._plans:
+    known = _known(layout)
+    if "fingerprint" not in known:
         sizes = layout.num_tokens, layout.block_size, layout.num_global, tuple(layout.row_offsets.shape)
         with _outside():
-            layout._plans["fingerprint"] = f"{sizes} {crc(layout.row_offsets.cpu())} {crc(layout.columns.cpu())}"
-    return layout._plans["fingerprint"]
+            known["fingerprint"] = f"{sizes} {crc(layout.row_offsets.cpu())} {crc(layout.columns.cpu())}"
+    return known["fingerprint"]
+
+
+def _known(layout: BlockLayout) -> dict[str, Any]:
+    """What was found out about the layout. One that a trace makes has no blocks yet, and nothing else."""
+    if not hasattr(layout, "_plans"):
+        must = "be made before the function that torch.compile traces, since its blocks say what is sent"
+        raise RuntimeError(f"edge_sparse_attention: layout must {must}, got one made in a trace")
+    return vars(layout._plans)
+
+
+_dense = Found()
+
+
+def dense_layout(num_tokens: int, block_size: int, device: torch.device) -> BlockLayout:
+    """That of blocks which all read all, and one global token: made once, and outside of a trace."""
+    return getattr(_dense, _name_of_dense(num_tokens, block_size, device))
+
+
+@torch.compiler.assume_constant_result
+def _name_of_dense(num_tokens: int, block_size: int, device: torch.device) -> str:
+    name = f"{num_tokens} {block_size} {device}"
+    if not hasattr(_dense, name):
+        with _outside():
+            setattr(_dense, name, BlockLayout.dense(num_tokens, block_size, num_global=1).to(device))
+    return name
 
 
 @contextlib.contextmanager

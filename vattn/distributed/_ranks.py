@@ -208,9 +208,9 @@ def agree(
     Args:
         check: raises for what is wrong here; gives the settings that must be the same on every rank, and how many
             tokens this rank has of each tensor that is sharded.
-        lengths: of the shards of each such tensor, in the order of ranks, where known: then nothing is asked in compiled
-            code and on GPUs, unless there is a seed, nor is a mismatch noticed there. With TORCH_DISTRIBUTED_DEBUG set
-            to INFO or DETAIL, eager calls on GPUs are compared all the same.
+        lengths: of the shards of each such tensor, in the order of ranks, where known: then nothing is asked in
+            compiled code and on GPUs, unless there is a seed, nor is a mismatch noticed there. With
+            TORCH_DISTRIBUTED_DEBUG set to INFO or DETAIL, eager calls on GPUs are compared all the same.
         seed: of this rank's dropout; that of rank 0 counts. With numbers behind it, all ranks have the same.
 
     Raises:
@@ -242,7 +242,8 @@ def _refuse_vmap(op: str, ranks: Ranks) -> None:
 def _compares_always(ranks: Ranks) -> bool:
     """Whether ranks compare their calls although nothing needs to be asked: where it costs little, or is wished for.
 
-    On a CPU a tenth of a millisecond is little for an error by name: gloo ends a process that gets more than it expects.
+    On a CPU a tenth of a millisecond is little for an error by name, where gloo would end a process that gets more than
+    it expects.
     """
     if torch.compiler.is_compiling() or ranks.size == 1 or isinstance(ranks, PaperRanks):
         return False

@@ -8,10 +8,12 @@ parameters                   the same on every rank, unless FSDP shards them
 
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from vattn._over_ranks import OverRanks
-from vattn.distributed._ranks import ranks_of
+from vattn._over_ranks import Held, OverRanks
+from vattn.distributed._ranks import Ranks, ranks_of
 
 OP = "parallelize"
 EXACT = "attn_drop"
@@ -37,7 +39,15 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
     the ranks' gradients: one sum over the group after a backward makes it that of one process. `training_loss` gives a
     rank's part of the loss. A loss of your own that is the same on every rank, as one of the logits of LAPS is, must be
     divided by the number of ranks. DDP and FSDP take the mean over their ranks, not the sum: multiply the loss by the
-    size of this group, and they are right, also where they have other ranks with other videos.
+    size of this group, and they are right, also where they have other ranks with other videos. DDP sums gradients of
+    calls of the wrapper alone, not of ``wrapped.module.training_loss``: wrap a module whose forward is the loss.
+
+    All ranks make the same draws: they seed torch alike, or pass generators with the same seed. Copies of the model are
+    over the same ranks. It is not pickled: ``state_dict``, ``save_pretrained`` and ``torch.distributed.checkpoint``
+    save it, and what `from_pretrained` loads is over no ranks.
+
+    ``torch.compile`` comes last, and does not make the ranks compare their inputs. Of a SViTT, the part ``model.video``
+    can be over ranks; its texts read all tokens of a video, so that its losses refuse that.
 
     Args:
         model: one of those above, with the same weights on every rank. DDP and FSDP come after this.
@@ -47,11 +57,11 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
         `model`.
 
     Raises:
-        TypeError: the model is none of these, or `mesh` no group.
-        ValueError: the model is over ranks already, or has a setting that does not work over them: dropout of anything
-            but attention weights, since its masks would differ; a MeBT with blocks of the mode "maskgit"; LAPS with
-            fewer frames than ranks; a VideoEncoder that prunes, since a rank would keep another number of tokens of
-            each video.
+        TypeError: the model is none of these, or `mesh` no group. Later, where the model is pickled.
+        ValueError: the mesh has more dimensions, or the model is over ranks already, or has a setting that does not
+            work over them: dropout of anything but attention weights, since its masks would differ; a MeBT with blocks
+            of the mode "maskgit"; LAPS with fewer frames than ranks; a VideoEncoder that prunes, since a rank would
+            keep another number of tokens of each video.
 
     Source:
         Li et al., "Sequence Parallelism: Long Sequence Training from System Perspective" (ACL 2023), for models whose
@@ -63,11 +73,11 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
         >>> model = parallelize(model, group)
         >>> model.training_loss(torch.randint(10, (3, 2, 2, 2))).backward()     # then sum the gradients over the group
     """
-    ranks = ranks_of(OP, mesh)
+    ranks = _ranks_of(OP, mesh)
     if not isinstance(model, OverRanks):
         raise TypeError(
             f"{OP}: model must be MeBT, LapsViT, LapsVisformer, VideoFromImage or VideoEncoder, "
-            f"got model={type(model).__name__}"
+            f"got model={type(model).__name__}{_hint(model)}"
         )
     if model.ranks is not None:
         raise ValueError(f"{OP}: model must be over no ranks yet, got one over {model.ranks.size}")
@@ -80,8 +90,9 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
                 _require_zero(f"{name}.{setting}", value)
     for part in parts:
         part._refuse(ranks)
+    held = Held(ranks)
     for part in parts:
-        part.ranks = ranks
+        part._held = held
     return model
 
 
@@ -92,7 +103,25 @@ def share_of(total: int, mesh: Any = None) -> range:
         >>> share_of(8, group)
         range(0, 8)
     """
-    return ranks_of("share_of", mesh).share(total)
+    return _ranks_of("share_of", mesh).share(total)
+
+
+def _hint(model: object) -> str:
+    """Which part of a wrapper, or of a larger model, has all that can be spread."""
+    if not isinstance(model, nn.Module):
+        return ""
+    names = [name for name, module in model.named_modules() if isinstance(module, OverRanks)]
+    is_one = len(names) > 1 and all(name.startswith(f"{names[0]}.") for name in names[1:])
+    return f", which has one as its part {names[0]}" if is_one else ""
+
+
+def _ranks_of(op: str, mesh: Any) -> Ranks:
+    if isinstance(mesh, DeviceMesh) and mesh.ndim != 1:
+        must = "be one-dimensional, as one of its dimensions is: mesh[name]"
+        raise ValueError(f"{op}: mesh must {must}, got mesh.ndim={mesh.ndim} (mesh_dim_names={mesh.mesh_dim_names})")
+    if not isinstance(mesh, (DeviceMesh, dist.ProcessGroup, Ranks, type(None))):
+        raise TypeError(f"{op}: mesh must be a one-dimensional DeviceMesh, a ProcessGroup or None, got mesh={mesh!r}")
+    return ranks_of(op, mesh)
 
 
 def _require_zero(name: str, value: float) -> None:

@@ -150,6 +150,7 @@ class VideoAnswers(PretrainedModel):
 
     def states(self, video: Tensor, question: Tensor, mask: Tensor | None, *, generator: Randomness = None) -> Tensor:
         """The tokens ``(B, L, C)`` of questions that have read their videos."""
+        self.video._require_all_tokens("VideoAnswers")
         tokens = self.video_norm(self.video(video, generator=generator).tokens)
         return self.question.fuse(self.question(question, mask), mask, tokens).tokens
 

@@ -199,6 +199,7 @@ class SViTT(PretrainedModel):
         generator: Randomness = None,
     ) -> VideoTokens:
         """What the text encoder reads of a video, and the vector it is found by; see :class:`VideoEncoder`."""
+        self.video._require_all_tokens("SViTT.encode_video")
         seen = self.video(video, layouts, generator=generator)
         return cast(VideoTokens, seen._replace(tokens=self.video_norm(seen.tokens)))
 

@@ -270,9 +270,11 @@ class VideoEncoder(PretrainedModel, OverRanks):
         x = self._embed(video, positions, lengths)
         kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            layout = self._draw(x, draws) if layouts is None else layouts[i]
+            layout = self._drawn(x, draws) if layouts is None else layouts[i]
             if layout is None and self.ranks is not None:
-                layout = self._dense(self.ranks).to(x.device)
+                from vattn.distributed._edge_plan import dense_layout
+
+                layout = dense_layout(math.prod(self.window), self._block_size(self.ranks), x.device)
             x, positions = block(x, layout, positions, draws, lengths=lengths)
             if cast(SparseBlock, block).keep < 1:
                 kept.append(cast(Tensor, positions))
@@ -322,9 +324,6 @@ class VideoEncoder(PretrainedModel, OverRanks):
             return -(-math.prod(self.window) // ranks.size)
         return self.sparsity.block_size
 
-    def _dense(self, ranks: "Ranks") -> BlockLayout:
-        return BlockLayout.dense(math.prod(self.window), self._block_size(ranks), num_global=1)
-
     def _lengths(self, ranks: "Ranks") -> list[int]:
         """How many patches each rank has: those of its share of the blocks."""
         num_tokens, size = math.prod(self.window), self._block_size(ranks)
@@ -332,10 +331,23 @@ class VideoEncoder(PretrainedModel, OverRanks):
         ends = [min(block * size, num_tokens) for block in blocks]
         return [end - begin for begin, end in itertools.pairwise(ends)]
 
+    def _require_all_tokens(self, op: str) -> None:
+        """Raise ValueError if this rank has a share of the tokens only."""
+        if self.ranks is not None and self.ranks.size > 1:
+            must = "be over no ranks where texts read the tokens of videos, of which a rank has its share"
+            raise ValueError(
+                f"{op}: video must {must}, got one over {self.ranks.size}; its pooled vector is of all tokens"
+            )
+
     def _refuse(self, ranks: "Ranks") -> None:
         if any(cast(SparseBlock, block).keep < 1 for block in self.blocks):
             must = "be 1 over ranks, each of which would keep another number of tokens of each video"
             raise ValueError(f"VideoEncoder: sparsity.keep must {must}, got {self.sparsity.keep}")
+
+    def _drawn(self, x: Tensor, draws: Draws) -> BlockLayout | None:
+        if self.ranks is None or self.sparsity.num_random is None:
+            return self._draw(x, draws)
+        return torch.compiler.disable(self._draw)(x, draws)  # which blocks are drawn says what is sent
 
     def _draw(self, x: Tensor, draws: Draws) -> BlockLayout | None:
         num_tokens = x.shape[1] - 1 if self.ranks is None else math.prod(self.window)
