@@ -138,10 +138,8 @@ def disagree(rank: int, group: Any) -> dict[str, Any]:
     known = {"lengths": [6, 7]}
     for name, (function, *_) in (DISAGREE | WRONG).items():
         found[name] = raised(function, rank, group), torch.equal(call(rank, group), whole)
-    dist.set_debug_level(dist.DebugLevel.INFO)
     function = lambda rank, group: call(rank, group, scale=1.0 + rank, **known)  # noqa: E731
-    found["compared in debug mode"] = raised(function, rank, group), torch.equal(call(rank, group, **known), whole)
-    dist.set_debug_level(dist.DebugLevel.OFF)
+    found["lengths are known"] = raised(function, rank, group), torch.equal(call(rank, group, **known), whole)
     found["left out"] = raised(call, rank, dist.GroupMember.NON_GROUP_MEMBER), True
     query, key = (x.requires_grad_() for x in tensors(rank))
     grads = []
@@ -220,8 +218,8 @@ def test_a_call_that_is_wrong_on_one_rank(found, name):
         assert one[name][1]
 
 
-def test_given_lengths_in_debug_mode(found):
-    for said, usable in (one["compared in debug mode"] for one in of_pair(found)):
+def test_calls_with_lengths_are_compared_on_a_cpu(found):
+    for said, usable in (one["lengths are known"] for one in of_pair(found)):
         assert_says(said, "ValueError: distributed.latent_attention: scale must be the same on every rank")
         assert usable
 

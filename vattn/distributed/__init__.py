@@ -5,9 +5,9 @@ ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; shard
 ranks make the same calls in the same order. A backward is such a call: all ranks differentiate the same results, by the
 same inputs. Over several ranks ``torch.func.vmap`` raises NotImplementedError.
 
-Without ``lengths`` the ranks compare their calls, and one that differs raises on all of them. With ``lengths`` nothing
-is asked, and a mismatch is not noticed: gloo ends the process that gets more than it expects, and NCCL waits. With
-``TORCH_DISTRIBUTED_DEBUG=INFO`` or ``DETAIL`` calls are compared all the same, but for those that are compiled.
+The ranks compare their calls, and one that differs raises on all of them. Where ``lengths`` are given, calls in
+compiled code and on GPUs are not compared, and a mismatch is not noticed: gloo ends the process that gets more than it
+expects, and NCCL waits. ``TORCH_DISTRIBUTED_DEBUG=INFO`` or ``DETAIL`` compares eager calls on GPUs all the same.
 
 A DTensor is for the public operators, which run on its parts, or take these functions where tokens are sharded.
 """
