@@ -34,6 +34,9 @@ def process_group(op: str, group: Any) -> dist.ProcessGroup:
         ValueError: the mesh has more dimensions, or this process is not in the group.
         RuntimeError: there is no default group.
     """
+    known = None, dist.GroupMember.NON_GROUP_MEMBER
+    if group not in known and not isinstance(group, (dist.device_mesh.DeviceMesh, dist.ProcessGroup)):
+        raise TypeError(f"{op}: group must be a ProcessGroup, a DeviceMesh or None, got group={group!r}")
     if not dist.is_initialized():
         got = None if group is None else type(group).__name__  # a mesh has no repr then
         raise RuntimeError(f"{op}: torch.distributed must be initialized (init_process_group), got group={got}")
@@ -47,8 +50,6 @@ def process_group(op: str, group: Any) -> dist.ProcessGroup:
     left_out = group is dist.GroupMember.NON_GROUP_MEMBER
     if left_out or (isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0):
         raise ValueError(f"{op}: this process must be in group, got rank={dist.get_rank()}, which is not")
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{op}: group must be a ProcessGroup, a DeviceMesh or None, got group={group!r}")
     return group
 
 

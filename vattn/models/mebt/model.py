@@ -213,7 +213,8 @@ class MeBT(PretrainedModel, OverRanks):
             context, target = self._own(context), self._own(target)
         contexts = self.tok_emb(codes.gather(1, context)) + F.embedding(context, self.pos_emb[0])
         targets = self.mask_emb + F.embedding(target, self.pos_emb[0])
-        return self.transformer(self.sos_emb.expand(codes.shape[0], -1, -1), contexts, targets, lengths=lengths)
+        over_ranks = {} if lengths is None else {"lengths": lengths}  # another transformer may stand in its place
+        return self.transformer(self.sos_emb.expand(codes.shape[0], -1, -1), contexts, targets, **over_ranks)
 
     def _checked(self, codes: Tensor, context: Tensor, target: Tensor) -> Mapping[str, Any]:
         """The inputs are right; what of them all ranks have alike, if there are any."""
