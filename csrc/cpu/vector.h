@@ -113,6 +113,11 @@ VATTN_INLINE void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
 
+template <class T>
+VATTN_INLINE void prefetch_to_write(T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, 1, 2);
+}
+
 template <class To>
 VATTN_INLINE void zero(To* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = To{};
@@ -133,10 +138,28 @@ inline bool all_finite(const float* x, int64_t n) {
   return finite;
 }
 
-// The integer nearest to each number. Of what is not finite, or too large, the lowest nine bits are 0.
+// 2^f for f in [-1/2, 1/2]: a minimax polynomial of relative error 2e-9.
+VATTN_INLINE Vec exp2_of_fraction(Vec f) {
+  Vec p = splat(1.534581216e-4f);
+  p = p * f + 1.339993118e-3f;
+  p = p * f + 9.618488956e-3f;
+  p = p * f + 5.550328777e-2f;
+  p = p * f + 2.402264689e-1f;
+  p = p * f + 6.931472057e-1f;
+  return p * f + 1.0f;
+}
+
+// 2^x for x <= 0 to about one unit in the last place; below the normal numbers, and for -inf, exactly 0. Of NaN, NaN.
 #if VATTN_VECTOR_BYTES == 64
-VATTN_INLINE VecInt nearest(Vec x) { return (VecInt)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x); }
-#elif VATTN_VECTOR_BYTES == 32
+VATTN_INLINE Vec exp2(Vec x) {
+  constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: beyond it floats are integers
+  const Vec whole = x + SHIFT - SHIFT, p = exp2_of_fraction(x - whole);
+  const Mask normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLE_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
+}
+#else
+// The integer nearest to each number. Of what is not finite, or too large, the lowest nine bits are 0.
+#if VATTN_VECTOR_BYTES == 32
 VATTN_INLINE VecInt nearest(Vec x) { return (VecInt)_mm256_cvtps_epi32((__m256)x); }
 #else
 VATTN_INLINE VecInt nearest(Vec x) {
@@ -144,22 +167,13 @@ VATTN_INLINE VecInt nearest(Vec x) {
   return (shifted - 0x4b400000) & (VecInt)((x < 4194304.f) & (x > -4194304.f));
 }
 #endif
-
-// 2^x for x <= 0 to about one unit in the last place; below the normal numbers, and for -inf, exactly 0. Of NaN, NaN:
-// to the bits of a NaN nothing is added.
 VATTN_INLINE Vec exp2(Vec x) {
-  VecInt whole = nearest(x);
-  Vec f = x - __builtin_convertvector(whole, Vec);
-  Vec p = splat(1.534581216e-4f);  // minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-9
-  p = p * f + 1.339993118e-3f;
-  p = p * f + 9.618488956e-3f;
-  p = p * f + 5.550328777e-2f;
-  p = p * f + 2.402264689e-1f;
-  p = p * f + 6.931472057e-1f;
-  p = p * f + 1.0f;
-  VecInt scaled = (VecInt)p + (whole << 23);
+  const VecInt whole = nearest(x);
+  const Vec p = exp2_of_fraction(x - __builtin_convertvector(whole, Vec));
+  const VecInt scaled = (VecInt)p + (whole << 23);  // to the bits of a NaN nothing is added
   return (Vec)(x <= -126.f ? VecInt{} : scaled);
 }
+#endif
 
 // Which lanes of two vectors, one behind the other, a step of a transpose or a sum takes: constants, or GCC builds them
 // anew.
