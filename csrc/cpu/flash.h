@@ -68,17 +68,20 @@ struct Pieces {
 constexpr int64_t FORWARD_TILES = 4;     // of keys in a chunk, at most
 constexpr int64_t FORWARD_QUERIES = 24;  // whose scores with a chunk of keys stay in the first-level cache
 
-// Of the forward: as many queries as share a load of the keys, and a chunk of keys, whose weights have one maximum.
+constexpr int64_t forward_chunk(int64_t head_dim) { return (head_dim <= 128 ? FORWARD_TILES : FORWARD_TILES / 2) * TILE; }
+
+// Of the forward: a chunk of keys, whose weights have one maximum, and as many queries as share a load of it. Where all
+// keys are one chunk, queries are done with after a block of them, and only a block is held.
 struct ForwardWorkspace {
   int64_t ld, chunk, size;
-  float *query, *out, *sum, *maximum;  // of all queries; sums are kept lane by lane
+  float *query, *out, *sum, *maximum;  // of the queries held; sums are kept lane by lane
   float *keys, *key_panels, *values;   // keys: of one tile, as rows
   float* scores;                       // of FORWARD_QUERIES queries
-  uint32_t *query_tokens, *key_tokens;
+  uint32_t *query_tokens, *key_tokens;  // of a block of queries
 
-  ForwardWorkspace(int64_t head_dim, int64_t panels, float* base)
-      : ld(round_up(head_dim, VL)), chunk((head_dim <= 128 ? FORWARD_TILES : FORWARD_TILES / 2) * TILE) {
-    const int64_t queries = panels * TILE;
+  ForwardWorkspace(int64_t head_dim, int64_t panels, int64_t all_keys, float* base)
+      : ld(round_up(head_dim, VL)), chunk(forward_chunk(head_dim)) {
+    const int64_t queries = all_keys > chunk ? panels * TILE : TILE;
     Pieces p{base};
     for (float** piece : {&query, &out}) *piece = p.take(queries * ld);
     sum = p.take(queries * VL);
@@ -86,7 +89,7 @@ struct ForwardWorkspace {
     keys = p.take(TILE * ld);
     for (float** piece : {&key_panels, &values}) *piece = p.take(chunk * ld);
     scores = p.take(FORWARD_QUERIES * chunk);
-    query_tokens = (uint32_t*)p.take(queries);
+    query_tokens = (uint32_t*)p.take(TILE);
     key_tokens = (uint32_t*)p.take(chunk);
     size = p.used;
   }
@@ -187,20 +190,21 @@ template <class Itinerary>
 bool forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
   constexpr bool HAS_VALUES = Itinerary::HAS_VALUES;
   const int64_t D = it.head_dim;
-  const ForwardWorkspace w(D, (count + TILE - 1) / TILE, workspace);
+  const ForwardWorkspace w(D, (count + TILE - 1) / TILE, it.keys, workspace);
   const int64_t ld = w.ld;
   const Dropout* dropout = it.dropout;
   typename Itinerary::Tile tiles[FORWARD_TILES];
   bool finite = true;
 
-  if (dropout) number_queries(it, first, count, w.query_tokens);
   int64_t k0 = 0;
   do {
     const int64_t keys = least(w.chunk, it.keys - k0);
     if (dropout) number_keys(it, k0, keys, w.key_tokens);
     for (int64_t q0 = 0; q0 < count; q0 += FORWARD_QUERIES) {
       const int64_t queries = least(FORWARD_QUERIES, count - q0);
-      float *query = w.query + q0 * ld, *out = w.out + q0 * ld, *sum = w.sum + q0 * VL, *maximum = w.maximum + q0;
+      const int64_t row = it.keys > w.chunk ? q0 : 0;
+      float *query = w.query + row * ld, *out = w.out + row * ld, *sum = w.sum + row * VL, *maximum = w.maximum + row;
+      if (dropout) number_queries(it, first + q0, queries, w.query_tokens);
       if (k0 == 0) {
         it.load_queries(it.a.query, first + q0, queries, query, ld, it.scale * LOG2E);
         for (int64_t q = 0; q < queries; ++q) maximum[q] = -INFINITE, store(sum + q * VL, Vec{});
@@ -225,7 +229,7 @@ bool forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
       for (int64_t q = 0; q < queries; ++q) {
         if (k0 > 0 && decays[q] != 1)
           for (int64_t d = 0; d < ld; d += VL) store(out + q * ld + d, decays[q] * load(out + q * ld + d));
-        if (dropout) drop(*dropout, w.query_tokens[q0 + q], w.key_tokens, keys, w.scores + q * TILE);
+        if (dropout) drop(*dropout, w.query_tokens[q], w.key_tokens, keys, w.scores + q * TILE);
       }
       if constexpr (HAS_VALUES)
         for (int64_t k = 0; k < keys; k += TILE) {
@@ -253,7 +257,7 @@ VATTN_INLINE void add_products(const float* out, const float* grad_out, int64_t 
 // Completes the delta in memory of a tile of queries.
 template <class Itinerary>
 void delta(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
-  const ForwardWorkspace w(it.head_dim, 1, workspace);
+  const ForwardWorkspace w(it.head_dim, 1, 0, workspace);
   it.load_outputs(it.a.out, first, count, w.out, w.ld, 1);
   it.load_outputs(it.a.grad_out, first, count, w.query, w.ld, 1);
   it.load_numbers(it.a.delta, first, count, w.sum);
