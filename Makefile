@@ -107,7 +107,7 @@ sanitize: $(INSTALLED)
 		$(if $(VENV),$(CURDIR)/)$(RUN) -m pytest -q $(SANITIZE_TESTS)) || exit 1; \
 	done
 
-# With the headers of the PyTorch at hand, which are the same for all processors; its library is not, so nothing is linked.
+# With the headers of the PyTorch at hand, which are the same for all processors. Its library is not: nothing is linked.
 arm64: $(BUILT)
 	command -v $(ARM64_CXX) $(firstword $(ARM64_EMULATOR))
 	mkdir -p build/arm64

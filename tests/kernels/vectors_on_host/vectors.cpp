@@ -60,7 +60,8 @@ struct Format {
 
   uint32_t store(uint32_t bits) const {
     const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return sign | infinity() | 1u << (fraction - 1) | (magnitude >> (23 - fraction) & 0x7fff);
+    const uint32_t upper = magnitude >> (23 - fraction) & 0x7fff;
+    if (magnitude > 0x7f800000) return sign | infinity() | 1u << (fraction - 1) | upper;
     if (magnitude == 0x7f800000) return sign | infinity();
     const double x = float_of(magnitude);
     const int exponent = x == 0 ? least_exponent : std::max(std::ilogb(x), least_exponent);
@@ -93,7 +94,7 @@ static void check_loads(const std::vector<uint32_t>& expected) {
 template <class T>
 static void check_stores(Format format) {
   std::vector<uint32_t> all;
-  for (uint32_t half = 0; half < 0x10000; ++half) {  // numbers, and the middle between neighbours, and what is next to it
+  for (uint32_t half = 0; half < 0x10000; ++half) {  // numbers, middles between neighbours, and what is next to them
     const uint32_t x = format.load(half), step = 1u << (23 - format.fraction), middle = x + step / 2;
     for (uint32_t bits : {x, x + 1, x - 1, middle - 1, middle, middle + 1}) all.push_back(bits);
     const float y = float_of(format.load((half & 0x7fff) < format.infinity() ? half + 1 : half));
