@@ -37,7 +37,12 @@ constexpr bool is_float<float> = true;
 
 VATTN_INLINE Vec splat(float x) { return x - Vec{}; }
 VATTN_INLINE Vec select(VecInt mask, Vec a, Vec b) { return (Vec)((mask & (VecInt)a) | (~mask & (VecInt)b)); }
+// Where a is NaN, b.
+#if defined(__aarch64__)
+VATTN_INLINE Vec larger(Vec a, Vec b) { return (Vec)vmaxnmq_f32((float32x4_t)a, (float32x4_t)b); }
+#else
 VATTN_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+#endif
 
 VATTN_INLINE Vec load(const float* p) { return *(const VecLoose*)p; }
 VATTN_INLINE void store(float* p, Vec x) { *(VecLoose*)p = x; }
@@ -58,10 +63,19 @@ VATTN_INLINE Vec load(Mask mask, const float* p, Vec others) { return select(mas
 VATTN_INLINE Vec keep(Mask mask, Vec x) { return select(mask, x, Vec{}); }
 #endif
 
-// bfloat16 is the upper half of a float; it is rounded to nearest even.
-VATTN_INLINE Vec load(const BFloat16* p) {
-  return (Vec)(__builtin_convertvector(*(const VecHalfLoose*)p, VecUint) << 16);
+// The bits of VL numbers of 16 bits.
+template <class T>
+VATTN_INLINE VecUint widened(const T* p) {
+  VecHalf bits = *(const VecHalfLoose*)p;
+#if defined(__aarch64__)
+  return (VecUint)vmovl_u16((uint16x4_t)bits);  // of a conversion of the language GCC 12 makes one of each lane
+#else
+  return __builtin_convertvector(bits, VecUint);
+#endif
 }
+
+// bfloat16 is the upper half of a float; it is rounded to nearest even.
+VATTN_INLINE Vec load(const BFloat16* p) { return (Vec)(widened(p) << 16); }
 VATTN_INLINE void store(BFloat16* p, Vec x) {
   VecUint bits = (VecUint)x;
   VecUint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -82,14 +96,27 @@ VATTN_INLINE Vec load(const Float16* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_
 VATTN_INLINE void store(Float16* p, Vec x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+VATTN_INLINE Vec load(const Float16* p) { return (Vec)vcvt_f32_f16((float16x4_t)(VecHalf)*(const VecHalfLoose*)p); }
+VATTN_INLINE void store(Float16* p, Vec x) { *(VecHalfLoose*)p = (VecHalf)vcvt_f16_f32((float32x4_t)x); }
 #else
+// In the bits that those instructions give, whether or not the processor takes subnormal floats for 0. Additions round
+// the numbers between 0 and 2^-14, since 2^-24 is the last place of 0.5.
 VATTN_INLINE Vec load(const Float16* p) {
-  Vec x;
-  for (int i = 0; i < VL; ++i) x[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(p[i].bits);
-  return x;
+  VecUint bits = widened(p), sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  Vec small = (Vec)(magnitude | 0x3f000000) - 0.5f;
+  Vec large = (Vec)((magnitude << 13) + 0x70000000) * 0x1p-112f;  // infinities and NaN keep the largest exponent
+  return (Vec)(sign | (VecUint)select((VecInt)magnitude < 0x400, small, large));
 }
 VATTN_INLINE void store(Float16* p, Vec x) {
-  for (int i = 0; i < VL; ++i) p[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(x[i]);
+  VecUint bits = (VecUint)x, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  VecUint small = (VecUint)((Vec)magnitude + 0.5f) - 0x3f000000;
+  VecUint finite = (VecUint)((Vec)magnitude < 65536.f ? (Vec)magnitude : splat(65536.f));  // which is an infinity
+  VecUint large = (finite - 0x38000000 + 0xfff + ((finite >> 13) & 1)) >> 13;
+  VecUint nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  VecInt is_small = (VecInt)((Vec)magnitude < 0x1p-14f), is_nan = (VecInt)(x != x);
+  VecUint half = (VecUint)select(is_nan, (Vec)nan, select(is_small, (Vec)small, (Vec)large));
+  *(VecHalfLoose*)p = __builtin_convertvector(sign | half, VecHalf);
 }
 #endif
 
@@ -161,6 +188,10 @@ VATTN_INLINE Vec exp2(Vec x) {
 // The integer nearest to each number. Of what is not finite, or too large, the lowest nine bits are 0.
 #if VATTN_VECTOR_BYTES == 32
 VATTN_INLINE VecInt nearest(Vec x) { return (VecInt)_mm256_cvtps_epi32((__m256)x); }
+#elif defined(__aarch64__)
+VATTN_INLINE VecInt nearest(Vec x) {
+  return (VecInt)vcvtnq_s32_f32(vminq_f32((float32x4_t)x, vdupq_n_f32(0x1p30f)));  // or it saturates at 2^31 - 1
+}
 #else
 VATTN_INLINE VecInt nearest(Vec x) {
   VecInt shifted = (VecInt)(x + 12582912.f);  // 1.5 * 2^23: the integer lands in the low bits
@@ -171,7 +202,7 @@ VATTN_INLINE Vec exp2(Vec x) {
   const VecInt whole = nearest(x);
   const Vec p = exp2_of_fraction(x - __builtin_convertvector(whole, Vec));
   const VecInt scaled = (VecInt)p + (whole << 23);  // to the bits of a NaN nothing is added
-  return (Vec)(x <= -126.f ? VecInt{} : scaled);
+  return select((VecInt)(x <= -126.f), Vec{}, (Vec)scaled);
 }
 #endif
 
@@ -200,7 +231,13 @@ VATTN_INLINE Vec shuffle(Vec a, Vec b, const int32_t* lanes) {
 #endif
 }
 
-// Lane l of the result is lane l - by, or 0 where there is none.
+// Lane l of the result is lane l - by, or 0 where there is none: -VL <= by < VL.
+#if defined(__aarch64__)
+VATTN_INLINE Vec moved_up(Vec x, int32_t by) {
+  const uint8x16_t bytes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (Vec)vqtbl1q_u8((uint8x16_t)x, bytes - (uint8_t)(4 * by));  // of bytes that x does not have, 0
+}
+#else
 VATTN_INLINE Vec moved_up(Vec x, int32_t by) {
   VecInt from;
 #pragma GCC unroll 16
@@ -215,6 +252,7 @@ VATTN_INLINE Vec moved_up(Vec x, int32_t by) {
   return __builtin_shuffle(x, Vec{}, from);  // which takes indices modulo 2 VL
 #endif
 }
+#endif
 
 // Of the lanes of a vector, by halves.
 template <int HALF = VL / 2, class Combine>
