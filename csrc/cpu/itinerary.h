@@ -36,11 +36,13 @@ struct TokenItinerary : Itinerary<Args> {
 
   TokenItinerary(const Args& a, int64_t b, int64_t h, int64_t queries) : Itinerary<Args>(a, b, h), queries(queries) {}
 
-  void load_rows(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  // Rows that are `ahead` of them are fetched.
+  void load_rows(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times,
+                 int64_t ahead = AHEAD) const {
     for (int64_t i = 0; i < count; ++i) {
       const T* row = this->template at<const T>(x, first + i);
       store(rows + i * ld + ld - VL, Vec{});
-      prefetch(row + AHEAD * x.inner, head_dim);
+      prefetch(row + ahead * x.inner, head_dim);
       copy(rows + i * ld, row, head_dim, times);
     }
   }
