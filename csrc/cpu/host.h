@@ -167,9 +167,13 @@ inline Tensor empty_numbers(const Tensor& like) {
   return empty(like.sizes().slice(0, like.dim() - 1), ScalarType::Float);
 }
 
+// Contiguous floats; a call of PyTorch's, which has threads, takes longer than a few of them.
 inline Tensor zeros(Sizes sizes) {
+  constexpr int64_t WORTH_A_CALL = 1 << 15;
   Tensor x = empty(sizes, ScalarType::Float);
-  return torch::stable::zero_(x);
+  if (x.numel() > WORTH_A_CALL) return torch::stable::zero_(x);
+  std::fill_n(floats(x), x.numel(), 0.f);
+  return x;
 }
 
 // What a schema calls the type of an argument. The Python side compares what is registered here with its schemas, as

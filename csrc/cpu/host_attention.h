@@ -70,8 +70,8 @@ inline Tensor set_attention(const char* op, Attention& a, const Tensor& query_, 
 
 // The start of delta: minus the gradient of lse, or 0.
 inline Tensor start_delta(const Tensor& lse, const MaybeTensor& grad_lse) {
+  if (!grad_lse.has_value()) return zeros(lse.sizes());
   Tensor delta = empty(lse.sizes(), ScalarType::Float);
-  if (!grad_lse.has_value()) return torch::stable::zero_(delta);
   Tensor grad = contiguous(*grad_lse, ScalarType::Float);
   std::transform(floats(grad), floats(grad) + grad.numel(), floats(delta), [](float x) { return -x; });
   return delta;
