@@ -6,7 +6,7 @@ are allocated, kernels that are launched, and operators of PyTorch between them;
 
     look -> [out = empty_strided(..), lse = empty_strided(..), kernel(.., query, key, value, out, lse, ..)] -> out, lse
 
-Lengths that change with every call are not worth a recording, hence the second one.
+Lengths that change with every call are not worth a recording, hence the second one. VATTN_REPLAY=0 turns this off.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ EMPTY = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _recordings = threading.local()  # the autograd engine has threads of its own
 
 
@@ -153,8 +154,8 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = op(*args, **kwargs)
-        if self.steps is None or not (result is None or _flat([result])):
-            self.steps = None  # of what a tensor holds, only the device knows
+        if self.steps is None or not (result is None or _flat([result])) or VALUES.intersection(op.tags):
+            self.steps = None  # what depends on the values in a tensor is not the same in the next call
             return result
         names, given = list(kwargs), (args, list(kwargs.values()))
         if not self._knows(given):

@@ -94,3 +94,13 @@ def test_what_is_kept_between_calls_is_not_replayed():
     for value in (1.0, 2.0, 3.0):
         kept.fill_(value)
         assert torch.equal(replayed(torch.zeros(3)), kept)
+
+
+def test_what_depends_on_values_is_not_replayed():
+    def launcher(x):
+        return torch.empty(x.nonzero().shape[0])
+
+    replayed = Replayed(launcher, lambda *args: None)
+    for values in ([1.0, 0.0], [1.0, 0.0], [1.0, 1.0]):
+        x = torch.tensor(values)
+        assert replayed(x).shape == launcher(x).shape
