@@ -58,7 +58,8 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
       done += piece;
     }
   }
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
       this->load_rows(x, row, n, rows + done * ld, ld, times);
     });
@@ -116,7 +117,8 @@ struct EdgeQuery : EdgeBlock<T> {
         if (reads(row + i)) f(row + i, 1, done + i);
     });
   }
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     zero(rows, count * ld);
     each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
       this->load_rows(x, row, n, rows + done * ld, ld, times);

@@ -34,6 +34,10 @@ template <class T>
 constexpr bool is_float = false;
 template <>
 constexpr bool is_float<float> = true;
+template <class T, class U>
+constexpr bool is_same = false;
+template <class T>
+constexpr bool is_same<T, T> = true;
 
 VATTN_INLINE Vec splat(float x) { return x - Vec{}; }
 VATTN_INLINE Vec select(VecInt mask, Vec a, Vec b) { return (Vec)((mask & (VecInt)a) | (~mask & (VecInt)b)); }
@@ -93,9 +97,23 @@ VATTN_INLINE void store(Float16* p, Vec x) {
 }
 #endif
 
-// dst[0:n] = times * src[0:n], converting. The last vector overlaps the one before it, so that no n needs a mask.
+// dst[0:n] = src[0:n], of 16 bits each. The last vector overlaps the one before it, so that no n needs a mask.
+template <class T>
+VATTN_INLINE void copy_bits(T* dst, const T* src, int64_t n) {
+  auto vector = [](auto* p) -> auto& { return *(VecHalfLoose*)p; };
+  if (n < VL) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
+    return;
+  }
+  for (int64_t i = 0; i + VL <= n; i += VL) vector(dst + i) = vector(src + i);
+  if (n % VL) vector(dst + n - VL) = vector(src + n - VL);
+}
+
+// dst[0:n] = times * src[0:n], converting.
 template <class To, class From>
 VATTN_INLINE void copy(To* dst, const From* src, int64_t n, float times = 1.f) {
+  if constexpr (is_same<To, From> && !is_float<To>)
+    if (times == 1) return copy_bits(dst, src, n);
   if (n >= VL) {
     for (int64_t i = 0; i + VL <= n; i += VL) store(dst + i, times * load(src + i));
     if (n % VL) store(dst + n - VL, times * load(src + n - VL));
@@ -116,6 +134,12 @@ VATTN_INLINE void prefetch(const T* p, int64_t n) {
 template <class To>
 VATTN_INLINE void zero(To* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = To{};
+}
+
+// The last vector of a row of `ld` numbers, before others fill all of it that they have.
+template <class T>
+VATTN_INLINE void zero_end(T* row, int64_t ld) {
+  store((float*)(row + ld) - VL, Vec{});
 }
 
 // Whether n numbers, whole vectors, are finite.
