@@ -100,13 +100,13 @@ VATTN_INLINE void store(Float16* p, Vec x) {
 // dst[0:n] = src[0:n], of 16 bits each. The last vector overlaps the one before it, so that no n needs a mask.
 template <class T>
 VATTN_INLINE void copy_bits(T* dst, const T* src, int64_t n) {
-  auto vector = [](auto* p) -> auto& { return *(VecHalfLoose*)p; };
+  auto copy_vector = [=](int64_t i) { *(VecHalfLoose*)(dst + i) = *(const VecHalfLoose*)(src + i); };
   if (n < VL) {
     for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
     return;
   }
-  for (int64_t i = 0; i + VL <= n; i += VL) vector(dst + i) = vector(src + i);
-  if (n % VL) vector(dst + n - VL) = vector(src + n - VL);
+  for (int64_t i = 0; i + VL <= n; i += VL) copy_vector(i);
+  if (n % VL) copy_vector(n - VL);
 }
 
 // dst[0:n] = times * src[0:n], converting.
