@@ -20,7 +20,7 @@ namespace vattn {
 namespace VATTN_ISA {
 
 constexpr int64_t STRIP = DEPTH;      // of queries
-constexpr int64_t CHUNK_TILES = 4;    // of keys, forward
+constexpr int64_t CHUNK_TILES = 8;    // of keys, forward
 constexpr int64_t GROUP = 2 * TILE;   // of keys, backward
 constexpr int64_t SPAN = 8 * STRIP;   // of queries, backward
 
@@ -40,11 +40,19 @@ VATTN_INLINE Vec exp2(Mask mask, Vec x, Vec others) {
   return (Vec)_mm512_mask_scalef_ps((__m512)others, mask, (__m512)p, (__m512)x);
 }
 
-// The lanes below `count`, of a vector that may be beyond.
-VATTN_INLINE Mask lanes_below(int64_t count) { return count >= VL ? (Mask)0xffff : (Mask)((1 << (count < 0 ? 0 : count)) - 1); }
-
 // Scores of a strip: a row of TILE for each query, tiles of keys STRIP rows apart.
 VATTN_INLINE int64_t place_of_key(int64_t k) { return k / TILE * STRIP * TILE + k % TILE; }
+
+// Calls f(k, mask of the keys k and on, of the keys k + 16 and on) for all pairs of vectors of keys.
+template <class F>
+VATTN_INLINE void each_pair(int64_t keys, F f) {
+  constexpr Mask ALL = 0xffff;
+  int64_t k = 0;
+  for (; k + DEPTH <= keys; k += DEPTH) f(k, ALL, ALL);
+  if (k == keys) return;
+  const uint32_t rest = (1u << (keys - k)) - 1;
+  f(k, (Mask)rest, (Mask)(rest >> VL));
+}
 
 // Multiplies a strip of queries by `keys` keys, packed as columns from `depth` channels, and adjusts what comes of it.
 // Returns what is left to multiply scores with.
@@ -78,7 +86,7 @@ VATTN_INLINE void add_products(const BFloat16* x, const BFloat16* y, int64_t cou
 struct TileForwardWorkspace {
   int64_t depth, ld, chunk, size;  // channels of rows, of output; keys in a chunk
   BFloat16 *query, *rows, *keys, *values, *weights;
-  float *out, *sum, *maximum, *scores;
+  float *out, *sum, *shift, *scores;
   uint32_t *query_tokens, *key_tokens;
 
   TileForwardWorkspace(int64_t head_dim, int64_t panels, float* base)
@@ -88,12 +96,12 @@ struct TileForwardWorkspace {
     query = take_halves(p, queries * depth);
     out = p.take(queries * ld);
     sum = p.take(queries * VL);
-    maximum = p.take(queries);
+    shift = p.take(queries);
     rows = take_halves(p, TILE * depth);
     keys = take_halves(p, chunk * depth);
     values = take_halves(p, chunk * ld);
-    scores = p.take(STRIP * chunk);
-    weights = take_halves(p, STRIP * chunk);
+    scores = p.take(STRIP * TILE);
+    weights = take_halves(p, STRIP * TILE);
     query_tokens = (uint32_t*)p.take(queries);
     key_tokens = (uint32_t*)p.take(chunk);
     size = p.used;
@@ -112,94 +120,108 @@ struct TileForwardWorkspace {
   }
 };
 
-// Scores of at most 16 queries become weights, in blocks of A that lie two apart. Sums are kept lane by lane. Returns
-// what all that was gathered before is to be multiplied by.
-VATTN_INLINE Vec online_softmax_block(const float* scores, int64_t queries, int64_t keys, float times, float* maximum,
-                                      float* sum, BFloat16* weights, const Dropout* dropout,
-                                      const uint32_t* query_tokens, const uint32_t* key_tokens) {
-  alignas(64) float most[BLOCK * BLOCK], shift[BLOCK], decay[BLOCK];
+// Scores of at most 16 queries become weights, in blocks of A that lie two apart, and are added to sums, lane by lane.
+// `times` is not negative. All powers of 2 of a query have a shift, which is not always the maximum: it is near enough
+// that none is too large for a float. Where it changes, what was gathered before is multiplied by the decay that
+// `decayed` gets.
+template <bool DROPS, class Decayed>
+VATTN_INLINE void online_softmax_block(const float* scores, int64_t queries, int64_t keys, float times, float* shifts,
+                                       float* sum, BFloat16* weights, const Dropout* dropout,
+                                       const uint32_t* query_tokens, const uint32_t* key_tokens, Decayed decayed) {
+  constexpr float NEAR = 32;
+  alignas(64) float most[BLOCK * BLOCK], shift[BLOCK];
   for (int64_t q = 0; q < queries; ++q) {
     Vec a = splat(-INFINITE), b = a;
-    for (int64_t k = 0; k < keys; k += DEPTH) {
+    each_pair(keys, [&](int64_t k, Mask low, Mask high) {
       const float* s = scores + q * TILE + place_of_key(k);
-      const Mask low = lanes_below(keys - k), high = lanes_below(keys - k - VL);
-      a = (Vec)_mm512_mask_max_ps((__m512)a, low, (__m512)(times * load(s)), (__m512)a);
-      b = (Vec)_mm512_mask_max_ps((__m512)b, high, (__m512)(times * load(s + VL)), (__m512)b);
-    }
+      a = (Vec)_mm512_mask_max_ps((__m512)a, low, (__m512)load(s), (__m512)a);
+      b = (Vec)_mm512_mask_max_ps((__m512)b, high, (__m512)load(s + VL), (__m512)b);
+    });
     store(most + q * BLOCK, larger(a, b));
   }
   transpose_block(most, BLOCK, most, BLOCK);
-  const Vec old = load(maximum);
-  Vec now = old;
-  for (int64_t i = 0; i < BLOCK; ++i) now = larger(load(most + i * BLOCK), now);
-  const Vec zero_at = now == -INFINITE ? Vec{} : now;  // no key yet: exp(-inf - 0) is 0
-  const Vec decays = exp2((Mask)0xffff, old - zero_at, Vec{});
-  store(maximum, now), store(shift, zero_at), store(decay, decays);
+  Vec now = load(most);
+  for (int64_t i = 1; i < BLOCK; ++i) now = larger(load(most + i * BLOCK), now);
+  now *= times;
+  const Vec old = load(shifts);
+  const uint32_t grown = _mm512_cmp_ps_mask((__m512)now, (__m512)(old + NEAR), _CMP_GT_OQ) & ((1u << queries) - 1);
+  if (grown) {
+    now = (Vec)_mm512_mask_mov_ps((__m512)old, (Mask)grown, (__m512)now);
+    store(shifts, now), store(shift, exp2((Mask)0xffff, old - now, Vec{}));
+    for (int64_t q = 0; q < queries; ++q)
+      if (grown >> q & 1) {
+        store(sum + q * VL, load(sum + q * VL) * shift[q]);
+        decayed(q, shift[q]);
+      }
+  } else {
+    now = old;
+  }
+  store(shift, now == -INFINITE ? Vec{} : now);  // no key yet: exp(-inf - 0) is 0
 
   for (int64_t q = 0; q < queries; ++q) {
     Vec a{}, b{};
     uint32_t factor = 0, add = 0;
-    if (dropout) dropout->query(query_tokens[q], factor, add);
-    for (int64_t k = 0; k < keys; k += DEPTH) {
+    if (DROPS) dropout->query(query_tokens[q], factor, add);
+    each_pair(keys, [&](int64_t k, Mask low, Mask high) {
       const float* s = scores + q * TILE + place_of_key(k);
-      Vec x = exp2(lanes_below(keys - k), times * load(s) - shift[q], Vec{});
-      Vec y = exp2(lanes_below(keys - k - VL), times * load(s + VL) - shift[q], Vec{});
+      Vec x = exp2(low, times * load(s) - shift[q], Vec{});
+      Vec y = exp2(high, times * load(s + VL) - shift[q], Vec{});
       a += x, b += y;
-      if (dropout) {
+      if (DROPS) {
         x *= dropout->factors(load(key_tokens + k), factor, add);
         y *= dropout->factors(load(key_tokens + k + VL), factor, add);
       }
-      store_words(weights + k / DEPTH * 2 * BLOCK_SIZE + q * DEPTH, pairs(rounded(x), rounded(y)));
-    }
-    store(sum + q * VL, load(sum + q * VL) * decay[q] + (a + b));
+      store_words(weights + k * 2 * BLOCK + q * DEPTH, pairs(rounded(x), rounded(y)));
+    });
+    store(sum + q * VL, load(sum + q * VL) + (a + b));
   }
-  return decays;
 }
 
 template <class Itinerary>
 bool forward(const Itinerary& it, int64_t first, int64_t count, const TileForwardWorkspace& w) {
-  const int64_t ld = w.ld;
-
-  it.load_queries(it.a.query, first, count, w.query, w.depth, 1);
+  const int64_t depth = w.depth, ld = w.ld;
+  it.load_queries(it.a.query, first, count, w.query, depth, it.scale < 0 ? -1 : 1);
   if (it.dropout) number_queries(it, first, count, w.query_tokens);
-  for (int64_t q = 0; q < round_up(count, BLOCK); ++q) w.maximum[q] = -INFINITE, store(w.sum + q * VL, Vec{});
+  for (int64_t q = 0; q < round_up(count, BLOCK); ++q) w.shift[q] = -INFINITE, store(w.sum + q * VL, Vec{});
   if (it.keys == 0) zero(w.out, count * ld);
   typename Itinerary::Tile tiles[CHUNK_TILES];
 
-  for (int64_t k0 = 0, keys; k0 < it.keys; k0 += keys) {
-    keys = least(w.chunk, it.keys - k0);
-    w.load_keys(it, k0, keys);
-    if (it.dropout) number_keys(it, k0, keys, w.key_tokens);
+  for (int64_t k0 = 0, chunk; k0 < it.keys; k0 += chunk) {
+    chunk = least(w.chunk, it.keys - k0);
+    w.load_keys(it, k0, chunk);
+    if (it.dropout) number_keys(it, k0, chunk, w.key_tokens);
     if constexpr (Itinerary::ADJUSTS)
-      for (int64_t k = 0; k < keys; k += TILE) it.set_keys(tiles[k / TILE], k0 + k, least(TILE, keys - k));
-    for (int64_t q0 = 0; q0 < count; q0 += STRIP) {
-      const int64_t queries = least(STRIP, count - q0);
-      const float times = strip_scores(it, tiles, first + q0, queries, keys, w.query + q0 * w.depth, w.keys, w.depth,
-                                       w.scores, it.scale * LOG2E);
-      float* out = w.out + q0 * ld;
-      for (int64_t q = 0; q < queries; q += BLOCK) {
-        const int64_t n = least(BLOCK, queries - q);
-        const Vec decay = online_softmax_block(w.scores + q * TILE, n, keys, times, w.maximum + q0 + q,
-                                               w.sum + (q0 + q) * VL, w.weights + q / BLOCK * BLOCK_SIZE, it.dropout,
-                                               w.query_tokens + q0 + q, w.key_tokens);
-        for (int64_t i = 0; i < n && k0 > 0; ++i)
-          for (int64_t d = 0; d < ld && decay[i] != 1; d += VL) {
-            float* to = out + (q + i) * ld + d;
-            store(to, decay[i] * load(to));
-          }
+      for (int64_t k = 0; k < chunk; k += TILE) it.set_keys(tiles[k / TILE], k0 + k, least(TILE, chunk - k));
+    for (int64_t q0 = 0; q0 < count; q0 += STRIP)
+      for (int64_t k = 0; k < chunk; k += TILE) {
+        const int64_t queries = least(STRIP, count - q0), keys = least(TILE, chunk - k);
+        const float times = strip_scores(it, tiles + k / TILE, first + q0, queries, keys, w.query + q0 * depth,
+                                         w.keys + k * depth, depth, w.scores, __builtin_fabsf(it.scale) * LOG2E);
+        for (int64_t q = 0; q < queries; q += BLOCK) {
+          auto softmax = [&]<bool DROPS>() {
+            online_softmax_block<DROPS>(w.scores + q * TILE, least(BLOCK, queries - q), keys, times, w.shift + q0 + q,
+                                        w.sum + (q0 + q) * VL, w.weights + q / BLOCK * BLOCK_SIZE, it.dropout,
+                                        w.query_tokens + q0 + q, w.key_tokens + k, [&](int64_t i, float decay) {
+              float* out = w.out + (q0 + q + i) * ld;
+              if (k0 + k > 0)
+                for (int64_t d = 0; d < ld; d += VL) store(out + d, decay * load(out + d));
+            });
+          };
+          it.dropout ? softmax.template operator()<true>() : softmax.template operator()<false>();
+        }
+        multiply(k0 + k > 0, (queries + BLOCK - 1) / BLOCK, ld / BLOCK, (keys + DEPTH - 1) / DEPTH,
+                 {w.weights, DEPTH, BLOCK_SIZE, 2 * BLOCK_SIZE}, {w.values + k * ld, ld * DEPTH, BLOCK_SIZE},
+                 w.out + q0 * ld, ld);
       }
-      multiply(k0 > 0, (queries + BLOCK - 1) / BLOCK, ld / BLOCK, (keys + DEPTH - 1) / DEPTH,
-               {w.weights, DEPTH, BLOCK_SIZE, 2 * BLOCK_SIZE}, {w.values, ld * DEPTH, BLOCK_SIZE}, out, ld);
-    }
   }
 
   for (int64_t q = 0; q < count; ++q) {
     const float sum = total(load(w.sum + q * VL)), inverse = sum == 0 ? 0 : 1 / sum;
     for (int64_t d = 0; d < ld; d += VL) store(w.out + q * ld + d, inverse * load(w.out + q * ld + d));
-    w.maximum[q] = sum == 0 ? -INFINITE : w.maximum[q] * LN2 + __builtin_logf(sum);
+    w.shift[q] = sum == 0 ? -INFINITE : w.shift[q] * LN2 + __builtin_logf(sum);
   }
   it.store_outputs(it.a.out, first, count, w.out, ld, 1);
-  it.store_numbers(it.a.lse, first, count, w.maximum);
+  it.store_numbers(it.a.lse, first, count, w.shift);
   return shares_tiles(it) && !all_finite(w.out, count * ld);
 }
 
@@ -247,7 +269,7 @@ struct TileBackwardWorkspace {
   template <class Itinerary>
   void load_queries(const Itinerary& it, int64_t first, int64_t count, bool complete) const {
     const int64_t all = round_up(count, STRIP);
-    it.load_queries(it.a.query, first, count, query, depth, 1);
+    it.load_queries(it.a.query, first, count, query, depth, it.scale < 0 ? -1 : 1);
     it.load_outputs(it.a.grad_out, first, count, grad_out, depth, 1);
     for (BFloat16* x : {query, grad_out}) zero(x + count * depth, (all - count) * depth);
     pack_turned(query_turned, query, depth, all);
@@ -281,7 +303,7 @@ struct TileBackwardWorkspace {
   template <class Itinerary>
   void store_keys(const Itinerary& it, int64_t first, int64_t count, int64_t row) const {
     it.store_keys(it.a.grad_value, first, count, grad_value + row * ld, ld, 1);
-    it.store_keys(it.a.grad_key, first, count, grad_key + row * ld, ld, it.scale);
+    it.store_keys(it.a.grad_key, first, count, grad_key + row * ld, ld, __builtin_fabsf(it.scale));
   }
 };
 
@@ -342,7 +364,7 @@ void backward_group(const Itinerary& it, int64_t k0, int64_t keys, int64_t first
     for (int64_t q1 = 0; q1 < span; q1 += STRIP) {
       const int64_t q = q0 + q1, queries = least(STRIP, span - q1), down = (queries + BLOCK - 1) / BLOCK;
       const float times = strip_scores(it, tiles, first + q, queries, keys, w.query + q * depth, w.key_columns, depth,
-                                       w.scores, it.scale * LOG2E);
+                                       w.scores, __builtin_fabsf(it.scale) * LOG2E);
       for (int64_t k = 0; k < keys; k += TILE)
         multiply(false, down, (least(TILE, keys - k) + BLOCK - 1) / BLOCK, depth / DEPTH,
                  {w.grad_out + q * depth, depth, BLOCK * depth, DEPTH},
@@ -351,10 +373,9 @@ void backward_group(const Itinerary& it, int64_t k0, int64_t keys, int64_t first
       for (int64_t i = 0; i < BLOCK; ++i) {
         const StripQuery a(w.lse[q + i], w.delta[q + i], it.dropout, w.query_tokens[q + i]);
         const StripQuery b(w.lse[q + BLOCK + i], w.delta[q + BLOCK + i], it.dropout, w.query_tokens[q + BLOCK + i]);
-        for (int64_t k = 0; k < keys; k += DEPTH) {
+        each_pair(keys, [&](int64_t k, Mask low, Mask high) {
           const int64_t place = place_of_key(k) + i * TILE;
           float *s = w.scores + place, *g = w.grad_scores + place;
-          const Mask low = lanes_below(keys - k), high = lanes_below(keys - k - VL);
           Vec s0 = load(s), s1 = load(s + VL), s2 = load(s + BLOCK * TILE), s3 = load(s + BLOCK * TILE + VL);
           Vec g0 = load(g), g1 = load(g + VL), g2 = load(g + BLOCK * TILE), g3 = load(g + BLOCK * TILE + VL);
           const uint32_t* tokens = w.key_tokens + k;
@@ -369,7 +390,7 @@ void backward_group(const Itinerary& it, int64_t k0, int64_t keys, int64_t first
             store(g, g0), store(g + VL, g1), store(g + BLOCK * TILE, g2), store(g + BLOCK * TILE + VL, g3);
           }
           if constexpr (!PART) pack_grads<QUERY, KEY>(g0, g1, g2, g3, grads, w.score_rows, i, k);
-        }
+        });
       }
       if constexpr (Itinerary::ADJUSTS && QUERY)
         for (int64_t k = 0; k < keys; k += TILE)

@@ -86,10 +86,40 @@ VATTN_INLINE void multiply_across(bool accumulate, int64_t n, int64_t r, Left a,
   if (n > 0) multiply_blocks<M, 1>(accumulate, r, a, b, c, ldc);
 }
 
+// Sums of R blocks, 1 or 2, across n: A stays in tiles.
+template <int M, int R>
+VATTN_INLINE void multiply_short(int64_t n, Left a, Right b, float* c, int64_t ldc) {
+  const int64_t step = ldc * (int64_t)sizeof(float), row = a.row * (int64_t)sizeof(BFloat16);
+  _tile_loadd(4, a.data, row);
+  if constexpr (R == 2) _tile_loadd(5, a.data + a.along, row);
+  if constexpr (M == 2) _tile_loadd(6, a.data + a.down, row);
+  if constexpr (M == 2 && R == 2) _tile_loadd(7, a.data + a.down + a.along, row);
+  for (; n > 0; --n, b.data += b.across, c += BLOCK) {
+    _tile_zero(0);
+    _tile_loadd(2, b.data, 64);
+    _tile_dpbf16ps(0, 4, 2);
+    if constexpr (M == 2) {
+      _tile_zero(1);
+      _tile_dpbf16ps(1, 6, 2);
+    }
+    if constexpr (R == 2) {
+      _tile_loadd(3, b.data + b.along, 64);
+      _tile_dpbf16ps(0, 5, 3);
+      if constexpr (M == 2) _tile_dpbf16ps(1, 7, 3);
+    }
+    _tile_stored(0, c, step);
+    if constexpr (M == 2) _tile_stored(1, c + BLOCK * ldc, step);
+  }
+}
+
 // Counts m, n and r of blocks.
 __attribute__((noinline)) inline void multiply(bool accumulate, int64_t m, int64_t n, int64_t r, Left a, Right b,
                                                float* c, int64_t ldc) {
   asm volatile("" ::: "memory");  // the intrinsics do not say that they read memory
+  if (!accumulate && m <= 2 && r <= 2) {
+    if (m == 2) return r == 2 ? multiply_short<2, 2>(n, a, b, c, ldc) : multiply_short<2, 1>(n, a, b, c, ldc);
+    return r == 2 ? multiply_short<1, 2>(n, a, b, c, ldc) : multiply_short<1, 1>(n, a, b, c, ldc);
+  }
   for (; m >= 2; m -= 2, a.data += 2 * a.down, c += 2 * BLOCK * ldc) multiply_across<2>(accumulate, n, r, a, b, c, ldc);
   if (m > 0) multiply_across<1>(accumulate, n, r, a, b, c, ldc);
 }
