@@ -7,7 +7,7 @@
 //     D   [ K^T               ]            k [ V              ]
 //     q   [ S   (then P)      ]  <- strip  q [ O              ]  <- P V
 //
-// Backward, a group of keys meets a span of queries, strip by strip, which gives P, dS and dQ += dS K. What was kept of
+// Backward, a tile of keys meets a span of queries, strip by strip, which gives P, dS and dQ += dS K. What was kept of
 // the span then gives the gradients of keys, turned around, since sums over queries read P and dS by rows of B:
 //
 //     dV^T += dO^T P,   dK^T += Q^T dS
@@ -21,7 +21,6 @@ namespace VATTN_ISA {
 
 constexpr int64_t STRIP = DEPTH;      // of queries
 constexpr int64_t CHUNK_TILES = 8;    // of keys, forward
-constexpr int64_t GROUP = 2 * TILE;   // of keys, backward
 constexpr int64_t SPAN = 8 * STRIP;   // of queries, backward
 
 VATTN_INLINE BFloat16* take_halves(Pieces& p, int64_t count) { return (BFloat16*)p.take((count + 1) / 2); }
@@ -40,9 +39,6 @@ VATTN_INLINE Vec exp2(Mask mask, Vec x, Vec others) {
   return (Vec)_mm512_mask_scalef_ps((__m512)others, mask, (__m512)p, (__m512)x);
 }
 
-// Scores of a strip: a row of TILE for each query, tiles of keys STRIP rows apart.
-VATTN_INLINE int64_t place_of_key(int64_t k) { return k / TILE * STRIP * TILE + k % TILE; }
-
 // Calls f(k, mask of the keys k and on, of the keys k + 16 and on) for all pairs of vectors of keys.
 template <class F>
 VATTN_INLINE void each_pair(int64_t keys, F f) {
@@ -54,24 +50,26 @@ VATTN_INLINE void each_pair(int64_t keys, F f) {
   f(k, (Mask)rest, (Mask)(rest >> VL));
 }
 
-// Multiplies a strip of queries by `keys` keys, packed as columns from `depth` channels, and adjusts what comes of it.
-// Returns what is left to multiply scores with.
+// Multiplies a strip of queries by a tile of keys, packed as columns from `depth` channels: a row of TILE for each query.
+VATTN_INLINE void multiply_strip(int64_t queries, int64_t keys, const BFloat16* rows, const BFloat16* columns,
+                                 int64_t depth, float* products) {
+  multiply(false, (queries + BLOCK - 1) / BLOCK, (keys + BLOCK - 1) / BLOCK, depth / DEPTH,
+           {rows, depth, BLOCK * depth, DEPTH}, {columns, BLOCK_SIZE, depth * BLOCK}, products, TILE);
+}
+
+// Makes scores of products. Returns what is left to multiply them with, which is not negative: the sign of the scale is
+// the query's.
 template <class Itinerary>
-VATTN_INLINE float strip_scores(const Itinerary& it, const typename Itinerary::Tile* tiles, int64_t first,
-                                int64_t queries, int64_t keys, const BFloat16* rows, const BFloat16* columns,
-                                int64_t depth, float* scores, float times) {
-  const Left a{rows, depth, BLOCK * depth, DEPTH};
-  for (int64_t k = 0; k < keys; k += TILE, scores += STRIP * TILE) {
-    const int64_t n = least(TILE, keys - k);
-    multiply(false, (queries + BLOCK - 1) / BLOCK, (n + BLOCK - 1) / BLOCK, depth / DEPTH, a,
-             {columns + k * depth, BLOCK_SIZE, depth * BLOCK}, scores, TILE);
-    if constexpr (Itinerary::ADJUSTS) {
-      for (int64_t q = 0; q < queries; ++q)
-        for (int64_t j = 0; j < n; j += VL) store(scores + q * TILE + j, times * load(scores + q * TILE + j));
-      it.adjust_scores(tiles[k / TILE], first, queries, scores);
-    }
+VATTN_INLINE float adjust(const Itinerary& it, [[maybe_unused]] const typename Itinerary::Tile& tile, int64_t first,
+                          int64_t queries, int64_t keys, float* scores) {
+  const float times = __builtin_fabsf(it.scale) * LOG2E;
+  if constexpr (Itinerary::ADJUSTS) {
+    for (int64_t q = 0; q < queries; ++q)
+      for (int64_t j = 0; j < keys; j += VL) store(scores + q * TILE + j, times * load(scores + q * TILE + j));
+    it.adjust_scores(tile, first, queries, scores);
+    return 1;
   }
-  return Itinerary::ADJUSTS ? 1 : times;
+  return times;
 }
 
 // The products of rows with those of others, added to a number for each.
@@ -133,7 +131,7 @@ VATTN_INLINE void online_softmax_block(const float* scores, int64_t queries, int
   for (int64_t q = 0; q < queries; ++q) {
     Vec a = splat(-INFINITE), b = a;
     each_pair(keys, [&](int64_t k, Mask low, Mask high) {
-      const float* s = scores + q * TILE + place_of_key(k);
+      const float* s = scores + q * TILE + k;
       a = (Vec)_mm512_mask_max_ps((__m512)a, low, (__m512)load(s), (__m512)a);
       b = (Vec)_mm512_mask_max_ps((__m512)b, high, (__m512)load(s + VL), (__m512)b);
     });
@@ -163,7 +161,7 @@ VATTN_INLINE void online_softmax_block(const float* scores, int64_t queries, int
     uint32_t factor = 0, add = 0;
     if (DROPS) dropout->query(query_tokens[q], factor, add);
     each_pair(keys, [&](int64_t k, Mask low, Mask high) {
-      const float* s = scores + q * TILE + place_of_key(k);
+      const float* s = scores + q * TILE + k;
       Vec x = exp2(low, times * load(s) - shift[q], Vec{});
       Vec y = exp2(high, times * load(s + VL) - shift[q], Vec{});
       a += x, b += y;
@@ -195,8 +193,8 @@ bool forward(const Itinerary& it, int64_t first, int64_t count, const TileForwar
     for (int64_t q0 = 0; q0 < count; q0 += STRIP)
       for (int64_t k = 0; k < chunk; k += TILE) {
         const int64_t queries = least(STRIP, count - q0), keys = least(TILE, chunk - k);
-        const float times = strip_scores(it, tiles + k / TILE, first + q0, queries, keys, w.query + q0 * depth,
-                                         w.keys + k * depth, depth, w.scores, __builtin_fabsf(it.scale) * LOG2E);
+        multiply_strip(queries, keys, w.query + q0 * depth, w.keys + k * depth, depth, w.scores);
+        const float times = adjust(it, tiles[k / TILE], first + q0, queries, keys, w.scores);
         for (int64_t q = 0; q < queries; q += BLOCK) {
           auto softmax = [&]<bool DROPS>() {
             online_softmax_block<DROPS>(w.scores + q * TILE, least(BLOCK, queries - q), keys, times, w.shift + q0 + q,
@@ -236,10 +234,10 @@ void forward_tile_items(const Args& a, int64_t begin, int64_t end, float* worksp
 // As in flash.h, a chunk of queries is held while the keys stream past it.
 struct TileBackwardWorkspace {
   int64_t depth, ld, kept, size;
-  BFloat16 *rows, *key_columns, *key_terms, *value_columns;  // of a group
+  BFloat16 *rows, *key_columns, *key_terms, *value_columns;  // of a tile
   float *scores, *grad_scores;                               // of a strip
   BFloat16 *score_rows, *weights, *grads;                    // gradients of a strip, as A; of a span, as B
-  float *grad_key_turned, *grad_value_turned;                // of a group
+  float *grad_key_turned, *grad_value_turned;                // of a tile
   float *grad_key, *grad_value;                              // rows of the keys kept
   BFloat16 *query, *grad_out, *query_turned, *grad_out_turned;
   float *grad_query, *lse, *delta;
@@ -247,21 +245,21 @@ struct TileBackwardWorkspace {
 
   TileBackwardWorkspace(int64_t head_dim, int64_t chunk, int64_t queries, int64_t all_keys, float* base)
       : depth(round_up(head_dim, DEPTH)), ld(round_up(head_dim, BLOCK)),
-        kept(queries > chunk ? round_up(all_keys, GROUP) : GROUP) {
+        kept(queries > chunk ? round_up(all_keys, TILE) : TILE) {
     const int64_t held = least(round_up(chunk, STRIP), round_up(queries, STRIP)), span = least(SPAN, held);
     Pieces p{base};
-    for (BFloat16** piece : {&rows, &key_columns, &value_columns}) *piece = take_halves(p, GROUP * depth);
-    key_terms = take_halves(p, GROUP * ld);
-    for (float** piece : {&scores, &grad_scores}) *piece = p.take(STRIP * GROUP);
-    score_rows = take_halves(p, STRIP * GROUP);
-    for (BFloat16** piece : {&weights, &grads}) *piece = take_halves(p, span * GROUP);
-    for (float** piece : {&grad_key_turned, &grad_value_turned}) *piece = p.take(ld * GROUP + BLOCK);
+    for (BFloat16** piece : {&rows, &key_columns, &value_columns}) *piece = take_halves(p, TILE * depth);
+    key_terms = take_halves(p, TILE * ld);
+    for (float** piece : {&scores, &grad_scores}) *piece = p.take(STRIP * TILE);
+    score_rows = take_halves(p, STRIP * TILE);
+    for (BFloat16** piece : {&weights, &grads}) *piece = take_halves(p, span * TILE);
+    for (float** piece : {&grad_key_turned, &grad_value_turned}) *piece = p.take(ld * TILE + BLOCK);
     for (float** piece : {&grad_key, &grad_value}) *piece = p.take(kept * ld);
     for (BFloat16** piece : {&query, &grad_out, &query_turned, &grad_out_turned}) *piece = take_halves(p, held * depth);
     grad_query = p.take(held * ld);
     for (float** piece : {&lse, &delta}) *piece = p.take(held);
     query_tokens = (uint32_t*)p.take(held);
-    key_tokens = (uint32_t*)p.take(GROUP);
+    key_tokens = (uint32_t*)p.take(TILE);
     size = p.used;
   }
 
@@ -276,8 +274,8 @@ struct TileBackwardWorkspace {
     pack_turned(grad_out_turned, grad_out, depth, all);
     it.load_numbers(it.a.lse, first, count, lse);
     it.load_numbers(it.a.delta, first, count, delta);
-    for (int64_t i = 0; i < count && !complete; i += GROUP) {
-      const int64_t n = least(GROUP, count - i);
+    for (int64_t i = 0; i < count && !complete; i += TILE) {
+      const int64_t n = least(TILE, count - i);
       it.load_outputs(it.a.out, first + i, n, rows, depth, 1);
       add_products(rows, grad_out + i * depth, n, depth, delta + i);
     }
@@ -347,34 +345,30 @@ VATTN_INLINE void pack_grads(Vec g0, Vec g1, Vec g2, Vec g3, BFloat16* terms, BF
   }
 }
 
-// A group of keys against the queries held, `first` and on: as backward_tile of flash.h.
+// A tile of keys against the queries held, `first` and on: as in flash.h.
 template <bool QUERY, bool KEY, class Itinerary, class EachRow>
-void backward_group(const Itinerary& it, int64_t k0, int64_t keys, int64_t first, int64_t held,
+void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first, int64_t held,
                     const TileBackwardWorkspace& w, bool fresh, EachRow each_row) {
   const int64_t depth = w.depth, ld = w.ld, across = (keys + BLOCK - 1) / BLOCK;
   const int64_t deep = (keys + DEPTH - 1) / DEPTH;
   constexpr bool PART = Itinerary::ADJUSTS && QUERY && !Itinerary::SHARES_TILES;  // which may change gradients
   w.load_keys(it, k0, keys);
-  typename Itinerary::Tile tiles[GROUP / TILE];
-  if constexpr (Itinerary::ADJUSTS)
-    for (int64_t k = 0; k < keys; k += TILE) it.set_keys(tiles[k / TILE], k0 + k, least(TILE, keys - k));
+  typename Itinerary::Tile tile;
+  if constexpr (Itinerary::ADJUSTS) it.set_keys(tile, k0, keys);
 
   for (int64_t q0 = 0; q0 < held; q0 += SPAN) {
     const int64_t span = least(SPAN, held - q0);
     for (int64_t q1 = 0; q1 < span; q1 += STRIP) {
       const int64_t q = q0 + q1, queries = least(STRIP, span - q1), down = (queries + BLOCK - 1) / BLOCK;
-      const float times = strip_scores(it, tiles, first + q, queries, keys, w.query + q * depth, w.key_columns, depth,
-                                       w.scores, __builtin_fabsf(it.scale) * LOG2E);
-      for (int64_t k = 0; k < keys; k += TILE)
-        multiply(false, down, (least(TILE, keys - k) + BLOCK - 1) / BLOCK, depth / DEPTH,
-                 {w.grad_out + q * depth, depth, BLOCK * depth, DEPTH},
-                 {w.value_columns + k * depth, BLOCK_SIZE, depth * BLOCK}, w.grad_scores + k * STRIP, TILE);
-      BFloat16 *weights = w.weights + q1 * GROUP, *grads = w.grads + q1 * GROUP;
+      multiply_strip(queries, keys, w.query + q * depth, w.key_columns, depth, w.scores);
+      multiply_strip(queries, keys, w.grad_out + q * depth, w.value_columns, depth, w.grad_scores);
+      const float times = adjust(it, tile, first + q, queries, keys, w.scores);
+      BFloat16 *weights = w.weights + q1 * TILE, *grads = w.grads + q1 * TILE;
       for (int64_t i = 0; i < BLOCK; ++i) {
         const StripQuery a(w.lse[q + i], w.delta[q + i], it.dropout, w.query_tokens[q + i]);
         const StripQuery b(w.lse[q + BLOCK + i], w.delta[q + BLOCK + i], it.dropout, w.query_tokens[q + BLOCK + i]);
         each_pair(keys, [&](int64_t k, Mask low, Mask high) {
-          const int64_t place = place_of_key(k) + i * TILE;
+          const int64_t place = k + i * TILE;
           float *s = w.scores + place, *g = w.grad_scores + place;
           Vec s0 = load(s), s1 = load(s + VL), s2 = load(s + BLOCK * TILE), s3 = load(s + BLOCK * TILE + VL);
           Vec g0 = load(g), g1 = load(g + VL), g2 = load(g + BLOCK * TILE), g3 = load(g + BLOCK * TILE + VL);
@@ -392,13 +386,11 @@ void backward_group(const Itinerary& it, int64_t k0, int64_t keys, int64_t first
           if constexpr (!PART) pack_grads<QUERY, KEY>(g0, g1, g2, g3, grads, w.score_rows, i, k);
         });
       }
-      if constexpr (Itinerary::ADJUSTS && QUERY)
-        for (int64_t k = 0; k < keys; k += TILE)
-          it.adjust_grads(tiles[k / TILE], first + q, queries, w.grad_scores + k * STRIP);
+      if constexpr (Itinerary::ADJUSTS && QUERY) it.adjust_grads(tile, first + q, queries, w.grad_scores);
       if constexpr (PART)
         for (int64_t i = 0; i < BLOCK; ++i)
           for (int64_t k = 0; k < keys; k += DEPTH) {
-            const float* g = w.grad_scores + place_of_key(k) + i * TILE;
+            const float* g = w.grad_scores + k + i * TILE;
             pack_grads<QUERY, KEY>(load(g), load(g + VL), load(g + BLOCK * TILE), load(g + BLOCK * TILE + VL), grads,
                                    w.score_rows, i, k);
           }
@@ -410,7 +402,7 @@ void backward_group(const Itinerary& it, int64_t k0, int64_t keys, int64_t first
       const int64_t strips = (span + STRIP - 1) / STRIP, along = depth / BLOCK * BLOCK_SIZE;
       auto turned = [&](const BFloat16* rows, const BFloat16* terms, float* grads) {
         multiply(q0 > 0, ld / BLOCK, across, strips, {rows + q0 * depth, DEPTH, BLOCK_SIZE, along},
-                 {terms, GROUP / BLOCK * BLOCK_SIZE, BLOCK_SIZE}, grads, GROUP);
+                 {terms, TILE / BLOCK * BLOCK_SIZE, BLOCK_SIZE}, grads, TILE);
       };
       turned(w.grad_out_turned, w.weights, w.grad_value_turned);
       turned(w.query_turned, w.grads, w.grad_key_turned);
@@ -419,8 +411,8 @@ void backward_group(const Itinerary& it, int64_t k0, int64_t keys, int64_t first
   if constexpr (KEY)
     if (held > 0)
       each_row([&](int64_t row, int64_t count, int64_t before) {
-        add_turned(!fresh, w.grad_value + row * ld, ld, w.grad_value_turned + before, GROUP, count, ld);
-        add_turned(!fresh, w.grad_key + row * ld, ld, w.grad_key_turned + before, GROUP, count, ld);
+        add_turned(!fresh, w.grad_value + row * ld, ld, w.grad_value_turned + before, TILE, count, ld);
+        add_turned(!fresh, w.grad_key + row * ld, ld, w.grad_key_turned + before, TILE, count, ld);
       });
 }
 
@@ -435,10 +427,10 @@ bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t q
     int64_t held = least(chunk, query_end - q0);
     bool last = q0 + held == query_end;
     w.load_queries(it, q0, held, !(QUERY && KEY));  // whoever wants both gradients reads every query once
-    for (int64_t k0 = key_begin; k0 < key_end; k0 += GROUP) {
-      int64_t keys = least(GROUP, key_end - k0), row = (k0 - key_begin) % w.kept;
+    for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE) {
+      int64_t keys = least(TILE, key_end - k0), row = (k0 - key_begin) % w.kept;
       if (KEY && held == 0) zero(w.grad_key + row * ld, keys * ld), zero(w.grad_value + row * ld, keys * ld);
-      backward_group<QUERY, KEY>(it, k0, keys, q0, held, w, fresh, [&](auto piece) {
+      backward_tile<QUERY, KEY>(it, k0, keys, q0, held, w, fresh, [&](auto piece) {
         if constexpr (SHARED)
           it.each_piece(k0, keys, piece);
         else

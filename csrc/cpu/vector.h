@@ -70,8 +70,13 @@ VATTN_INLINE void store(BFloat16* p, Vec x) {
   VecUint bits = (VecUint)x;
   VecUint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   VecUint quiet = (bits >> 16) | 0x40;  // rounding must not turn a NaN into an infinity
+#if VATTN_VECTOR_BYTES == 64
+  const Mask nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  _mm512_mask_cvtepi32_storeu_epi16(p, 0xffff, _mm512_mask_mov_epi32((__m512i)rounded, nan, (__m512i)quiet));
+#else
   VecUint nan = (VecUint)(x != x);
   *(VecHalfLoose*)p = __builtin_convertvector((nan & quiet) | (~nan & rounded), VecHalf);
+#endif
 }
 
 #if VATTN_VECTOR_BYTES == 64
