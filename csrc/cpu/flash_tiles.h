@@ -128,6 +128,7 @@ VATTN_INLINE void online_softmax_block(const float* scores, int64_t queries, int
                                        const uint32_t* query_tokens, const uint32_t* key_tokens, Decayed decayed) {
   constexpr float NEAR = 32;
   alignas(64) float most[BLOCK * BLOCK], shift[BLOCK];
+  Mask grown = 0;
   for (int64_t q = 0; q < queries; ++q) {
     Vec a = splat(-INFINITE), b = a;
     each_pair(keys, [&](int64_t k, Mask low, Mask high) {
@@ -135,24 +136,24 @@ VATTN_INLINE void online_softmax_block(const float* scores, int64_t queries, int
       a = (Vec)_mm512_mask_max_ps((__m512)a, low, (__m512)load(s), (__m512)a);
       b = (Vec)_mm512_mask_max_ps((__m512)b, high, (__m512)load(s + VL), (__m512)b);
     });
-    store(most + q * BLOCK, larger(a, b));
+    a = times * larger(a, b);
+    store(most + q * BLOCK, a);
+    grown |= _mm512_cmp_ps_mask((__m512)a, (__m512)splat(shifts[q] + NEAR), _CMP_GT_OQ);
   }
-  transpose_block(most, BLOCK, most, BLOCK);
-  Vec now = load(most);
-  for (int64_t i = 1; i < BLOCK; ++i) now = larger(load(most + i * BLOCK), now);
-  now *= times;
-  const Vec old = load(shifts);
-  const uint32_t grown = _mm512_cmp_ps_mask((__m512)now, (__m512)(old + NEAR), _CMP_GT_OQ) & ((1u << queries) - 1);
+  Vec now = load(shifts);
   if (grown) {
-    now = (Vec)_mm512_mask_mov_ps((__m512)old, (Mask)grown, (__m512)now);
+    transpose_block(most, BLOCK, most, BLOCK);
+    Vec maximum = load(most);
+    for (int64_t i = 1; i < BLOCK; ++i) maximum = larger(load(most + i * BLOCK), maximum);
+    const Vec old = now;
+    grown = _mm512_cmp_ps_mask((__m512)maximum, (__m512)(old + NEAR), _CMP_GT_OQ) & (Mask)((1 << queries) - 1);
+    now = (Vec)_mm512_mask_mov_ps((__m512)old, grown, (__m512)maximum);
     store(shifts, now), store(shift, exp2((Mask)0xffff, old - now, Vec{}));
     for (int64_t q = 0; q < queries; ++q)
       if (grown >> q & 1) {
         store(sum + q * VL, load(sum + q * VL) * shift[q]);
         decayed(q, shift[q]);
       }
-  } else {
-    now = old;
   }
   store(shift, now == -INFINITE ? Vec{} : now);  // no key yet: exp(-inf - 0) is 0
 
@@ -169,7 +170,7 @@ VATTN_INLINE void online_softmax_block(const float* scores, int64_t queries, int
         x *= dropout->factors(load(key_tokens + k), factor, add);
         y *= dropout->factors(load(key_tokens + k + VL), factor, add);
       }
-      store_words(weights + k * 2 * BLOCK + q * DEPTH, pairs(rounded(x), rounded(y)));
+      store_pairs(weights + k * 2 * BLOCK + q * DEPTH, pairs(rounded(x), rounded(y)));
     });
     store(sum + q * VL, load(sum + q * VL) + (a + b));
   }
@@ -337,11 +338,11 @@ VATTN_INLINE void pack_grads(Vec g0, Vec g1, Vec g2, Vec g3, BFloat16* terms, BF
   const VecUint r0 = rounded(g0), r1 = rounded(g1), r2 = rounded(g2), r3 = rounded(g3);
   if constexpr (KEY) {
     terms += k / BLOCK * BLOCK_SIZE + i * DEPTH;
-    store_words(terms, pairs(r0, r2)), store_words(terms + BLOCK_SIZE, pairs(r1, r3));
+    store_pairs(terms, pairs(r0, r2)), store_pairs(terms + BLOCK_SIZE, pairs(r1, r3));
   }
   if constexpr (QUERY) {
     rows += k / DEPTH * 2 * BLOCK_SIZE + i * DEPTH;
-    store_words(rows, pairs(r0, r1)), store_words(rows + BLOCK_SIZE, pairs(r2, r3));
+    store_pairs(rows, pairs(r0, r1)), store_pairs(rows + BLOCK_SIZE, pairs(r2, r3));
   }
 }
 
@@ -377,8 +378,8 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
           b.softmax(s2, g2, times, low, it.dropout, tokens), b.softmax(s3, g3, times, high, it.dropout, tokens + VL);
           if constexpr (KEY) {
             BFloat16* to = weights + k / BLOCK * BLOCK_SIZE + i * DEPTH;
-            store_words(to, pairs(rounded(s0), rounded(s2)));
-            store_words(to + BLOCK_SIZE, pairs(rounded(s1), rounded(s3)));
+            store_pairs(to, pairs(rounded(s0), rounded(s2)));
+            store_pairs(to + BLOCK_SIZE, pairs(rounded(s1), rounded(s3)));
           }
           if constexpr (Itinerary::ADJUSTS && QUERY) {
             store(g, g0), store(g + VL, g1), store(g + BLOCK * TILE, g2), store(g + BLOCK * TILE + VL, g3);

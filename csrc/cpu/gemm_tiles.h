@@ -124,8 +124,7 @@ __attribute__((noinline)) inline void multiply(bool accumulate, int64_t m, int64
   if (m > 0) multiply_across<1>(accumulate, n, r, a, b, c, ldc);
 }
 
-VATTN_INLINE VecUint load_words(const BFloat16* p) { return __builtin_convertvector(*(const VecHalfLoose*)p, VecUint); }
-VATTN_INLINE void store_words(BFloat16* p, VecUint x) { *(VecUintLoose*)p = x; }
+VATTN_INLINE void store_pairs(BFloat16* p, VecUint x) { *(VecUintLoose*)p = x; }
 
 // Rounded to bfloat16, in the upper half of a float. A NaN stays one if it is the processor's, or bfloat16.
 VATTN_INLINE VecUint rounded(Vec x) { return (VecUint)x + 0x8000; }
@@ -150,7 +149,7 @@ inline void pack_terms(BFloat16* blocks, const BFloat16* rows, int64_t ld, int64
     for (int64_t d = 0; d < channels; d += BLOCK)
       for (int64_t p = 0; p < BLOCK; ++p, blocks += DEPTH) {
         const BFloat16* row = rows + (i + p) * ld + d;
-        store_words(blocks, load_words(row) | (VecUint)load(row + BLOCK * ld));
+        store_pairs(blocks, load_bits(row) | (VecUint)load(row + BLOCK * ld));
       }
 }
 
@@ -164,8 +163,8 @@ inline void pack_turned(BFloat16* blocks, const BFloat16* rows, int64_t ld, int6
       transpose_block(high, BLOCK, from + BLOCK * ld / 2, ld / 2);
       for (int64_t p = 0; p < BLOCK; ++p, blocks += 2 * DEPTH) {
         const VecUint first = (VecUint)load(low + p * BLOCK), second = (VecUint)load(high + p * BLOCK);
-        store_words(blocks, pairs(first << 16, second << 16));
-        store_words(blocks + DEPTH, pairs(first, second));
+        store_pairs(blocks, pairs(first << 16, second << 16));
+        store_pairs(blocks + DEPTH, pairs(first, second));
       }
     }
 }

@@ -62,10 +62,19 @@ VATTN_INLINE Vec load(Mask mask, const float* p, Vec others) { return select(mas
 VATTN_INLINE Vec keep(Mask mask, Vec x) { return select(mask, x, Vec{}); }
 #endif
 
-// bfloat16 is the upper half of a float; it is rounded to nearest even.
-VATTN_INLINE Vec load(const BFloat16* p) {
-  return (Vec)(__builtin_convertvector(*(const VecHalfLoose*)p, VecUint) << 16);
+// Numbers of 16 bits as integers. GCC 12 would convert 16 of them by halves.
+template <class T>
+VATTN_INLINE VecUint load_bits(const T* p) {
+  static_assert(sizeof(T) == 2);
+#if VATTN_VECTOR_BYTES == 64
+  return (VecUint)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#else
+  return __builtin_convertvector(*(const VecHalfLoose*)p, VecUint);
+#endif
 }
+
+// bfloat16 is the upper half of a float; it is rounded to nearest even.
+VATTN_INLINE Vec load(const BFloat16* p) { return (Vec)(load_bits(p) << 16); }
 VATTN_INLINE void store(BFloat16* p, Vec x) {
   VecUint bits = (VecUint)x;
   VecUint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
