@@ -45,6 +45,8 @@ struct Right {
   int64_t along, across;
 };
 
+// A and B are loaded with the hint that they need not stay in the first-level cache: it is C that has to, for where its
+// rows miss that cache a product takes more than twice as long.
 template <int M, int N>
 VATTN_INLINE void multiply_blocks(bool accumulate, int64_t r, Left a, Right b, float* c, int64_t ldc) {
   const int64_t step = ldc * (int64_t)sizeof(float), row = a.row * (int64_t)sizeof(BFloat16);
@@ -61,15 +63,15 @@ VATTN_INLINE void multiply_blocks(bool accumulate, int64_t r, Left a, Right b, f
     if constexpr (M == 2 && N == 2) _tile_zero(3);
   }
   for (int64_t p = 0; p < r; ++p, a.data += a.along, b.data += b.along) {
-    _tile_loadd(4, a.data, row);
-    _tile_loadd(6, b.data, 64);
+    _tile_stream_loadd(4, a.data, row);
+    _tile_stream_loadd(6, b.data, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (N == 2) {
-      _tile_loadd(7, b.data + b.across, 64);
+      _tile_stream_loadd(7, b.data + b.across, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (M == 2) {
-      _tile_loadd(5, a.data + a.down, row);
+      _tile_stream_loadd(5, a.data + a.down, row);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (N == 2) _tile_dpbf16ps(3, 5, 7);
     }
@@ -90,20 +92,20 @@ VATTN_INLINE void multiply_across(bool accumulate, int64_t n, int64_t r, Left a,
 template <int M, int R>
 VATTN_INLINE void multiply_short(int64_t n, Left a, Right b, float* c, int64_t ldc) {
   const int64_t step = ldc * (int64_t)sizeof(float), row = a.row * (int64_t)sizeof(BFloat16);
-  _tile_loadd(4, a.data, row);
-  if constexpr (R == 2) _tile_loadd(5, a.data + a.along, row);
-  if constexpr (M == 2) _tile_loadd(6, a.data + a.down, row);
-  if constexpr (M == 2 && R == 2) _tile_loadd(7, a.data + a.down + a.along, row);
+  _tile_stream_loadd(4, a.data, row);
+  if constexpr (R == 2) _tile_stream_loadd(5, a.data + a.along, row);
+  if constexpr (M == 2) _tile_stream_loadd(6, a.data + a.down, row);
+  if constexpr (M == 2 && R == 2) _tile_stream_loadd(7, a.data + a.down + a.along, row);
   for (; n > 0; --n, b.data += b.across, c += BLOCK) {
     _tile_zero(0);
-    _tile_loadd(2, b.data, 64);
+    _tile_stream_loadd(2, b.data, 64);
     _tile_dpbf16ps(0, 4, 2);
     if constexpr (M == 2) {
       _tile_zero(1);
       _tile_dpbf16ps(1, 6, 2);
     }
     if constexpr (R == 2) {
-      _tile_loadd(3, b.data + b.along, 64);
+      _tile_stream_loadd(3, b.data + b.along, 64);
       _tile_dpbf16ps(0, 5, 3);
       if constexpr (M == 2) _tile_dpbf16ps(1, 7, 3);
     }
