@@ -50,7 +50,8 @@ VATTN_INLINE void each_pair(int64_t keys, F f) {
   f(k, (Mask)rest, (Mask)(rest >> VL));
 }
 
-// Multiplies a strip of queries by a tile of keys, packed as columns from `depth` channels: a row of TILE for each query.
+// Multiplies a strip of queries by a tile of keys, packed as columns from `depth` channels: a row of TILE for each
+// query.
 VATTN_INLINE void multiply_strip(int64_t queries, int64_t keys, const BFloat16* rows, const BFloat16* columns,
                                  int64_t depth, float* products) {
   multiply(false, (queries + BLOCK - 1) / BLOCK, (keys + BLOCK - 1) / BLOCK, depth / DEPTH,
@@ -319,11 +320,12 @@ struct StripQuery {
     if (dropout) dropout->query(token, times, add);
   }
   // A vector of scores and of their gradients become weights and gradients.
+  template <bool DROPS>
   VATTN_INLINE void softmax(Vec& score, Vec& grad, float factor, Mask lanes, const Dropout* dropout,
                             const uint32_t* tokens) const {
     const Vec p = exp2((Mask)(mask & lanes), factor * score - shift, others);
     Vec dropped = p;
-    if (dropout) {
+    if (DROPS) {
       const Vec f = dropout->factors(load(tokens), times, add);
       grad *= f, dropped *= f;
     }
@@ -346,13 +348,48 @@ VATTN_INLINE void pack_grads(Vec g0, Vec g1, Vec g2, Vec g3, BFloat16* terms, BF
   }
 }
 
+// Whether gradients are packed only after the itinerary, that of a part, has seen them.
+template <class Itinerary>
+constexpr bool CHANGES_GRADS = Itinerary::ADJUSTS && !Itinerary::SHARES_TILES;
+
+// The scores of a strip, of which query q of those held is the first, and their gradients become weights and gradients.
+template <bool QUERY, bool KEY, bool DROPS, class Itinerary>
+VATTN_INLINE void softmax_backward_strip(const Itinerary& it, int64_t q, int64_t keys, float times,
+                                         const TileBackwardWorkspace& w, BFloat16* weights, BFloat16* grads) {
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const int64_t upper = q + i, lower = upper + BLOCK;
+    const StripQuery a(w.lse[upper], w.delta[upper], it.dropout, w.query_tokens[upper]);
+    const StripQuery b(w.lse[lower], w.delta[lower], it.dropout, w.query_tokens[lower]);
+    each_pair(keys, [&](int64_t k, Mask low, Mask high) {
+      constexpr int64_t BELOW = BLOCK * TILE;
+      float *s = w.scores + i * TILE + k, *g = w.grad_scores + i * TILE + k;
+      Vec s0 = load(s), s1 = load(s + VL), s2 = load(s + BELOW), s3 = load(s + BELOW + VL);
+      Vec g0 = load(g), g1 = load(g + VL), g2 = load(g + BELOW), g3 = load(g + BELOW + VL);
+      const uint32_t* tokens = w.key_tokens + k;
+      a.softmax<DROPS>(s0, g0, times, low, it.dropout, tokens);
+      a.softmax<DROPS>(s1, g1, times, high, it.dropout, tokens + VL);
+      b.softmax<DROPS>(s2, g2, times, low, it.dropout, tokens);
+      b.softmax<DROPS>(s3, g3, times, high, it.dropout, tokens + VL);
+      if constexpr (KEY) {
+        BFloat16* to = weights + k / BLOCK * BLOCK_SIZE + i * DEPTH;
+        store_pairs(to, pairs(rounded(s0), rounded(s2)));
+        store_pairs(to + BLOCK_SIZE, pairs(rounded(s1), rounded(s3)));
+      }
+      if constexpr (QUERY && Itinerary::ADJUSTS) {
+        store(g, g0), store(g + VL, g1), store(g + BELOW, g2), store(g + BELOW + VL, g3);
+      }
+      if constexpr (!QUERY || !CHANGES_GRADS<Itinerary>)
+        pack_grads<QUERY, KEY>(g0, g1, g2, g3, grads, w.score_rows, i, k);
+    });
+  }
+}
+
 // A tile of keys against the queries held, `first` and on: as in flash.h.
 template <bool QUERY, bool KEY, class Itinerary, class EachRow>
 void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first, int64_t held,
                     const TileBackwardWorkspace& w, bool fresh, EachRow each_row) {
   const int64_t depth = w.depth, ld = w.ld, across = (keys + BLOCK - 1) / BLOCK;
   const int64_t deep = (keys + DEPTH - 1) / DEPTH;
-  constexpr bool PART = Itinerary::ADJUSTS && QUERY && !Itinerary::SHARES_TILES;  // which may change gradients
   w.load_keys(it, k0, keys);
   typename Itinerary::Tile tile;
   if constexpr (Itinerary::ADJUSTS) it.set_keys(tile, k0, keys);
@@ -365,30 +402,12 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
       multiply_strip(queries, keys, w.grad_out + q * depth, w.value_columns, depth, w.grad_scores);
       const float times = adjust(it, tile, first + q, queries, keys, w.scores);
       BFloat16 *weights = w.weights + q1 * TILE, *grads = w.grads + q1 * TILE;
-      for (int64_t i = 0; i < BLOCK; ++i) {
-        const StripQuery a(w.lse[q + i], w.delta[q + i], it.dropout, w.query_tokens[q + i]);
-        const StripQuery b(w.lse[q + BLOCK + i], w.delta[q + BLOCK + i], it.dropout, w.query_tokens[q + BLOCK + i]);
-        each_pair(keys, [&](int64_t k, Mask low, Mask high) {
-          const int64_t place = k + i * TILE;
-          float *s = w.scores + place, *g = w.grad_scores + place;
-          Vec s0 = load(s), s1 = load(s + VL), s2 = load(s + BLOCK * TILE), s3 = load(s + BLOCK * TILE + VL);
-          Vec g0 = load(g), g1 = load(g + VL), g2 = load(g + BLOCK * TILE), g3 = load(g + BLOCK * TILE + VL);
-          const uint32_t* tokens = w.key_tokens + k;
-          a.softmax(s0, g0, times, low, it.dropout, tokens), a.softmax(s1, g1, times, high, it.dropout, tokens + VL);
-          b.softmax(s2, g2, times, low, it.dropout, tokens), b.softmax(s3, g3, times, high, it.dropout, tokens + VL);
-          if constexpr (KEY) {
-            BFloat16* to = weights + k / BLOCK * BLOCK_SIZE + i * DEPTH;
-            store_pairs(to, pairs(rounded(s0), rounded(s2)));
-            store_pairs(to + BLOCK_SIZE, pairs(rounded(s1), rounded(s3)));
-          }
-          if constexpr (Itinerary::ADJUSTS && QUERY) {
-            store(g, g0), store(g + VL, g1), store(g + BLOCK * TILE, g2), store(g + BLOCK * TILE + VL, g3);
-          }
-          if constexpr (!PART) pack_grads<QUERY, KEY>(g0, g1, g2, g3, grads, w.score_rows, i, k);
-        });
-      }
+      if (it.dropout)
+        softmax_backward_strip<QUERY, KEY, true>(it, q, keys, times, w, weights, grads);
+      else
+        softmax_backward_strip<QUERY, KEY, false>(it, q, keys, times, w, weights, grads);
       if constexpr (Itinerary::ADJUSTS && QUERY) it.adjust_grads(tile, first + q, queries, w.grad_scores);
-      if constexpr (PART)
+      if constexpr (QUERY && CHANGES_GRADS<Itinerary>)
         for (int64_t i = 0; i < BLOCK; ++i)
           for (int64_t k = 0; k < keys; k += DEPTH) {
             const float* g = w.grad_scores + k + i * TILE;
