@@ -137,8 +137,8 @@ VATTN_INLINE VecUint pairs(VecUint first, VecUint second) {
                                             _mm512_set1_epi32((int)0xffff0000), MERGE);
 }
 
-// Rows, multiples of 16, become columns of B: its terms are the channels, as they lie in pairs of neighbours. Blocks lie
-// along the sum before they lie across.
+// Rows, multiples of 16, become columns of B: its terms are the channels, as they lie in pairs of neighbours. Blocks
+// lie along the sum before they lie across.
 inline void pack_columns(BFloat16* blocks, const BFloat16* rows, int64_t ld, int64_t count) {
   for (int64_t i = 0; i < count; i += BLOCK)
     for (int64_t d = 0; d < ld; d += DEPTH, blocks += BLOCK_SIZE)
@@ -155,7 +155,8 @@ inline void pack_terms(BFloat16* blocks, const BFloat16* rows, int64_t ld, int64
       }
 }
 
-// Rows, multiples of 32, become columns of A: its terms are the rows. Blocks lie downwards before they lie along the sum.
+// Rows, multiples of 32, become columns of A: its terms are the rows. Blocks lie downwards before they lie along the
+// sum.
 inline void pack_turned(BFloat16* blocks, const BFloat16* rows, int64_t ld, int64_t count) {
   alignas(64) float low[BLOCK * BLOCK], high[BLOCK * BLOCK];  // pairs of channels, of 16 rows each
   for (int64_t i = 0; i < count; i += DEPTH)
@@ -171,7 +172,8 @@ inline void pack_turned(BFloat16* blocks, const BFloat16* rows, int64_t ld, int6
     }
 }
 
-// rows (count x channels)  =  or  +=   the transpose of `turned` (channels x count). It may read 15 numbers more of each.
+// rows (count x channels)  =  or  +=   the transpose of `turned` (channels x count), of which it may read 15 numbers
+// more.
 inline void add_turned(bool accumulate, float* rows, int64_t ld, const float* turned, int64_t ld_turned, int64_t count,
                        int64_t channels) {
   alignas(64) float block[BLOCK * BLOCK];
