@@ -21,6 +21,7 @@ typedef uint16_t VecHalf __attribute__((vector_size(VATTN_VECTOR_BYTES / 2)));
 typedef float VecLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint32_t VecUintLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t VecHalfLoose __attribute__((vector_size(VATTN_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint16_t VecWholeLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(2), may_alias));
 
 constexpr double LOG2E_EXACT = 1.44269504088896340736;
 constexpr float LOG2E = (float)LOG2E_EXACT;
@@ -114,13 +115,18 @@ VATTN_INLINE void store(Float16* p, Vec x) {
 // dst[0:n] = src[0:n], of 16 bits each. The last vector overlaps the one before it, so that no n needs a mask.
 template <class T>
 VATTN_INLINE void copy_bits(T* dst, const T* src, int64_t n) {
-  auto copy_vector = [=](int64_t i) { *(VecHalfLoose*)(dst + i) = *(const VecHalfLoose*)(src + i); };
-  if (n < VL) {
+  static_assert(sizeof(T) == 2);
+  constexpr int64_t WHOLE = 2 * VL;
+  auto copy_half = [=](int64_t i) { *(VecHalfLoose*)(dst + i) = *(const VecHalfLoose*)(src + i); };
+  auto copy_whole = [=](int64_t i) { *(VecWholeLoose*)(dst + i) = *(const VecWholeLoose*)(src + i); };
+  if (n >= WHOLE) {
+    for (int64_t i = 0; i + WHOLE <= n; i += WHOLE) copy_whole(i);
+    if (n % WHOLE) copy_whole(n - WHOLE);
+  } else if (n >= VL) {
+    copy_half(0), copy_half(n - VL);
+  } else {
     for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
-    return;
   }
-  for (int64_t i = 0; i + VL <= n; i += VL) copy_vector(i);
-  if (n % VL) copy_vector(n - VL);
 }
 
 // dst[0:n] = times * src[0:n], converting.
