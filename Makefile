@@ -11,6 +11,8 @@
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
 #   make sanitize   the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, and its tests, for each instruction
 #                   set; a part of it: `make sanitize CAPABILITIES=avx2 SANITIZE_TESTS=tests/test_direct_calls.py`
+#   make arm64      the C++ compiled for arm64 (Debian: g++-aarch64-linux-gnu), its vectors and an attention under QEMU
+#                   (qemu-user)
 #   make kernels    what the compiler makes of every Triton kernel, without a GPU; with another Triton than the installed
 #                   one, in an environment of its own: `make kernels TRITON=3.6.0 ARCHITECTURES="sm90 gfx942"`
 #   make lint       ruff and mypy
@@ -32,6 +34,8 @@ CAPABILITIES ?= avx512 avx2 generic
 # Of the kernels those of the CPU, and all that draws its inputs at random. One test starts another Python: not that.
 SANITIZE_TESTS ?= tests/kernels tests/test_direct_calls.py $(shell grep -l hypothesis tests/test_*.py) \
 	-k "(cpp or direct_calls or hypothesis) and not instruction_set"
+ARM64_CXX ?= aarch64-linux-gnu-g++
+ARM64_EMULATOR ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 EXAMPLES ?= 10000
 OPERATORS ?=
 
@@ -52,7 +56,7 @@ BUILT := vattn/_build.json
 TORCHRUN = $(RUN) -m torch.distributed.run --standalone --nproc-per-node
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video tokens fifo ranks retrieval test fuzz test-gpu sanitize kernels lint bench docs clean
+.PHONY: demo video tokens fifo ranks retrieval test fuzz test-gpu sanitize arm64 kernels lint bench docs clean
 
 # FIFO's tensors are so small here that a second thread gains little, and loses much where another program wants its core.
 demo: $(BUILT)
@@ -102,6 +106,19 @@ sanitize: $(INSTALLED)
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(if $(VENV),$(CURDIR)/)$(RUN) -m pytest -q $(SANITIZE_TESTS)) || exit 1; \
 	done
+
+# With the headers of the PyTorch at hand, which are the same for all processors. Its library is not: nothing is linked.
+arm64: $(BUILT)
+	command -v $(ARM64_CXX) $(firstword $(ARM64_EMULATOR))
+	mkdir -p build/arm64
+	flags=$$($(RUN) -c 'import json; from torch.utils.cpp_extension import include_paths as paths; import sysconfig; \
+		print(*json.load(open("$(BUILT)"))["flags"], *("-isystem " + path for path in paths()), \
+		"-isystem", sysconfig.get_path("include"))'); \
+	for source in csrc/*.cpp csrc/cpu/*.cpp; do \
+		$(ARM64_CXX) $$flags -Werror -fopenmp -fPIC -Icsrc \
+			-c $$source -o build/arm64/$$(basename $$source .cpp).o || exit 1; \
+	done
+	CXX="$(ARM64_CXX)" EMULATOR="$(ARM64_EMULATOR)" $(RUN) -m pytest tests/kernels/test_vectors.py -k generic
 
 kernels: $(COMPILER)
 	$(COMPILE) -m benchmarks.kernel_report --architectures $(ARCHITECTURES) $(if $(HEAD_DIMS),--head-dims $(HEAD_DIMS))

@@ -129,7 +129,7 @@ def bias_of_window(variant: str, heads: int) -> tuple[Tensor | None, tuple[int, 
 def axial(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     """Lines are "short", and share tiles, or "long"."""
     query = empty(2, 2, 4, 512 if "long" in variant else 8, 64, head_dim, dtype=dtype)
-    lse, settings = empty(*query.shape[:-1]), (*dropout(variant, query), 0.1)
+    lse, settings = empty(*query.shape[:-1]), (1, *dropout(variant, query), 0.1)
     axial_attention.forward(query, query, query, *settings)
     axial_attention.backward(query, None, query, query, query, query, lse, *settings)
     axial_attention.jvp(*[query] * 7, lse, *settings)

@@ -111,6 +111,27 @@ def gradient_difference(first: Run, second: Run) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True))
 
 
+def shares_of_step(run: Run, video: Tensor, label: Tensor) -> dict[str, float]:
+    """Which share of the time of a training step its attention takes, its linear layers, and all else."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if video.is_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        run.gradients(video, label)
+        run.optimizer.step()
+    shares = {"attention": 0.0, "linear layers": 0.0, "the rest": 0.0}
+    for event in profile.key_averages():
+        time = event.self_device_time_total if video.is_cuda else event.self_cpu_time_total
+        if event.key.startswith("vattn::"):
+            shares["attention"] += time
+        elif event.key in ("aten::mm", "aten::addmm"):
+            shares["linear layers"] += time
+        else:
+            shares["the rest"] += time
+    total = sum(shares.values())
+    return {name: time / total for name, time in shares.items()}
+
+
 def video_model(num_classes: int) -> VideoFromImage:
     """A small image ViT with random weights, turned into a video model."""
     config = ViTConfig(
@@ -158,6 +179,7 @@ def main() -> int:
             run.step(video, label)
         bar.set_postfix({f"loss {run.name}": f"{run.losses[-1]:.3f}" for run in runs})
         video, label = (x.to(device) for x in next(batches))
+    shares = shares_of_step(ours, video, label)
     memory = [peak_memory(functools.partial(run.gradients, video, label), device) for run in runs]
 
     options.outputs.mkdir(parents=True, exist_ok=True)
@@ -175,6 +197,8 @@ def main() -> int:
             f"{size / 2**20:>12.0f} MiB"
         )
     print(f"vattn takes {plain.step_time / ours.step_time:.2f}x less time for a training step of the whole model")
+    spent = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    print(f"of the step with vattn: {spent}")
     print(f"gradients differ by at most {difference:.1e} of the largest one of their parameter")
     print(f"wrote {curves} and {attended}")
 

@@ -13,6 +13,8 @@ Transformers" (2019).
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -172,14 +174,46 @@ def _lines(call: attention.Call, phase: str) -> dict[str, int] | None:
 
 
 _launchers = Launchers(_part)
-forward, jvp = _launchers.forward, _launchers.jvp
+
+
+def _as_lines(dim: int, rows: Sequence[Tensor], numbers: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Grids (B, H, *grid, D), and `numbers` (B, H, *grid), as (B, H, outer, line, inner, ...), copied if need be."""
+    B, H, *grid, D = rows[0].shape
+    shape = B, H, math.prod(grid[:dim]), grid[dim], math.prod(grid[dim + 1 :])
+    return [*(x.reshape(*shape, D) for x in rows), *(x.reshape(shape) for x in numbers)]
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, dim: int, *settings: Any) -> tuple[Tensor, Tensor]:
+    """As :class:`Launchers`, of a grid."""
+    out, lse = _launchers.forward(*_as_lines(dim, (query, key, value)), *settings)
+    return out.view(query.shape), lse.view(query.shape[:-1])
+
+
+def jvp(
+    query_tangent: Tensor, key_tangent: Tensor, value_tangent: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    out: Tensor, lse: Tensor, dim: int, *settings: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As :class:`Launchers`, of a grid."""
+    rows = query_tangent, key_tangent, value_tangent, query, key, value, out
+    dout, dlse = _launchers.jvp(*_as_lines(dim, rows, [lse]), *settings)
+    return dout.view(query.shape), dlse.view(query.shape[:-1])
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    dim: int, *settings: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of query, key and value; memory beyond them is `delta`, as large as lse, where lines are long."""
+    rows, numbers = (grad_out, query, key, value, out), [lse] if grad_lse is None else [lse, grad_lse]
+    do, q, k, v, o, lse, *grad = _as_lines(dim, rows, numbers)
+    grads = _backward(do, grad[0] if grad else None, q, k, v, o, lse, *settings)
+    return tuple(x.view(query.shape) for x in grads)
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value; memory beyond them is `delta`, as large as lse, where lines are long."""
     call = attention.Call(query, [key], [value], *settings)
     if lse.numel() == 0 or _lines(call, "backward") is None:
         return _launchers.backward(grad_out, grad_lse, query, key, value, out, lse, *settings)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vattn._library import empty_rows
+from vattn._replay import note_launch
 from vattn.kernels import flash
 
 VECTOR_BYTES = 16  # the widest load of every GPU here
@@ -37,21 +38,45 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 def launch(function: Any, programs: int, like: Tensor, *args: Any, **settings: Any) -> None:
     """Run `programs` programs of a kernel, in a one-dimensional grid, on the device of `like`."""
-    device = like.get_device()
-    elsewhere = like.is_cuda and device != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+    device = like.get_device() if like.is_cuda else None
+    with _on(device):
         # Triton finds a compiled kernel by what it makes of each argument, which takes longer than the launch.
         seen = id(function), device, *map(_known, args), *settings.values()
         if seen in _launched:
             compiled, constants = _launched[seen]
-            compiled[(programs, 1, 1)](*args, *constants)
-            return
-        compiled = function[(programs,)](*args, **settings, **OPTIONS)
-        if compiled is None:  # by the interpreter
-            return
-        if len(_launched) >= MOST_LAUNCHED:
-            _launched.clear()
-        _launched[seen] = compiled, [settings[name] for name in function.arg_names[len(args) :]]
+            run = compiled[(programs, 1, 1)]
+            run(*args, *constants)
+        else:
+            compiled = launch_first(function, programs, *args, **settings)
+            if compiled is None:  # by the interpreter
+                note_launch(None, args)
+                return
+            if len(_launched) >= MOST_LAUNCHED:
+                _launched.clear()
+            constants = [settings[name] for name in function.arg_names[len(args) :]]
+            _launched[seen] = compiled, constants
+            run = compiled[(programs, 1, 1)]
+    note_launch(functools.partial(_run_on, device, run), [*args, *constants])
+
+
+def launch_first(function: Any, programs: int, *args: Any, **settings: Any) -> Any:
+    """Run a kernel as :func:`launch` does. Returns it compiled, or None if it is interpreted."""
+    return function[(programs,)](*args, **settings, **OPTIONS)
+
+
+def _on(device: int | None) -> contextlib.AbstractContextManager[object]:
+    """Where the kernels of a device are launched."""
+    if device is None or device == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _run_on(device: int | None, run: Callable[..., None], *args: Any) -> None:
+    if device is None or device == torch.cuda.current_device():
+        run(*args)
+    else:
+        with torch.cuda.device(device):
+            run(*args)
 
 
 def _known(x: Any) -> Any:

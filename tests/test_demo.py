@@ -50,3 +50,10 @@ def test_batches_play_both_ways(monkeypatch):
     assert label.tolist() == [0, 1, 2, 3]
     step = video[:, 1:, 0, 0, 0] - video[:, :-1, 0, 0, 0]
     assert torch.equal(step.sign(), torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 2))
+
+
+def test_the_shares_of_a_step():
+    run = demo.Run("vattn", Classifier(64, 32), vattn.leap_attention)
+    shares = demo.shares_of_step(run, torch.randn(4096, 64), torch.zeros(4096, dtype=torch.long))
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["attention"] == 0 < shares["linear layers"] < 1

@@ -338,4 +338,4 @@ def test_a_launch_is_held_to_the_signature():
     query, wrong = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 5)
     launched = vattn.ops.OPERATORS["latent_attention"]
     with pytest.raises(ValueError, match=r"latent_attention: keys\[0\] must have shape \(B H Lk\[\] D\)"):
-        _operator._launch(launched, "latent_attention.forward", query, [wrong], [wrong], None, 0.0, None, 1.0)
+        _operator.launcher(launched, "latent_attention.forward")(query, [wrong], [wrong], None, 0.0, None, 1.0)

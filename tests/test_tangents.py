@@ -66,7 +66,7 @@ def leap(
 
 def axial(B: int, H: int, outer: int, line: int, inner: int, D: int, p: float = 0.0) -> Problem:
     p, seed = dropout(p)
-    settings = (p, seed, 0.3)
+    settings = (1, p, seed, 0.3)
     return Problem(
         random(*[(B, H, outer, line, inner, D)] * 3),
         lambda q, k, v: reference.axial_attention(q, k, v, 1, dropout_p=p, scale=0.3, seed=seed, return_lse=True),

@@ -50,8 +50,9 @@ class Attention(Operator):
         name = schema.split("(")[0]
         kinds, results = (declared(part) for part in schema.split(" -> "))
         self._inputs, self._optional = inputs, [x for x in inputs if kinds[x] == "Tensor?"]
-        self._leading = [x for x in kinds if x in inputs and x not in self._optional]
-        self._rest = [x for x in kinds if x not in self._leading]
+        leading = [x for x in kinds if x in inputs and x not in self._optional]
+        rest = [x for x in kinds if x not in leading]
+        self._primals = [*leading, *list(results)[:2], *rest]
         self.pairs, self._empty = pairs, like or _like_rows
         kept = [x for x, kind in kinds.items() if kind.startswith("Tensor")]
         takes = {**takes, "dropout_p": "0 .. 1", "seed": f"1 | 1+B*H+{tokens}: int64", "scale": "finite"}
@@ -64,7 +65,7 @@ class Attention(Operator):
         grads = {x: f"grad_{x}" for x in inputs}
         tangents = {x: f"{x[:-1]}_tangents" if kinds[x] == "Tensor[]" else f"{x}_tangent" for x in inputs}
         of_optional = [names[x] for names in (grads, tangents) for x in self._optional]
-        rows = takes[self._leading[0]]
+        rows = takes[leading[0]]
         takes |= dict.fromkeys(("out", "grad_out"), rows)
         takes |= dict.fromkeys(("lse", "grad_lse"), f"{rows.rpartition(' ')[0]}: float32")
         takes |= {named: takes[x] for names in (grads, tangents) for x, named in names.items()}
@@ -72,8 +73,8 @@ class Attention(Operator):
             "takes": takes, "flops": self._flops(products=5), "shared": [*shared, "seed", *of_optional],
             "public": False,
         }  # fmt: skip
-        primals = [f"{kinds[x]} {x}" for x in self._leading] + ["Tensor out", "Tensor lse"]
-        primals += [f"{kinds[x]} {x}" for x in self._rest]
+        primals = [f"{kinds[x]} {x}" for x in leading] + ["Tensor out", "Tensor lse"]
+        primals += [f"{kinds[x]} {x}" for x in rest]
         taken = ", ".join(["Tensor grad_out", "Tensor? grad_lse", *primals])
         given = ", ".join(f"{kinds[x].removesuffix('?')} {grad}" for x, grad in grads.items())
         self.backward_op = Operator(
@@ -86,23 +87,20 @@ class Attention(Operator):
             fake=self._fake_jvp, launch=f"{name}.jvp", **derived,
         )  # fmt: skip
 
-    def _primals(self, args: dict[str, Any], results: Sequence[Any]) -> list[Any]:
-        return [*(args[x] for x in self._leading), *results[:2], *(args[x] for x in self._rest)]
+    def _backward(self, saved: dict[str, Any], grads: Sequence[Any]) -> dict[str, Any]:
+        grad_out = _zeros(saved["out"]) if grads[0] is None else grads[0]
+        found = self.backward_op.fitting(saved)(grad_out, grads[1], *[saved[x] for x in self._primals])
+        return {x: grad for x, grad in zip(self._inputs, found, strict=True) if saved[x] is not None}
 
-    def _backward(self, args: dict[str, Any], results: Sequence[Any], grads: Sequence[Any]) -> dict[str, Any]:
-        grad_out = _zeros(results[0]) if grads[0] is None else grads[0]
-        found = self.backward_op.fitting(args)(grad_out, grads[1], *self._primals(args, results))
-        return {x: grad for x, grad in zip(self._inputs, found, strict=True) if args[x] is not None}
-
-    def _jvp(self, args: dict[str, Any], results: Sequence[Any], tangents: dict[str, Any]) -> list[Any]:
-        along = [tangents[x] if x in self._optional else _or_zeros(tangents[x], args[x]) for x in self._inputs]
-        found = self.jvp_op.fitting(args)(*along, *self._primals(args, results))
+    def _jvp(self, saved: dict[str, Any], tangents: dict[str, Any]) -> list[Any]:
+        along = [tangents[x] if x in self._optional else _or_zeros(tangents[x], saved[x]) for x in self._inputs]
+        found = self.jvp_op.fitting(saved)(*along, *[saved[x] for x in self._primals])
         return [*found, *[None] * len(self.constant)]
 
     def _flops(self, products: int) -> Callable[..., int] | None:
         if self.pairs is None:
             return None
-        count, first = self.pairs, self._leading[0]
+        count, first = self.pairs, self._primals[0]
         return lambda **args: 2 * products * count(**args) * args[first].shape[-1]
 
     def _fake_backward(self, *args: Any) -> tuple[Any, ...]:

@@ -75,9 +75,9 @@ def note_compiled_kernels(name: str, kinds: Iterable[str]) -> None:
 
 def runs_reference(x: Tensor, op: str | None = None) -> bool:
     """Whether operator `op` on `x` runs the reference rather than a kernel; said once if that is a surprise."""
-    if compute_dtype(x) == torch.float64:
+    if x.dtype == torch.float64:  # which autocast leaves alone
         return True
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return x.device.type not in KERNEL_DEVICES
     if "cpu" in KERNEL_DEVICES and op not in _without_cpu_kernel:
         return False

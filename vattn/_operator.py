@@ -13,17 +13,19 @@ Autograd key.
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 
 from vattn import _flops
 from vattn._library import AUTOCAST_DEVICES, _with_cuda_cpp, compute_dtype, library, note_compiled_kernels
+from vattn._replay import Replayed
 from vattn._signature import Signature
 from vattn._vmap import vmap_rule
 
@@ -40,8 +42,8 @@ class Operator:
         fake: of the arguments: results of the right shape, dtype and strides.
         also: of the arguments by their names: raises where they do not fit each other.
         launch: its CUDA kernel, as "<module of vattn.kernels>.<function>"; None is ``<name>.forward``.
-        backward: of (arguments by name, results, gradients of the results or None): gradients of arguments, by name.
-        jvp: of (arguments by name, results, tangents of arguments by name, or None): tangents of the results.
+        backward: of (arguments and results by name, gradients of the results or None): gradients of arguments, by name.
+        jvp: of (arguments and results by name, tangents of arguments by name, or None): tangents of the results.
         keeps: the tensors among arguments and results that `backward` and `jvp` read; others come as None.
         sizes_of: tensors among arguments of which they read no more than the shape; this comes in their place.
         constant: results that have no derivative.
@@ -87,8 +89,14 @@ class Operator:
         self.signature = Signature(self.public_name, self.arguments, takes, also)
         self.backward, self.jvp, self.keeps, self.constant = backward, jvp, keeps, constant
         self.autocast, self.autocast_to, self.shared, self.any_axes = autocast, autocast_to, shared, any_axes
-        self._has_lists = "Tensor[]" in self.arguments.values()
-        self.sizes_of = [list(self.arguments).index(name) for name in sizes_of]  # without lists, also among flat ones
+        kinds = list(enumerate(self.arguments.values()))
+        self.has_lists = "Tensor[]" in self.arguments.values()
+        self.gives_lists = "Tensor[]" in self.results.values()
+        self._tensors = [i for i, kind in kinds if kind.startswith("Tensor")]
+        self._varying = [i for i, kind in kinds if kind in ("Tensor?", "Tensor[]")]
+        self.sizes_of = sizes_of
+        self.nothing = dict.fromkeys([*self.arguments, *self.results])
+        self.plain = {i: name for i, name in enumerate(self.arguments) if i not in self._tensors}  # no tensors
         # A class of its own, whose name profilers and errors show.
         self._function: type[torch.autograd.Function] = type(self.name.title().replace("_", ""), (_Differentiable,), {})
         # Function.apply inspects the signature of `forward` in every call, for a third of the time of a small one.
@@ -116,7 +124,7 @@ class Operator:
     def _add_kernels(self, launch: str) -> None:
         note_compiled_kernels(self.name, self.arguments.values())
         if self.name not in _with_cuda_cpp:  # a kernel of vattn._C_cuda comes before the launcher
-            library.impl(self.name, functools.partial(_launch, self, launch), "CUDA")
+            library.impl(self.name, launcher(self, launch), "CUDA")
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -125,7 +133,7 @@ class Operator:
             return self._trace(*args)
         if torch.jit.is_tracing():
             return self.op(*args)
-        if self.autocast:
+        if self.autocast and torch._C._is_any_autocast_enabled():
             device_type = self.tensors(args)[0].device.type
             if device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
                 return self._run_autocast(self._differentiate, device_type, *args)
@@ -141,20 +149,22 @@ class Operator:
         """The one of both that `args`, those of a call by their names, are for: itself, or :attr:`traced`."""
         return self.traced if self.traced is not None and isinstance(args[self._floats[0]], Tensor) else self
 
-    def flat(self, args: Sequence[Any]) -> Sequence[Any]:
-        """Arguments with the elements of lists of tensors in place of the lists."""
-        if not self._has_lists:
-            return args
-        kinds = self.arguments.values()
-        return [y for x, kind in zip(args, kinds, strict=True) for y in (x if kind == "Tensor[]" else (x,))]
-
-    def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
-        """The sizes of lists of tensors; a result that is a list has the size of the argument that is one."""
-        return tuple(len(x) for x, kind in zip(args, self.arguments.values(), strict=True) if kind == "Tensor[]")
-
     def tensors(self, args: Sequence[Any]) -> list[Tensor]:
         """The tensors among arguments, and in lists among them."""
-        return [x for x in self.flat(args) if isinstance(x, Tensor)]
+        if not self.has_lists:
+            return [args[i] for i in self._tensors if args[i] is not None]
+        found: list[Tensor] = []
+        for i in self._tensors:
+            x = args[i]
+            if isinstance(x, Tensor):
+                found.append(x)
+            elif x is not None:
+                found += x
+        return found
+
+    def structure(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Of arguments that vary, whether they are there, or how many tensors are in their list."""
+        return tuple([len(x) if isinstance(x := args[i], (list, tuple)) else x is not None for i in self._varying])
 
     @property
     def public_name(self) -> str:
@@ -163,40 +173,48 @@ class Operator:
 
     def run(self, *args: Any) -> Any:
         """The kernel, without derivatives. Its results are no views, whatever it does to lay them out."""
-        if self._has_lists and any(map(torch._C._functorch.is_legacy_batchedtensor, self.tensors(args))):
-            raise RuntimeError(
-                f"{self.public_name}: batched gradients (is_grads_batched, vectorize) cannot go through tensor lists; "
-                "torch.vmap of torch.func.vjp can"
-            )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return self.op(*args)
 
     def _differentiate(self, *args: Any) -> Any:
         """Run it, with derivatives where somebody asks for them."""
-        tensors = self.tensors(args)
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return self._transform(self.tensors(args), args)
+        if torch.is_grad_enabled():
+            tensors = self.tensors(args)
+            for x in tensors:
+                if x.requires_grad:
+                    return self._record(self._apply_at_once, tensors, args)
+        return self.run(*args)
+
+    def _transform(self, tensors: Sequence[Tensor], args: Sequence[Any]) -> Any:
+        """Run it in forward mode, or under a transform of ``torch.func``."""
         in_forward_mode = forward_ad._current_level >= 0
         if in_forward_mode and self.jvp and torch.is_inference_mode_enabled() and any(map(_loses_tangent, tensors)):
             raise RuntimeError(f"{self.public_name}: inference mode turns forward mode off, which would lose a tangent")
         transform = peek_interpreter_stack() if torch._C._are_functorch_transforms_active() else None
-        if transform is not None and transform.key() == TransformType.Functionalize:
+        if transform is None:
+            return self._record(self._apply_at_once, tensors, args)
+        if transform.key() == TransformType.Functionalize:
             return self.op(*args)
-        if not (
-            transform is not None
-            or in_forward_mode
-            or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        ):
-            return self.run(*args)
-        sizes = self.sizes(args) if self._has_lists else ()
-        apply = self._apply_at_once if transform is None else self._function.apply
-        flat = unwrap_dead_wrappers(tuple(self.flat(args)))  # of transforms that have ended
-        results = nested(self.results, apply(self, sizes, *flat), sizes)
-        return results[0] if len(results) == 1 else tuple(results)
+        return self._record(self._function.apply, tensors, args)
+
+    def _record(self, apply: Callable[..., Any], tensors: Sequence[Tensor], args: Sequence[Any]) -> Any:
+        """Run it as a function that is differentiated, or transformed."""
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+            # of transforms that have ended
+            args, tensors = tree_map_only(Tensor, torch._C._functorch.unwrap_if_dead, (args, tensors))
+        results = apply(self, args, *tensors)
+        if self.gives_lists:
+            return tuple(_nested(results, _kept_of(self, self.structure(args)).results))
+        return results[0] if len(results) == 1 else results
 
     def _differentiate_op(self, *args: Any) -> Any:
         """The same behind the Autograd key, where it is too late for ``torch.func``."""
         if not torch._C._are_functorch_transforms_active():
             return self._differentiate(*args)
-        if any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in self.tensors(args)):
+        tensors = self.tensors(args)
+        if any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
             raise RuntimeError(
                 f"{self.public_name}: torch.func transforms calls of vattn.{self.public_name}, but neither of "
                 "torch.ops.vattn nor inside a function that is compiled"
@@ -232,86 +250,128 @@ class _Traced(Operator):
 
 
 class _Differentiable(torch.autograd.Function):
-    """A call that PyTorch can differentiate and map: (operator, sizes of lists, *flat arguments)."""
+    """A call that PyTorch can differentiate and map: (operator, arguments, *the tensors among these)."""
 
     @staticmethod
-    def forward(op: Operator, sizes: tuple[int, ...], *flat: Any) -> tuple[Tensor, ...]:
-        results = op.run(*nested(op.arguments, flat, sizes))
-        results = (results,) if isinstance(results, Tensor) else results
-        return tuple(y for x in results for y in ((x,) if isinstance(x, Tensor) else x))
+    def forward(op: Operator, args: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = op.run(*args)
+        if isinstance(results, Tensor):
+            return (results,)
+        return results if not op.gives_lists else _flat(results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.op, ctx.sizes, *flat = inputs
-        ctx.others = [None if isinstance(x, Tensor) else x for x in flat]
-        for i in ctx.op.sizes_of:
-            ctx.others[i] = flat[i].shape
-        keeps = _flags(ctx.op, ctx.sizes)
-        kept = [x if keep and isinstance(x, Tensor) else None for keep, x in zip(keeps, [*flat, *output], strict=True)]
-        ctx.save_for_backward(*kept)
-        ctx.save_for_forward(*kept)
-        if ctx.op.constant:
-            results = zip(_flat_names(ctx.op.results, ctx.sizes), output, strict=True)
-            ctx.mark_non_differentiable(*(x for name, x in results if name in ctx.op.constant))
+        op, args, *values = inputs
+        kept = _kept_of(op, op.structure(args))
+        values += output
+        tensors = [values[i] for i in kept.tensors]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.call = op, kept, [args[i] for i in op.plain], [values[i].shape for i in kept.sizes]
+        if kept.constant:
+            ctx.mark_non_differentiable(*(output[i] for i in kept.constant))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        op: Operator = ctx.op
-        if all(grad is None for grad in grads):
-            return None, None, *(None for _ in ctx.others)
-        if op.backward is None:
-            raise RuntimeError(_second_derivatives(op))
-        found = op.backward(*_kept(ctx), nested(op.results, grads, ctx.sizes))
-        nothing = nested(op.arguments, [None] * len(ctx.others), ctx.sizes)
-        by_argument = zip(op.arguments, nothing, strict=True)
-        return None, None, *op.flat([found.get(name, none) for name, none in by_argument])
+        op, kept, *_ = ctx.call
+        if grads[0] is None and all(grad is None for grad in grads):
+            return (None,) * (2 + kept.given)
+        _check_direction(op, op.backward, grads)
+        found = op.backward(_saved(ctx), _nested(grads, kept.results) if op.gives_lists else grads)
+        flat: list[Tensor | None] = [None, None]
+        for name, place in kept.arguments.items():
+            grad = found.get(name)
+            if isinstance(place, int):
+                flat.append(grad)
+            else:
+                flat += [None] * (place.stop - place.start) if grad is None else grad
+        return tuple(flat)
 
     @staticmethod
-    def jvp(ctx: Any, _op: None, _sizes: None, *tangents: Tensor | None) -> Any:
-        op: Operator = ctx.op
-        if op.jvp is None:
-            raise RuntimeError(_second_derivatives(op))
-        by_name = dict(zip(op.arguments, nested(op.arguments, tangents, ctx.sizes), strict=True))
-        return tuple(op.jvp(*_kept(ctx), by_name))
+    def jvp(ctx: Any, _op: None, _args: None, *tangents: Tensor | None) -> Any:
+        op, kept, *_ = ctx.call
+        _check_direction(op, op.jvp, tangents)
+        by_name: dict[str, Any] = dict.fromkeys(op.arguments)
+        by_name |= zip(kept.arguments, _nested(tangents, kept.arguments.values()), strict=True)
+        return tuple(op.jvp(_saved(ctx), by_name))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], op: Operator, sizes: tuple[int, ...], *flat: Any) -> Any:
-        dims = nested(op.arguments, in_dims[2:], sizes)
-        results, out_dims = vmap_rule(op, op, info, dims, *nested(op.arguments, flat, sizes))
+    def vmap(info: Any, in_dims: tuple[Any, ...], op: Operator, args: Sequence[Any], *tensors: Tensor) -> Any:
+        results, out_dims = vmap_rule(op, op, info, in_dims[1], *args)
         if isinstance(results, Tensor):
             return (results,), (out_dims,)
-        flat_results = tuple(y for x in results for y in ([x] if isinstance(x, Tensor) else x))
-        return flat_results, tuple(y for x in out_dims for y in (x if isinstance(x, list) else [x]))
+        return _flat(results), tuple(y for x in out_dims for y in (x if isinstance(x, list) else [x]))
 
 
-def nested(kinds: Mapping[str, str], flat: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
-    """The values of arguments or results of these `kinds`, with lists of `sizes` where a kind is ``Tensor[]``."""
-    if "Tensor[]" not in kinds.values():
-        return list(flat)
-    rest, left, values = iter(flat), iter(sizes), []
-    for kind in kinds.values():
-        values.append([next(rest) for _ in range(next(left))] if kind == "Tensor[]" else next(rest))
-    return values
+def _flat(results: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(y for x in results for y in ((x,) if isinstance(x, Tensor) else x))
 
 
-def _flat_names(kinds: Mapping[str, str], sizes: Sequence[int]) -> list[str]:
-    left = iter(sizes)
-    return [name for name, kind in kinds.items() for _ in range(next(left) if kind == "Tensor[]" else 1)]
+class _Kept(NamedTuple):
+    """Where tensors are among flat ones, of which lists are slices, and what derivatives read of them."""
+
+    arguments: dict[str, int | slice]  # that are tensors, and are there
+    results: list[int | slice]  # from the first of them on
+    given: int  # how many tensors are among the arguments
+    tensors: list[int]  # that are kept: tensors of arguments, then of results
+    kept: dict[str, int | slice]  # where they are among these
+    sizes: list[Any]  # of which tensors the sizes are kept
+    constant: list[int]  # results without a derivative
 
 
 @functools.cache
-def _flags(op: Operator, sizes: tuple[int, ...]) -> list[bool]:
-    """Which of the flat arguments and results are kept for derivatives."""
-    return [name in op.keeps for kinds in (op.arguments, op.results) for name in _flat_names(kinds, sizes)]
+def _kept_of(op: Operator, structure: tuple[Any, ...]) -> _Kept:
+    """Of a call of `op` whose arguments vary so."""
+    varying = iter(structure)
+    counts = {
+        name: 1 if kind == "Tensor" else int(next(varying))
+        for name, kind in op.arguments.items()
+        if kind.startswith("Tensor")
+    }
+    lists = [counts[name] for name, kind in op.arguments.items() if kind == "Tensor[]"]
+    # A result that is a list has the size of the argument that is one.
+    of_lists = iter(lists)
+    of_results = {name: next(of_lists) if kind == "Tensor[]" else 1 for name, kind in op.results.items()}
+    arguments, results = _places(op.arguments, counts), _places(op.results, of_results)
+    given = sum(counts.values())
+    names = [name for counted in (counts, of_results) for name, count in counted.items() for _ in range(count)]
+    tensors = [i for i, name in enumerate(names) if name in op.keeps]
+    kept_counts = {name: count for name, count in (counts | of_results).items() if name in op.keeps}
+    return _Kept(
+        arguments, list(results.values()), given, tensors, _places(op.arguments | op.results, kept_counts),
+        [arguments[name] for name in op.sizes_of],
+        [i for i, name in enumerate(names[given:]) if name in op.constant],
+    )  # fmt: skip
 
 
-def _kept(ctx: Any) -> tuple[dict[str, Any], list[Any]]:
-    """Arguments by name, and results, less the tensors that are not kept."""
-    op, saved = ctx.op, ctx.saved_tensors
-    flat = [x if other is None else other for x, other in zip(saved, ctx.others, strict=False)]
-    args = dict(zip(op.arguments, nested(op.arguments, flat, ctx.sizes), strict=True))
-    return args, nested(op.results, saved[len(ctx.others) :], ctx.sizes)
+def _places(kinds: Mapping[str, str], counts: Mapping[str, int]) -> dict[str, int | slice]:
+    """Where tensors, and lists of them, are among flat ones, by their names, if so many are there of each."""
+    places: dict[str, int | slice] = {}
+    first = 0
+    for name, count in counts.items():
+        if kinds[name] == "Tensor[]":
+            places[name] = slice(first, first + count)
+        elif count > 0:
+            places[name] = first
+        first += count
+    return places
+
+
+def _nested(flat: Sequence[Any], places: Iterable[int | slice]) -> list[Any]:
+    """What is at these places: lists for slices."""
+    return [list(flat[i]) if isinstance(i, slice) else flat[i] for i in places]
+
+
+def _saved(ctx: Any) -> dict[str, Any]:
+    """Arguments and results by name; tensors that are not kept, or not there, are None."""
+    op, kept, plain, sizes = ctx.call
+    saved, tensors = dict(op.nothing), ctx.saved_tensors
+    for name, i in kept.kept.items():
+        saved[name] = tensors[i] if isinstance(i, int) else list(tensors[i])
+    saved.update(zip(op.plain.values(), plain, strict=True))
+    saved.update(zip(op.sizes_of, sizes, strict=True))
+    return saved
 
 
 def declared(part: str) -> dict[str, str]:
@@ -345,11 +405,21 @@ def _run_fake(op: Operator, fake: Callable[..., Any], *args: Any) -> Any:
     return fake(*args)
 
 
-def _launch(op: Operator, path: str, *args: Any) -> Any:
+def launcher(op: Operator, path: str) -> Callable[..., Any]:
     """A function of ``vattn.kernels``, which need Triton: only a GPU does."""
-    op.signature.check(dict(zip(op.arguments, args, strict=True)))
     module, function = path.split(".")
-    return getattr(importlib.import_module(f"vattn.kernels.{module}"), function)(*args)
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"vattn.kernels.{module}"), function)(*args)
+
+    def check(*args: Any) -> None:
+        op.signature.check(dict(zip(op.arguments, args, strict=True)))
+
+    def launch_checked(*args: Any) -> Any:
+        check(*args)
+        return launch(*args)
+
+    return launch_checked if os.environ.get("VATTN_REPLAY") == "0" else Replayed(launch, check)
 
 
 def _loses_tangent(x: Tensor) -> bool:
@@ -360,8 +430,15 @@ def _loses_tangent(x: Tensor) -> bool:
         return forward_ad.unpack_dual(x).tangent is not None
 
 
-def _second_derivatives(op: Operator) -> str:
-    return (
-        f"{op.public_name}: second derivatives need float64 inputs, which run the reference; the kernels have first "
-        "derivatives only (a backward inside a dual level is a second derivative, too)"
-    )
+def _check_direction(op: Operator, derivative: object, along: Sequence[Tensor | None]) -> None:
+    """Raise unless `op` has this `derivative`, and for gradients, or tangents, such as these."""
+    if derivative is None:
+        raise RuntimeError(
+            f"{op.public_name}: second derivatives need float64 inputs, which run the reference; the kernels have "
+            "first derivatives only (a backward inside a dual level is a second derivative, too)"
+        )
+    if op.has_lists and any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in along):
+        raise RuntimeError(
+            f"{op.public_name}: batched gradients (is_grads_batched, vectorize) cannot go through tensor lists; "
+            "torch.vmap of torch.func.vjp can"
+        )

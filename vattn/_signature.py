@@ -5,7 +5,7 @@ that was exported, or with what hooks made of saved tensors. What a tensor must 
 
     "B H L D"                 these axes, D being a head dim; one that is named twice has one size. The dtype is that
                               of the first tensor
-    "... D"                   any axes before the last one
+    "... D", "B H ... D"      any axes there; "...", in a sum: their product
     "G+N"                     an axis that is a sum; "B*H+N", one of products of axes that are known
     "B H Lk[] D"              in a list: an axis that each of its tensors has for itself; "Lk[]", elsewhere: their sum
     "B K: int64"              another dtype; "int" is int32 or int64
@@ -122,15 +122,15 @@ def _numbered(axes: str, element: str, count: int) -> str:
 def _fits(axes: Sequence[str], shape: Sequence[int], sizes: dict[str, int]) -> bool:
     """Whether `shape` has these axes. Those that had no size then have one."""
     if "..." in axes:
-        any_axes = [f"axis {i}" for i in range(sizes.setdefault("...", len(shape) - len(axes) + 1))]
-        axes = [*any_axes, *axes[1:]]
+        at, count = axes.index("..."), sizes.setdefault("...", len(shape) - len(axes) + 1)
+        axes = [*axes[:at], *(f"axis {i}" for i in range(count)), *axes[at + 1 :]]
     if len(axes) != len(shape):
         return False
     found: dict[str, int] = {}
     for axis, size in zip(axes, shape, strict=True):
         unknown = []
         for part in axis.split("+"):
-            factors = [int(x) if x.isdigit() else {**sizes, **found}.get(x) for x in part.split("*")]
+            factors = [_size(x, {**sizes, **found}) for x in part.split("*")]
             if None in factors:
                 unknown.append(part)
             else:
@@ -141,3 +141,10 @@ def _fits(axes: Sequence[str], shape: Sequence[int], sizes: dict[str, int]) -> b
             return False
     sizes.update(found)
     return True
+
+
+def _size(word: str, sizes: Mapping[str, int]) -> int | None:
+    """Of an axis, or the product of any axes; None if it is not known."""
+    if word == "...":
+        return math.prod(sizes[f"axis {i}"] for i in range(sizes["..."]))
+    return int(word) if word.isdigit() else sizes.get(word)

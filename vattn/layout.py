@@ -323,6 +323,12 @@ class BlockLayout:
         return cls(num_tokens, block_size, offsets, reads.nonzero()[:, 2], num_global=num_global, check_values=False)
 
     @property
+    def _look(self) -> tuple[Any, ...]:
+        """See :mod:`vattn._looks`."""
+        rows = self.row_offsets
+        return self.num_tokens, self.block_size, self.num_global, rows.shape, rows.device
+
+    @property
     def num_blocks(self) -> int:
         """M, the number of blocks."""
         return self.row_offsets.shape[1] - 1

@@ -17,6 +17,7 @@ with a temporal axis.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,11 @@ class RelativePositionBias3D(nn.Module):
         if positions is None:
             positions = torch.arange(math.prod(self.window), device=self.table.device)
         return dense_bias((self.table, self.window), self.num_global, positions)
+
+    @property
+    def _look(self) -> tuple[Any, ...]:
+        """See :mod:`vattn._looks`."""
+        return tuple(self.window), self.num_heads, self.num_global, self.table.device
 
     @classmethod
     def from_2d(cls, table: Tensor, window: Sequence[int]) -> "RelativePositionBias3D":
@@ -185,7 +191,11 @@ def table_of(position_bias: RelativePositionBias3D | BiasTable | None) -> tuple[
     if isinstance(position_bias, tuple):
         table, window = position_bias
     else:
-        table, window = position_bias(as_table=True), position_bias.window
+        # A module whose weights are sharded has hooks, and its weights in its forward alone.
+        hooks = position_bias._forward_pre_hooks or position_bias._forward_hooks
+        plain = not hooks and type(position_bias) is RelativePositionBias3D
+        table = position_bias.table if plain else position_bias(as_table=True)
+        window = position_bias.window
         _checks.dense(type(position_bias).__name__, "table", table)
     return table if table.dtype == torch.float32 else table.float(), window
 

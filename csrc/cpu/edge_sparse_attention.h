@@ -21,6 +21,7 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
   using Base = PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>>;
   using Base::a, Base::b, Base::h, typename Base::Tile;
   const int32_t* list = nullptr;  // the blocks that are read; null if all keys are
+  int64_t blocks = 0;             // how many
   int64_t full = 0;               // of them, those before the first that is short
   int64_t keys, slice;
 
@@ -28,7 +29,7 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
       : Base(a, b, h, a.G), keys(a.Lq), slice(slice) {
     if (unit == 0) return;
     const int32_t* offsets = a.row_offsets + (a.layouts > 1 ? h * (a.blocks + 1) : 0) + unit - 1;
-    const int64_t blocks = offsets[1] - offsets[0];
+    blocks = offsets[1] - offsets[0];
     list = a.columns + offsets[0];
     this->query_begin = a.G + (unit - 1) * a.block_size;
     this->queries = a.length(unit - 1);
@@ -58,10 +59,16 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
       done += piece;
     }
   }
+  // Rows from a key to the same place in the block that is read next, if no block is short.
+  int64_t to_next_block(int64_t key) const {
+    if (!list || key < a.G) return AHEAD;
+    const int64_t i = (key - a.G) / a.block_size;
+    return i + 1 < blocks ? (list[i + 1] - list[i]) * a.block_size : 0;
+  }
   template <class Row>
   void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
-      this->load_rows(x, row, n, rows + done * ld, ld, times);
+      this->load_rows(x, row, n, rows + done * ld, ld, times, to_next_block(first + done));
     });
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {

@@ -51,7 +51,8 @@ namespace vattn {
 namespace VATTN_ISA {
 
 constexpr int64_t TILE = 64;
-constexpr int64_t AHEAD = 6;  // rows to fetch early: each may lie on a page of its own, which no processor foresees
+// Rows to fetch early, about a tile: each may lie on a page of its own, which no processor foresees.
+constexpr int64_t AHEAD = 64;
 
 // Hands out pieces of one thread's workspace; without one, it only counts.
 struct Pieces {
@@ -64,27 +65,31 @@ struct Pieces {
   }
 };
 
-constexpr int64_t FORWARD_TILES = 4;  // of keys in a chunk, at most
+constexpr int64_t FORWARD_TILES = 4;     // of keys in a chunk, at most
+constexpr int64_t FORWARD_QUERIES = 24;  // whose scores with a chunk of keys stay in the first-level cache
 
-// Of the forward: as many queries as share a load of the keys, and a chunk of keys, whose weights have one maximum.
+constexpr int64_t forward_chunk(int64_t head_dim) { return (head_dim <= 128 ? FORWARD_TILES : FORWARD_TILES / 2) * TILE; }
+
+// Of the forward: a chunk of keys, whose weights have one maximum, and as many queries as share a load of it. Where all
+// keys are one chunk, queries are done with after a block of them, and only a block is held.
 struct ForwardWorkspace {
   int64_t ld, chunk, size;
-  float *query, *out, *sum, *maximum;  // of all queries; sums are kept lane by lane
+  float *query, *out, *sum, *maximum;  // of the queries held; sums are kept lane by lane
   float *keys, *key_panels, *values;   // keys: of one tile, as rows
-  float* scores;                       // of TILE queries
-  uint32_t *query_tokens, *key_tokens;
+  float* scores;                       // of FORWARD_QUERIES queries
+  uint32_t *query_tokens, *key_tokens;  // of a block of queries
 
-  ForwardWorkspace(int64_t head_dim, int64_t panels, float* base)
-      : ld(round_up(head_dim, VL)), chunk((head_dim <= 128 ? FORWARD_TILES : FORWARD_TILES / 2) * TILE) {
-    const int64_t queries = panels * TILE;
+  ForwardWorkspace(int64_t head_dim, int64_t panels, int64_t all_keys, float* base)
+      : ld(round_up(head_dim, VL)), chunk(forward_chunk(head_dim)) {
+    const int64_t queries = all_keys > chunk ? panels * TILE : TILE;
     Pieces p{base};
     for (float** piece : {&query, &out}) *piece = p.take(queries * ld);
     sum = p.take(queries * VL);
     maximum = p.take(queries);
     keys = p.take(TILE * ld);
     for (float** piece : {&key_panels, &values}) *piece = p.take(chunk * ld);
-    scores = p.take(TILE * chunk);
-    query_tokens = (uint32_t*)p.take(queries);
+    scores = p.take(FORWARD_QUERIES * chunk);
+    query_tokens = (uint32_t*)p.take(TILE);
     key_tokens = (uint32_t*)p.take(chunk);
     size = p.used;
   }
@@ -107,34 +112,51 @@ VATTN_INLINE void drop(const Dropout& dropout, uint32_t query_token, const uint3
                        float* weights) {
   uint32_t times, add;
   dropout.query(query_token, times, add);
-  for (int64_t k = 0; k < keys; k += TILE, weights += TILE * TILE)
+  for (int64_t k = 0; k < keys; k += TILE, weights += FORWARD_QUERIES * TILE)
     for (int64_t j = 0; j < least(TILE, keys - k); j += VL)
       store(weights + j, load(weights + j) * dropout.factors(load(key_tokens + k + j), times, add));
 }
 
-// Scores of one query become weights: a row of each tile of keys. Returns what all that was gathered before is to be
-// multiplied by, since the maximum may have grown.
-VATTN_INLINE float online_softmax(float* scores, int64_t keys, float* maximum, float* sum) {
-  const float old = *maximum;
-  Vec most = splat(old);
-  auto each = [&](auto f) {
-    float* row = scores;
-    for (int64_t rest = keys; rest > 0; rest -= TILE, row += TILE * TILE)
-      for (int64_t j = 0; j < least(TILE, rest); j += VL) f(row + j);
-  };
-  each([&](const float* s) { most = larger(load(s), most); });
-  const float now = largest(most);
-  const float shift = now == -INFINITE ? 0 : now;  // no key yet: exp(-inf - 0) is 0
-  Vec total{};
-  each([&](float* s) {
-    Vec weight = exp2(load(s) - shift);
-    store(s, weight);
-    total += weight;
-  });
-  const float decay = old == now ? 1 : exp2(splat(old - shift))[0];
-  store(sum, load(sum) * decay + total);
-  *maximum = now;
-  return decay;
+// Calls f(scores of VL keys) for those of one query, a row of each tile of keys.
+template <class F>
+VATTN_INLINE void each_vector(float* scores, int64_t keys, F f) {
+  for (int64_t rest = keys; rest > 0; rest -= TILE, scores += FORWARD_QUERIES * TILE) {
+    if (rest >= TILE) {
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < TILE; j += VL) f(scores + j);
+    } else {
+      for (int64_t j = 0; j < rest; j += VL) f(scores + j);
+    }
+  }
+}
+
+// Scores of some queries become weights. What all that a query has gathered before is to be multiplied by, since its
+// maximum may have grown, is left in `decays`. In three passes, in which no query waits for another.
+VATTN_INLINE void online_softmax(float* scores, int64_t queries, int64_t keys, float* maximum, float* sum,
+                                 float* decays) {
+  float shifts[FORWARD_QUERIES];
+  for (int64_t q = 0; q < queries; ++q) {
+    Vec most = splat(maximum[q]);
+    each_vector(scores + q * TILE, keys, [&](const float* s) { most = larger(load(s), most); });
+    shifts[q] = largest(most);
+  }
+  for (int64_t q = 0; q < queries; ++q) {
+    const float old = maximum[q];
+    maximum[q] = shifts[q];
+    if (shifts[q] == -INFINITE) shifts[q] = 0;  // no key yet: exp(-inf - 0) is 0
+    decays[q] = old - shifts[q];
+  }
+  for (int64_t q = 0; q < round_up(queries, VL); q += VL) store(decays + q, exp2(load(decays + q)));
+  for (int64_t q = 0; q < queries; ++q) {
+    const Vec shift = splat(shifts[q]);
+    Vec total = load(sum + q * VL) * decays[q];
+    each_vector(scores + q * TILE, keys, [&](float* s) {
+      Vec weight = exp2(load(s) - shift);
+      store(s, weight);
+      total += weight;
+    });
+    store(sum + q * VL, total);
+  }
 }
 
 template <class Itinerary>
@@ -143,30 +165,54 @@ VATTN_INLINE bool shares_tiles(const Itinerary& it) {
   return false;
 }
 
+// Stores what queries have gathered from all keys. Returns whether their outputs are finite, if it matters.
+template <class Itinerary>
+bool finish(const Itinerary& it, int64_t first, int64_t count, float* out, int64_t ld, float* maximum, float* sum) {
+  for (int64_t q = 0; q < count; ++q) sum[q] = total(load(sum + q * VL));
+  if constexpr (!Itinerary::HAS_VALUES) {
+    it.store_numbers(it.a.maximum, first, count, maximum);
+    it.store_numbers(it.a.sum, first, count, sum);
+    return true;
+  } else {
+    for (int64_t q = 0; q < count; ++q) {
+      const float inverse = sum[q] == 0 ? 0 : 1 / sum[q];
+      for (int64_t d = 0; d < ld; d += VL) store(out + q * ld + d, inverse * load(out + q * ld + d));
+      sum[q] = sum[q] == 0 ? -INFINITE : maximum[q] * LN2 + __builtin_logf(sum[q]);
+    }
+    it.store_outputs(it.a.out, first, count, out, ld, 1);
+    it.store_numbers(it.a.lse, first, count, sum);
+    return !shares_tiles(it) || all_finite(out, count * ld);
+  }
+}
+
 // Returns, as do the backward and the tangent, whether to take the queries in parts instead.
 template <class Itinerary>
 bool forward(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
+  constexpr bool HAS_VALUES = Itinerary::HAS_VALUES;
   const int64_t D = it.head_dim;
-  const ForwardWorkspace w(D, (count + TILE - 1) / TILE, workspace);
+  const ForwardWorkspace w(D, (count + TILE - 1) / TILE, it.keys, workspace);
   const int64_t ld = w.ld;
   const Dropout* dropout = it.dropout;
-
-  it.load_queries(it.a.query, first, count, w.query, ld, it.scale * LOG2E);
-  if (dropout) number_queries(it, first, count, w.query_tokens);
-  for (int64_t q = 0; q < count; ++q) w.maximum[q] = -INFINITE, store(w.sum + q * VL, Vec{});
-  if (it.keys == 0) zero(w.out, count * ld);
   typename Itinerary::Tile tiles[FORWARD_TILES];
+  bool finite = true;
 
-  for (int64_t k0 = 0, keys; k0 < it.keys; k0 += keys) {
-    keys = least(w.chunk, it.keys - k0);
+  int64_t k0 = 0;
+  do {
+    const int64_t keys = least(w.chunk, it.keys - k0);
     if (dropout) number_keys(it, k0, keys, w.key_tokens);
-    for (int64_t q0 = 0; q0 < count; q0 += TILE) {
-      const int64_t queries = least(TILE, count - q0);
-      const float* query = w.query + q0 * ld;
-      float* out = w.out + q0 * ld;
+    for (int64_t q0 = 0; q0 < count; q0 += FORWARD_QUERIES) {
+      const int64_t queries = least(FORWARD_QUERIES, count - q0);
+      const int64_t row = it.keys > w.chunk ? q0 : 0;
+      float *query = w.query + row * ld, *out = w.out + row * ld, *sum = w.sum + row * VL, *maximum = w.maximum + row;
+      if (dropout) number_queries(it, first + q0, queries, w.query_tokens);
+      if (k0 == 0) {
+        it.load_queries(it.a.query, first + q0, queries, query, ld, it.scale * LOG2E);
+        for (int64_t q = 0; q < queries; ++q) maximum[q] = -INFINITE, store(sum + q * VL, Vec{});
+        if (keys == 0) zero(out, queries * ld);
+      }
       for (int64_t k = 0; k < keys; k += TILE) {
         const int64_t n = least(TILE, keys - k), columns = round_up(n, VL);
-        float *scores = w.scores + k * TILE, *key_panel = w.key_panels + k * ld;
+        float *scores = w.scores + k * FORWARD_QUERIES, *key_panel = w.key_panels + k * ld;
         if (q0 == 0) {
           it.load_keys(it.a.key, k0 + k, n, w.keys, ld, 1);
           zero(w.keys + n * ld, (columns - n) * ld);
@@ -178,37 +224,25 @@ bool forward(const Itinerary& it, int64_t first, int64_t count, float* workspace
         for (int64_t q = 0; q < queries && n < columns; ++q)
           for (int64_t j = n; j < columns; ++j) scores[q * TILE + j] = -INFINITE;
       }
+      float decays[FORWARD_QUERIES + VL] = {};
+      online_softmax(w.scores, queries, keys, maximum, sum, decays);
       for (int64_t q = 0; q < queries; ++q) {
-        float decay = online_softmax(w.scores + q * TILE, keys, w.maximum + q0 + q, w.sum + (q0 + q) * VL);
-        if (k0 > 0 && decay != 1)
-          for (int64_t d = 0; d < ld; d += VL) store(out + q * ld + d, decay * load(out + q * ld + d));
-        if (dropout) drop(*dropout, w.query_tokens[q0 + q], w.key_tokens, keys, w.scores + q * TILE);
+        if (k0 > 0 && decays[q] != 1)
+          for (int64_t d = 0; d < ld; d += VL) store(out + q * ld + d, decays[q] * load(out + q * ld + d));
+        if (dropout) drop(*dropout, w.query_tokens[q], w.key_tokens, keys, w.scores + q * TILE);
       }
-      if constexpr (Itinerary::HAS_VALUES)
+      if constexpr (HAS_VALUES)
         for (int64_t k = 0; k < keys; k += TILE) {
           const int64_t n = least(TILE, keys - k);
           float* values = w.values + k * ld;
           if (q0 == 0) it.load_keys(it.a.value, k0 + k, n, values, ld, 1);
-          multiply(k0 + k > 0, queries, ld, n, {w.scores + k * TILE, TILE, 1}, values, ld, out, ld);
+          multiply(k0 + k > 0, queries, ld, n, {w.scores + k * FORWARD_QUERIES, TILE, 1}, values, ld, out, ld);
         }
+      if (k0 + keys == it.keys) finite &= finish(it, first + q0, queries, out, ld, maximum, sum);
     }
-  }
-
-  for (int64_t q = 0; q < count; ++q) w.sum[q] = total(load(w.sum + q * VL));
-  if constexpr (!Itinerary::HAS_VALUES) {
-    it.store_numbers(it.a.maximum, first, count, w.maximum);
-    it.store_numbers(it.a.sum, first, count, w.sum);
-  } else {
-    for (int64_t q = 0; q < count; ++q) {
-      const float sum = w.sum[q], inverse = sum == 0 ? 0 : 1 / sum;
-      for (int64_t d = 0; d < ld; d += VL) store(w.out + q * ld + d, inverse * load(w.out + q * ld + d));
-      w.sum[q] = sum == 0 ? -INFINITE : w.maximum[q] * LN2 + __builtin_logf(sum);
-    }
-    it.store_outputs(it.a.out, first, count, w.out, ld, 1);
-    it.store_numbers(it.a.lse, first, count, w.sum);
-    return shares_tiles(it) && !all_finite(w.out, count * ld);
-  }
-  return false;
+    k0 += keys;
+  } while (k0 < it.keys);
+  return shares_tiles(it) && !finite;
 }
 
 // delta = sum over channels of out * d out, minus the gradient of lse: here the sum, added to `delta`.
@@ -223,7 +257,7 @@ VATTN_INLINE void add_products(const float* out, const float* grad_out, int64_t 
 // Completes the delta in memory of a tile of queries.
 template <class Itinerary>
 void delta(const Itinerary& it, int64_t first, int64_t count, float* workspace) {
-  const ForwardWorkspace w(it.head_dim, 1, workspace);
+  const ForwardWorkspace w(it.head_dim, 1, 0, workspace);
   it.load_outputs(it.a.out, first, count, w.out, w.ld, 1);
   it.load_outputs(it.a.grad_out, first, count, w.query, w.ld, 1);
   it.load_numbers(it.a.delta, first, count, w.sum);

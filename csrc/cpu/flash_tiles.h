@@ -21,6 +21,7 @@ namespace VATTN_ISA {
 
 constexpr int64_t STRIP = DEPTH;      // of queries
 constexpr int64_t CHUNK_TILES = 8;    // of keys, forward
+constexpr int64_t HELD_PANELS = 16;   // of queries, forward, of the fewest channels
 constexpr int64_t SPAN = 8 * STRIP;   // of queries, backward
 
 VATTN_INLINE BFloat16* take_halves(Pieces& p, int64_t count) { return (BFloat16*)p.take((count + 1) / 2); }
@@ -83,25 +84,25 @@ VATTN_INLINE void add_products(const BFloat16* x, const BFloat16* y, int64_t cou
 }
 
 struct TileForwardWorkspace {
-  int64_t depth, ld, chunk, size;  // channels of rows, of output; keys in a chunk
+  int64_t depth, ld, chunk, held, size;  // channels of rows, of output; keys in a chunk, queries at once
   BFloat16 *query, *rows, *keys, *values, *weights;
   float *out, *sum, *shift, *scores;
   uint32_t *query_tokens, *key_tokens;
 
   TileForwardWorkspace(int64_t head_dim, int64_t panels, float* base)
-      : depth(round_up(head_dim, DEPTH)), ld(round_up(head_dim, BLOCK)), chunk(CHUNK_TILES * TILE) {
-    const int64_t queries = panels * TILE;
+      : depth(round_up(head_dim, DEPTH)), ld(round_up(head_dim, BLOCK)), chunk(CHUNK_TILES * TILE),
+        held(least(panels, 1 + (HELD_PANELS - 1) * DEPTH / depth) * TILE) {
     Pieces p{base};
-    query = take_halves(p, queries * depth);
-    out = p.take(queries * ld);
-    sum = p.take(queries * VL);
-    shift = p.take(queries);
+    query = take_halves(p, held * depth);
+    out = p.take(held * ld);
+    sum = p.take(held * VL);
+    shift = p.take(held);
     rows = take_halves(p, TILE * depth);
     keys = take_halves(p, chunk * depth);
     values = take_halves(p, chunk * ld);
     scores = p.take(STRIP * TILE);
     weights = take_halves(p, STRIP * TILE);
-    query_tokens = (uint32_t*)p.take(queries);
+    query_tokens = (uint32_t*)p.take(held);
     key_tokens = (uint32_t*)p.take(chunk);
     size = p.used;
   }
@@ -229,7 +230,9 @@ template <class Itinerary, class Args>
 void forward_tile_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
   const TileForwardWorkspace w(a.D, a.panels, workspace);
   panel_items<Itinerary>(a, begin, end, a.panels * TILE, [&](const auto& it, int64_t first, int64_t count) {
-    return forward(it, first, count, w);
+    bool again = false;
+    for (int64_t q = 0; q < count; q += w.held) again |= forward(it, first + q, least(w.held, count - q), w);
+    return again;
   });
 }
 

@@ -11,11 +11,17 @@
 namespace vattn {
 namespace VATTN_ISA {
 
-constexpr bool MANY_REGISTERS = VATTN_VECTOR_BYTES == 64;  // 32 vector registers, or 16
-constexpr int MAX_COLUMNS = MANY_REGISTERS ? 4 : 2;        // vectors across a register tile
+// Vector registers, and rows of a register tile by vectors across it: sums, a row of B and numbers of A.
+#if defined(__aarch64__)
+constexpr bool MANY_REGISTERS = true;  // 32, or 16
+constexpr int tile_rows(int columns) { return columns == 4 ? 5 : columns == 3 ? 7 : columns == 2 ? 10 : 14; }
+#else
+constexpr bool MANY_REGISTERS = VATTN_VECTOR_BYTES == 64;
 constexpr int tile_rows(int columns) {
   return MANY_REGISTERS ? (columns == 4 ? 6 : columns == 3 ? 8 : 12) : (columns == 2 ? 6 : 12);
 }
+#endif
+constexpr int MAX_COLUMNS = MANY_REGISTERS ? 4 : 2;  // vectors across a register tile
 
 struct Matrix {  // the A of a product: element (i, p) is data[i * row + p * column]
   const float* data;
@@ -85,7 +91,7 @@ inline void multiply(bool accumulate, int64_t m, int64_t n, int64_t r, Matrix a,
     switch (columns) {
       case 1: multiply_columns<1>(accumulate, m, r, a, b, ldb, c, ldc); break;
       case 2: multiply_columns<2>(accumulate, m, r, a, b, ldb, c, ldc); break;
-#if VATTN_VECTOR_BYTES == 64
+#if VATTN_VECTOR_BYTES == 64 || defined(__aarch64__)
       case 3: multiply_columns<3>(accumulate, m, r, a, b, ldb, c, ldc); break;
       case 4: multiply_columns<4>(accumulate, m, r, a, b, ldb, c, ldc); break;
 #endif

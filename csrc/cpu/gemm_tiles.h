@@ -151,7 +151,7 @@ inline void pack_terms(BFloat16* blocks, const BFloat16* rows, int64_t ld, int64
     for (int64_t d = 0; d < channels; d += BLOCK)
       for (int64_t p = 0; p < BLOCK; ++p, blocks += DEPTH) {
         const BFloat16* row = rows + (i + p) * ld + d;
-        store_pairs(blocks, load_bits(row) | (VecUint)load(row + BLOCK * ld));
+        store_pairs(blocks, widened(row) | (VecUint)load(row + BLOCK * ld));
       }
 }
 

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -167,9 +169,13 @@ inline Tensor empty_numbers(const Tensor& like) {
   return empty(like.sizes().slice(0, like.dim() - 1), ScalarType::Float);
 }
 
+// Contiguous floats; a call of PyTorch's, which has threads, takes longer than a few of them.
 inline Tensor zeros(Sizes sizes) {
+  constexpr int64_t WORTH_A_CALL = 1 << 15;
   Tensor x = empty(sizes, ScalarType::Float);
-  return torch::stable::zero_(x);
+  if (x.numel() > WORTH_A_CALL) return torch::stable::zero_(x);
+  std::fill_n(floats(x), x.numel(), 0.f);
+  return x;
 }
 
 // What a schema calls the type of an argument. The Python side compares what is registered here with its schemas, as
@@ -200,17 +206,42 @@ std::string kinds_of(Result (*)(Args...)) {
 
 inline int64_t num_threads() { return torch::stable::get_num_threads(); }
 
+// Floats for one call of a kernel. A thread keeps those of a usual call for the next one: memory that malloc hands out
+// is fresh as often as not, and a system that clears it page by page takes longer than a small call.
+class Workspace {
+  struct Delete {
+    void operator()(float* x) const { ::operator delete[](x, std::align_val_t(64)); }
+  };
+  using Floats = std::unique_ptr<float[], Delete>;
+  static constexpr int64_t KEPT = 1 << 19;
+  Floats own;
+
+  static Floats make(int64_t count) { return Floats(new (std::align_val_t(64)) float[count]); }
+
+ public:
+  float* floats;
+
+  explicit Workspace(int64_t count) {
+    static thread_local Floats kept;
+    static thread_local int64_t size = 0;
+    if (count > KEPT) {
+      own = make(count), floats = own.get();
+      return;
+    }
+    if (size < count) {
+      size = 0, kept.reset();
+      kept = make(count), size = count;
+    }
+    floats = kept.get();
+  }
+};
+
 // Runs items [0, items) on PyTorch's threads, each of which gets `floats_each` of workspace.
 template <class Kernel, class Args>
 void run(Kernel kernel, const Args& args, int64_t items, int64_t floats_each) {
-  if (items == 0) return;
-  floats_each += 64;  // threads do not share cache lines
-  Tensor workspace = empty({num_threads(), floats_each}, ScalarType::Float);
-  float* base = floats(workspace);
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    uint32_t thread;
-    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
-    kernel(args, begin, end, base + thread * floats_each);
+    const Workspace workspace(floats_each);
+    kernel(args, begin, end, workspace.floats);
   });
 }
 

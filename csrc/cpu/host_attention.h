@@ -9,18 +9,24 @@
 namespace vattn {
 
 // Panels of queries to an item: as many as share one load of the keys and still leave work for every thread. For each
-// query `rows` rows are kept: the forward has that of the query and that of its output.
-inline int64_t panels_of_item(const Attention& a, int64_t rows = 2) {
+// query `rows` rows are kept: the forward has that of the query and that of its output, or none if it takes all keys at
+// once.
+inline int64_t panels_of_item(const Attention& a, int64_t rows) {
+  constexpr int64_t WORTH_A_LOAD = 32;
   const int64_t tile = kernels().tile, panels = parts(a.max_queries, tile);
-  int64_t items = 1, most = std::max<int64_t>(1, CACHED_FLOATS / (rows * tile * a.D));
+  int64_t items = 1, most = rows == 0 ? WORTH_A_LOAD : std::max<int64_t>(1, CACHED_FLOATS / (rows * tile * a.D));
   while (parts(panels, items) > most || (a.components * items < 2 * num_threads() && items < panels)) ++items;
   return parts(panels, items);
+}
+
+inline int64_t panels_of_forward(const Attention& a) {
+  return panels_of_item(a, a.max_keys <= kernels().forward_chunk(a.D) ? 0 : 2);
 }
 
 template <class Args>
 void run_forward(const AttentionKernels<Args>& kernel, const Args& a) {
   const Kernels& k = kernels();
-  run(kernel.forward, a, a.components * parts(a.max_queries, a.panels * k.tile), k.forward_workspace(a.D, a.panels));
+  run(kernel.forward, a, a.components * parts(a.max_queries, a.panels * k.tile), k.forward_workspace(a.D, a.panels, a.max_keys));
 }
 
 template <class Args>
@@ -39,7 +45,7 @@ void run_backward(const AttentionKernels<Args>& kernel, Args& a) {
   if (keeps_little && a.components >= num_threads()) {
     run(kernel.backward, a, a.components, k.backward_workspace(a.D, a.chunk, a.max_queries, a.max_keys));
   } else {
-    run(kernel.delta, a, a.components * parts(a.max_queries, k.tile), k.forward_workspace(a.D, 1));
+    run(kernel.delta, a, a.components * parts(a.max_queries, k.tile), k.forward_workspace(a.D, 1, 0));
     a.chunk = std::min(a.chunk, 4 * k.tile);
     run(kernel.backward_query, a, a.components * parts(a.max_queries, a.chunk),
         k.backward_workspace(a.D, a.chunk, a.chunk, 0));
@@ -64,8 +70,8 @@ inline Tensor set_attention(const char* op, Attention& a, const Tensor& query_, 
 
 // The start of delta: minus the gradient of lse, or 0.
 inline Tensor start_delta(const Tensor& lse, const MaybeTensor& grad_lse) {
+  if (!grad_lse.has_value()) return zeros(lse.sizes());
   Tensor delta = empty(lse.sizes(), ScalarType::Float);
-  if (!grad_lse.has_value()) return torch::stable::zero_(delta);
   Tensor grad = contiguous(*grad_lse, ScalarType::Float);
   std::transform(floats(grad), floats(grad) + grad.numel(), floats(delta), [](float x) { return -x; });
   return delta;
@@ -195,7 +201,7 @@ class AttentionCall {
   std::tuple<Tensor, Tensor> forward() {
     Tensor out = empty_rows(query), lse = empty_numbers(query);
     if (out.numel() > 0) {
-      a.panels = panels_of_item(a);
+      a.panels = panels_of_forward(a);
       run_forward(out, lse);
     }
     return {out, lse};

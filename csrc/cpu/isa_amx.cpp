@@ -8,9 +8,9 @@
 
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16"))), apply_to = function)
+    __attribute__((target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")
 #endif
 
 #define VATTN_ISA amx
@@ -54,8 +54,8 @@ AttentionKernels<Args> tile_kernels() {
 static Kernels tiles() {
   Kernels kernels = avx512::isa_kernels();
   kernels.name = "amx";
-  kernels.forward_workspace = [](int64_t head_dim, int64_t panels) {
-    int64_t vectors = avx512::isa_kernels().forward_workspace(head_dim, panels);
+  kernels.forward_workspace = [](int64_t head_dim, int64_t panels, int64_t keys) {
+    int64_t vectors = avx512::isa_kernels().forward_workspace(head_dim, panels, keys);
     int64_t tiles = TileForwardWorkspace(head_dim, panels, nullptr).size;
     return tiles < vectors ? vectors : tiles;
   };

@@ -1,7 +1,9 @@
 // The CPU kernels for any processor.
 #include "kernels.h"
 
-#include <torch/headeronly/util/Half.h>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include <initializer_list>
 

@@ -26,8 +26,10 @@ const Kernels& isa_kernels() {
       .name = VATTN_NAME,
       .tile = TILE,
       .long_sum = LONG_SUM,
-      .forward_workspace =
-          [](int64_t head_dim, int64_t panels) { return ForwardWorkspace(head_dim, panels, nullptr).size; },
+      .forward_chunk = forward_chunk,
+      .forward_workspace = [](int64_t head_dim, int64_t panels, int64_t keys) {
+        return ForwardWorkspace(head_dim, panels, keys, nullptr).size;
+      },
       .backward_workspace = [](int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys) {
         return BackwardWorkspace(head_dim, chunk, queries, keys, nullptr).size;
       },

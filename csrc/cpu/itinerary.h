@@ -36,18 +36,24 @@ struct TokenItinerary : Itinerary<Args> {
 
   TokenItinerary(const Args& a, int64_t b, int64_t h, int64_t queries) : Itinerary<Args>(a, b, h), queries(queries) {}
 
+  // Rows that are `ahead` of them are fetched.
   template <class Row>
-  void load_rows(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
+  void load_rows(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times,
+                 int64_t ahead = AHEAD) const {
     for (int64_t i = 0; i < count; ++i) {
       const T* row = this->template at<const T>(x, first + i);
       zero_end(rows + i * ld, ld);
-      prefetch(row + AHEAD * x.inner, head_dim);
+      prefetch(row + ahead * x.inner, head_dim);
       copy(rows + i * ld, row, head_dim, times);
     }
   }
   template <class U>
   void store_rows(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    for (int64_t i = 0; i < count; ++i) copy(this->template at<U>(x, first + i), rows + i * ld, head_dim, times);
+    for (int64_t i = 0; i < count; ++i) {
+      U* row = this->template at<U>(x, first + i);
+      prefetch_to_write(row + AHEAD * x.inner, head_dim);
+      copy(row, rows + i * ld, head_dim, times);
+    }
   }
   // Into part `part` of several, each float and `step` behind the one before; if it is the only one, of dtype T.
   void store_part(Strided x, int64_t parts, int64_t part, int64_t step, int64_t first, int64_t count, const float* rows,

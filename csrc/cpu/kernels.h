@@ -193,7 +193,8 @@ struct Kernels {
   const char* name;
   int64_t tile;       // queries in a panel, keys in a tile
   int64_t long_sum;   // terms of a score of nearest_code that are added up in one register
-  int64_t (*forward_workspace)(int64_t head_dim, int64_t panels);
+  int64_t (*forward_chunk)(int64_t head_dim);  // keys that the forward takes at once
+  int64_t (*forward_workspace)(int64_t head_dim, int64_t panels, int64_t keys);
   int64_t (*backward_workspace)(int64_t head_dim, int64_t chunk, int64_t queries, int64_t keys);
   int64_t (*tangent_workspace)(int64_t head_dim, int64_t panels);
   AttentionKernels<LeapAttention> leap_attention;

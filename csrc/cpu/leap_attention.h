@@ -33,26 +33,45 @@ struct LeapGroup : Itinerary<LeapAttention> {
     return Itinerary::at<T>(x, token) + frame * x.middle;
   }
 
-  // Calls f(frame, token, row of the tile) for `count` rows from `first` on; divides once, not per row.
+  // Row `row` of a group, and those after it: divides once, not per row.
+  struct Cursor {
+    const LeapGroup& group;
+    int64_t frame, token;
+
+    Cursor(const LeapGroup& group, int64_t row)
+        : group(group), frame(group.base + row / group.a.N * group.a.leap), token(row % group.a.N) {}
+    void operator++() {
+      if (++token == group.a.N) token = 0, frame += group.a.leap;
+    }
+  };
+  // Calls f(frame, token, row of the tile) for `count` rows from `first` on.
   template <class F>
   VATTN_INLINE void each(int64_t first, int64_t count, F f) const {
-    int64_t t = base + first / a.N * a.leap, n = first % a.N;
-    for (int64_t i = 0; i < count; ++i) {
-      f(t, n, i);
-      if (++n == a.N) n = 0, t += a.leap;
+    Cursor row(*this, first);
+    for (int64_t i = 0; i < count; ++i, ++row) f(row.frame, row.token, i);
+  }
+  // Likewise, and fetches (frame, token) of rows AHEAD of them.
+  template <class Fetch, class F>
+  VATTN_INLINE void each_fetching(int64_t first, int64_t count, Fetch fetch, F f) const {
+    Cursor row(*this, first), later(*this, least(first + AHEAD, queries));
+    const int64_t fetched = least(count, queries - first - AHEAD);
+    for (int64_t i = 0; i < count; ++i, ++row) {
+      if (i < fetched) fetch(later.frame, later.token), ++later;
+      f(row.frame, row.token, i);
     }
   }
 
   template <class Row>
   void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) {
+    auto fetch = [&](int64_t t, int64_t n) { prefetch(at(x, t, n), head_dim); };
+    each_fetching(first, count, fetch, [&](int64_t t, int64_t n, int64_t i) {
       zero_end(rows + i * ld, ld);
-      prefetch(at(x, t, n) + AHEAD * x.inner, head_dim);
       copy(rows + i * ld, at(x, t, n), head_dim, times);
     });
   }
   void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    each(first, count,
+    auto fetch = [&](int64_t t, int64_t n) { prefetch_to_write(at(x, t, n), head_dim); };
+    each_fetching(first, count, fetch,
          [&](int64_t t, int64_t n, int64_t i) { copy(at(x, t, n), rows + i * ld, head_dim, times); });
   }
   template <class Row>
@@ -66,19 +85,27 @@ struct LeapGroup : Itinerary<LeapAttention> {
   // Outputs are where the shift has put them, and so are their gradients: the product of both is what it was before.
   template <class Row>
   void load_outputs(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) {
+    auto fetch = [&](int64_t t, int64_t n) {
+      shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t from, int64_t channel, int64_t channels) {
+        if (from >= 0) prefetch(at(x, from, n) + channel, channels);
+      });
+    };
+    each_fetching(first, count, fetch, [&](int64_t t, int64_t n, int64_t i) {
       Row* row = rows + i * ld;
       zero_end(row, ld);
       shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t from, int64_t channel, int64_t channels) {
         if (from < 0) return zero(row + channel, channels);
-        const T* piece = at(x, from, n) + channel;
-        prefetch(piece + AHEAD * x.inner, channels);
-        copy(row + channel, piece, channels);
+        copy(row + channel, at(x, from, n) + channel, channels);
       });
     });
   }
   void store_outputs(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float) const {
-    each(first, count, [&](int64_t t, int64_t n, int64_t i) {
+    auto fetch = [&](int64_t t, int64_t n) {
+      shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t to, int64_t channel, int64_t channels) {
+        if (to >= 0) prefetch_to_write(at(x, to, n) + channel, channels);
+      });
+    };
+    each_fetching(first, count, fetch, [&](int64_t t, int64_t n, int64_t i) {
       const float* row = rows + i * ld;
       shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t to, int64_t channel, int64_t channels) {
         if (to >= 0) copy(at(x, to, n) + channel, row + channel, channels);

@@ -39,9 +39,9 @@ Tensor token_importance(const Tensor& query_, const Tensor& key_, const MaybeTen
   if (!a.lse) {
     maximum = empty_numbers(query), sum = empty_numbers(query);
     a.maximum = floats(maximum), a.sum = floats(sum);
-    a.panels = panels_of_item(a);
+    a.panels = panels_of_forward(a);
     run(k.token_importance_sums, a, a.components * parts(a.max_queries, a.panels * k.tile),
-        k.forward_workspace(a.D, a.panels));
+        k.forward_workspace(a.D, a.panels, a.max_keys));
   }
   run(k.token_importance, a, a.B * parts(a.max_keys, k.tile), k.backward_workspace(a.D, k.tile, k.tile, 0));
   return importance;

@@ -42,7 +42,12 @@ constexpr bool is_same<T, T> = true;
 
 VATTN_INLINE Vec splat(float x) { return x - Vec{}; }
 VATTN_INLINE Vec select(VecInt mask, Vec a, Vec b) { return (Vec)((mask & (VecInt)a) | (~mask & (VecInt)b)); }
+// Where a is NaN, b.
+#if defined(__aarch64__)
+VATTN_INLINE Vec larger(Vec a, Vec b) { return (Vec)vmaxnmq_f32((float32x4_t)a, (float32x4_t)b); }
+#else
 VATTN_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+#endif
 
 VATTN_INLINE Vec load(const float* p) { return *(const VecLoose*)p; }
 VATTN_INLINE void store(float* p, Vec x) { *(VecLoose*)p = x; }
@@ -63,19 +68,21 @@ VATTN_INLINE Vec load(Mask mask, const float* p, Vec others) { return select(mas
 VATTN_INLINE Vec keep(Mask mask, Vec x) { return select(mask, x, Vec{}); }
 #endif
 
-// Numbers of 16 bits as integers. GCC 12 would convert 16 of them by halves.
+// The bits of VL numbers of 16 bits.
 template <class T>
-VATTN_INLINE VecUint load_bits(const T* p) {
-  static_assert(sizeof(T) == 2);
+VATTN_INLINE VecUint widened(const T* p) {
+  VecHalf bits = *(const VecHalfLoose*)p;
 #if VATTN_VECTOR_BYTES == 64
-  return (VecUint)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
+  return (VecUint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);  // GCC 12 would convert them by halves
+#elif defined(__aarch64__)
+  return (VecUint)vmovl_u16((uint16x4_t)bits);  // of a conversion of the language GCC 12 makes one of each lane
 #else
-  return __builtin_convertvector(*(const VecHalfLoose*)p, VecUint);
+  return __builtin_convertvector(bits, VecUint);
 #endif
 }
 
 // bfloat16 is the upper half of a float; it is rounded to nearest even.
-VATTN_INLINE Vec load(const BFloat16* p) { return (Vec)(load_bits(p) << 16); }
+VATTN_INLINE Vec load(const BFloat16* p) { return (Vec)(widened(p) << 16); }
 VATTN_INLINE void store(BFloat16* p, Vec x) {
   VecUint bits = (VecUint)x;
   VecUint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -101,14 +108,27 @@ VATTN_INLINE Vec load(const Float16* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_
 VATTN_INLINE void store(Float16* p, Vec x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+VATTN_INLINE Vec load(const Float16* p) { return (Vec)vcvt_f32_f16((float16x4_t)(VecHalf)*(const VecHalfLoose*)p); }
+VATTN_INLINE void store(Float16* p, Vec x) { *(VecHalfLoose*)p = (VecHalf)vcvt_f16_f32((float32x4_t)x); }
 #else
+// In the bits that those instructions give, whether or not the processor takes subnormal floats for 0. Additions round
+// the numbers between 0 and 2^-14, since 2^-24 is the last place of 0.5.
 VATTN_INLINE Vec load(const Float16* p) {
-  Vec x;
-  for (int i = 0; i < VL; ++i) x[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(p[i].bits);
-  return x;
+  VecUint bits = widened(p), sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  Vec small = (Vec)(magnitude | 0x3f000000) - 0.5f;
+  Vec large = (Vec)((magnitude << 13) + 0x70000000) * 0x1p-112f;  // infinities and NaN keep the largest exponent
+  return (Vec)(sign | (VecUint)select((VecInt)magnitude < 0x400, small, large));
 }
 VATTN_INLINE void store(Float16* p, Vec x) {
-  for (int i = 0; i < VL; ++i) p[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(x[i]);
+  VecUint bits = (VecUint)x, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  VecUint small = (VecUint)((Vec)magnitude + 0.5f) - 0x3f000000;
+  VecUint finite = (VecUint)((Vec)magnitude < 65536.f ? (Vec)magnitude : splat(65536.f));  // which is an infinity
+  VecUint large = (finite - 0x38000000 + 0xfff + ((finite >> 13) & 1)) >> 13;
+  VecUint nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  VecInt is_small = (VecInt)((Vec)magnitude < 0x1p-14f), is_nan = (VecInt)(x != x);
+  VecUint half = (VecUint)select(is_nan, (Vec)nan, select(is_small, (Vec)small, (Vec)large));
+  *(VecHalfLoose*)p = __builtin_convertvector(sign | half, VecHalf);
 }
 #endif
 
@@ -151,6 +171,11 @@ VATTN_INLINE void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, 0, 2);
 }
 
+template <class T>
+VATTN_INLINE void prefetch_to_write(T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, 1, 2);
+}
+
 template <class To>
 VATTN_INLINE void zero(To* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = To{};
@@ -177,33 +202,46 @@ inline bool all_finite(const float* x, int64_t n) {
   return finite;
 }
 
-// The integer nearest to each number. Of what is not finite, or too large, the lowest nine bits are 0.
+// 2^f for f in [-1/2, 1/2]: a minimax polynomial of relative error 2e-9.
+VATTN_INLINE Vec exp2_of_fraction(Vec f) {
+  Vec p = splat(1.534581216e-4f);
+  p = p * f + 1.339993118e-3f;
+  p = p * f + 9.618488956e-3f;
+  p = p * f + 5.550328777e-2f;
+  p = p * f + 2.402264689e-1f;
+  p = p * f + 6.931472057e-1f;
+  return p * f + 1.0f;
+}
+
+// 2^x for x <= 0 to about one unit in the last place; below the normal numbers, and for -inf, exactly 0. Of NaN, NaN.
 #if VATTN_VECTOR_BYTES == 64
-VATTN_INLINE VecInt nearest(Vec x) { return (VecInt)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x); }
-#elif VATTN_VECTOR_BYTES == 32
+VATTN_INLINE Vec exp2(Vec x) {
+  constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: beyond it floats are integers
+  const Vec whole = x + SHIFT - SHIFT, p = exp2_of_fraction(x - whole);
+  const Mask normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLE_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
+}
+#else
+// The integer nearest to each number. Of what is not finite, or too large, the lowest nine bits are 0.
+#if VATTN_VECTOR_BYTES == 32
 VATTN_INLINE VecInt nearest(Vec x) { return (VecInt)_mm256_cvtps_epi32((__m256)x); }
+#elif defined(__aarch64__)
+VATTN_INLINE VecInt nearest(Vec x) {
+  return (VecInt)vcvtnq_s32_f32(vminq_f32((float32x4_t)x, vdupq_n_f32(0x1p30f)));  // or it saturates at 2^31 - 1
+}
 #else
 VATTN_INLINE VecInt nearest(Vec x) {
   VecInt shifted = (VecInt)(x + 12582912.f);  // 1.5 * 2^23: the integer lands in the low bits
   return (shifted - 0x4b400000) & (VecInt)((x < 4194304.f) & (x > -4194304.f));
 }
 #endif
-
-// 2^x for x <= 0 to about one unit in the last place; below the normal numbers, and for -inf, exactly 0. Of NaN, NaN:
-// to the bits of a NaN nothing is added.
 VATTN_INLINE Vec exp2(Vec x) {
-  VecInt whole = nearest(x);
-  Vec f = x - __builtin_convertvector(whole, Vec);
-  Vec p = splat(1.534581216e-4f);  // minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-9
-  p = p * f + 1.339993118e-3f;
-  p = p * f + 9.618488956e-3f;
-  p = p * f + 5.550328777e-2f;
-  p = p * f + 2.402264689e-1f;
-  p = p * f + 6.931472057e-1f;
-  p = p * f + 1.0f;
-  VecInt scaled = (VecInt)p + (whole << 23);
-  return (Vec)(x <= -126.f ? VecInt{} : scaled);
+  const VecInt whole = nearest(x);
+  const Vec p = exp2_of_fraction(x - __builtin_convertvector(whole, Vec));
+  const VecInt scaled = (VecInt)p + (whole << 23);  // to the bits of a NaN nothing is added
+  return select((VecInt)(x <= -126.f), Vec{}, (Vec)scaled);
 }
+#endif
 
 // Which lanes of two vectors, one behind the other, a step of a transpose or a sum takes: constants, or GCC builds them
 // anew.
@@ -230,7 +268,13 @@ VATTN_INLINE Vec shuffle(Vec a, Vec b, const int32_t* lanes) {
 #endif
 }
 
-// Lane l of the result is lane l - by, or 0 where there is none.
+// Lane l of the result is lane l - by, or 0 where there is none: -VL <= by < VL.
+#if defined(__aarch64__)
+VATTN_INLINE Vec moved_up(Vec x, int32_t by) {
+  const uint8x16_t bytes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (Vec)vqtbl1q_u8((uint8x16_t)x, bytes - (uint8_t)(4 * by));  // of bytes that x does not have, 0
+}
+#else
 VATTN_INLINE Vec moved_up(Vec x, int32_t by) {
   VecInt from;
 #pragma GCC unroll 16
@@ -245,6 +289,7 @@ VATTN_INLINE Vec moved_up(Vec x, int32_t by) {
   return __builtin_shuffle(x, Vec{}, from);  // which takes indices modulo 2 VL
 #endif
 }
+#endif
 
 // Of the lanes of a vector, by halves.
 template <int HALF = VL / 2, class Combine>

@@ -10,32 +10,29 @@ from torch import Tensor
 import vattn
 from tests.calls import Call, leaves
 from tests.kernels.attention import Attention, batch_heads, showing
-from tests.kernels.cases import Case, Draw, Sizes, Tensors
+from tests.kernels.cases import Case, Draw, Sizes
 from tests.kernels.sizes import BLOCK_K, BLOCK_Q, CPP_ROWS, CPP_TILE, around, without
-from vattn import reference
 from vattn.reference.dropout import dropout_keep
 
 
 class AxialAttention(Attention):
-    """The kernels see a grid as (B, H, outer, line, inner, D)."""
+    """A grid is (B, H, outer, line, inner, D), as the kernels see any."""
 
     name = "axial_attention"
+    settings = ("dim", "dropout_p", "seed", "scale")
 
     def make(
         self, device: str, dtype: torch.dtype = torch.float32, *, B: int = 1, H: int = 1, outer: int = 1, line: int = 3,
         inner: int = 2, D: int = 16, **common: Any,
     ) -> Case:  # fmt: skip
         shapes = dict.fromkeys(("query", "key", "value"), (B, H, outer, line, inner, D))
-        return self.random(device, dtype, shapes, **common)
+        return self.random(device, dtype, shapes, dim=1, **common)
 
     def draw(self, draw: Draw) -> Sizes:
         grid = {
             name: draw(st.integers(0, most), label=name) for name, most in (("outer", 5), ("line", 40), ("inner", 5))
         }
         return super().draw(draw) | grid
-
-    def reference(self, tensors: Tensors, settings: Sizes, functions: Any = reference) -> Tensors:
-        return super().reference(tensors, settings | {"dim": 1}, functions)
 
     def show_dropout(self, device: str, seed: int, line: int = 4) -> tuple[Case, Tensor, Tensor]:
         """Tokens count through the grid in raster order."""

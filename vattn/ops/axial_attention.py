@@ -20,6 +20,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._library import runs_reference
+from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
 
@@ -68,19 +69,25 @@ def axial_attention(
         >>> out.movedim(1, -2).flatten(-2).shape                            # (B, T, height, width, H * D), no copy
         torch.Size([1, 4, 8, 8, 32])
     """
-    op = "axial_attention"
-    _checks.alike(op, "(B, H, *grid, D)", query=query, key=key, value=value)
-    _checks.head_dim(op, query)
-    grid = query.shape[2:-1]
-    _checks.integer(op, "dim", dim, least=-len(grid))
-    if dim >= len(grid):
-        raise ValueError(f"{op}: dim must be less than the axes of the grid ({len(grid)}), got dim={dim}")
-    dropout_p = _checks.dropout(op, dropout_p)
-    scale = _checks.scale(op, scale, query.shape[-1])
-
+    dropout_p, scale = _check(query, key, value, dim, dropout_p, scale)
     seed = random_seed(query.device) if dropout_p > 0 else None
     out, lse = attend(query, key, value, dim, dropout_p, seed, scale)
     return (out, lse) if return_lse else out
+
+
+@once
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, dim: int, dropout_p: float, scale: float | None
+) -> tuple[float, float]:
+    """dropout_p and scale of a call that is right."""
+    op = "axial_attention"
+    _checks.alike(op, "(B, H, *grid, D)", query=query, key=key, value=value)
+    _checks.head_dim(op, query)
+    axes = query.dim() - 3
+    _checks.integer(op, "dim", dim, least=-axes)
+    if dim >= axes:
+        raise ValueError(f"{op}: dim must be less than the axes of the grid ({axes}), got dim={dim}")
+    return _checks.dropout(op, dropout_p), _checks.scale(op, scale, query.shape[-1])
 
 
 def attend(
@@ -96,24 +103,24 @@ def attend(
             query, key, value, dim, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
         )
         return out, lse
-    grid = query.shape[2:-1]
-    axis = int(dim) % len(grid)
-    lines = (math.prod(grid[:axis]), grid[axis], math.prod(grid[axis + 1 :]))
-    q, k, v = (x.reshape(*x.shape[:2], *lines, x.shape[-1]) for x in (query, key, value))
-    out, lse = _attend(q, k, v, dropout_p, seed, scale)
-    return out.view(query.shape), lse.view(query.shape[:-1])
+    return _attend(query, key, value, int(dim) % (query.dim() - 3), dropout_p, seed, scale)
 
 
-def _pairs(query: Tensor, **others: Any) -> int:
-    return math.prod(query.shape[:-1]) * query.shape[3]
+def _pairs(query: Tensor, dim: int, **others: Any) -> int:
+    return math.prod(query.shape[:-1]) * query.shape[2 + dim]
 
 
-# The operator sees every grid as (B, H, outer, line, inner, D): the axes before the line are one, and those behind it.
+def _check_dim(query: Tensor, dim: int, **others: Any) -> None:
+    if dim >= query.dim() - 3:
+        raise ValueError(f"axial_attention: dim must be less than the axes of the grid, got dim={dim}")
+
+
 _attend = Attention(
-    "axial_attention(Tensor query, Tensor key, Tensor value, float dropout_p, Tensor? seed, float scale) "
+    "axial_attention(Tensor query, Tensor key, Tensor value, SymInt dim, float dropout_p, Tensor? seed, float scale) "
     "-> (Tensor out, Tensor lse)",
-    takes=dict.fromkeys(("query", "key", "value"), "B H outer line inner D"),
-    tokens="outer*line*inner+outer*line*inner",
+    takes={**dict.fromkeys(("query", "key", "value"), "B H ... D"), "dim": ">= 0"},
+    also=_check_dim,
+    tokens="...+...",
     pairs=_pairs,
     autocast=("query", "key", "value"),
 )

@@ -24,6 +24,7 @@ from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._flops import values
 from vattn._library import empty_rows, runs_reference
+from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.layout import BlockLayout
 from vattn.position_bias import BiasTable, RelativePositionBias3D, check_bias, check_table, table_of
@@ -87,6 +88,23 @@ def edge_sparse_attention(
         >>> edge_sparse_attention(q, k, v, layout, position_bias=bias).shape
         torch.Size([2, 4, 73, 16])
     """
+    dropout_p, scale = _check(
+        query, key, value, layout, position_bias, positions, dropout_p, scale, bool(return_importance)
+    )
+    seed = random_seed(query.device) if dropout_p > 0 else None
+    out, lse, importance = attend(
+        query, key, value, layout, position_bias, positions, causal, dropout_p, seed, scale, return_importance
+    )
+    results = (out, *([lse] if return_lse else []), *([importance] if importance is not None else []))
+    return results if len(results) > 1 else out
+
+
+@once
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, position_bias: RelativePositionBias3D | None,
+    positions: Tensor | None, dropout_p: float, scale: float | None, importance: bool,
+) -> tuple[float, float]:  # fmt: skip
+    """dropout_p and scale of a call that is right."""
     op = "edge_sparse_attention"
     _checks.alike(op, "(B, H, G+N, D)", query=query, key=key, value=value)
     _checks.head_dim(op, query)
@@ -95,17 +113,9 @@ def edge_sparse_attention(
         _checks.positions(op, positions, query, query.shape[0], layout.num_tokens)
     if position_bias is not None:
         check_bias(op, position_bias, query, layout.num_global, positions)
-    dropout_p = _checks.dropout(op, dropout_p)
-    scale = _checks.scale(op, scale, query.shape[-1])
-    if return_importance and layout.num_global == 0:
+    if importance and layout.num_global == 0:
         raise ValueError(f"{op}: return_importance needs a global token, got layout.num_global=0")
-
-    seed = random_seed(query.device) if dropout_p > 0 else None
-    out, lse, importance = attend(
-        query, key, value, layout, position_bias, positions, causal, dropout_p, seed, scale, return_importance
-    )
-    results = (out, *([lse] if return_lse else []), *([importance] if importance is not None else []))
-    return results if len(results) > 1 else out
+    return _checks.dropout(op, dropout_p), _checks.scale(op, scale, query.shape[-1])
 
 
 def attend(
@@ -161,10 +171,11 @@ def _check_layout(op: str, layout: object, query: Tensor) -> None:
         )
 
 
-def _backward_reads_transposed(*inputs: Tensor | None) -> bool:
+def _backward_reads_transposed(query: Tensor, *inputs: Tensor | None) -> bool:
     """Whether a backward will come that needs to know who reads a block: the one on a GPU."""
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return needs_grad and inputs[0] is not None and inputs[0].device.type == "cuda"
+    if not query.is_cuda or not torch.is_grad_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in (query, *inputs))
 
 
 def _fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:

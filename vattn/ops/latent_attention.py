@@ -20,6 +20,7 @@ from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._flops import keys_read
 from vattn._library import runs_reference
+from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
 
@@ -73,14 +74,22 @@ def latent_attention(
         >>> latent_attention(context, latents, latents).shape                              # decode
         torch.Size([1, 4, 1000, 32])
     """
-    op = "latent_attention"
-    keys, values = checked_inputs(op, query, key, value, key_lengths)
-    dropout_p = _checks.dropout(op, dropout_p)
-    scale = _checks.scale(op, scale, query.shape[-1])
-
+    dropout_p, scale = _check(query, key, value, key_lengths, dropout_p, scale)
+    keys, values = ([x] if isinstance(x, Tensor) else list(x) for x in (key, value))
     seed = random_seed(query.device) if dropout_p > 0 else None
     out, lse = attend(query, keys, values, key_lengths, dropout_p, seed, scale)
     return (out, lse) if return_lse else out
+
+
+@once
+def _check(
+    query: Tensor, key: Tensor | Sequence[Tensor], value: Tensor | Sequence[Tensor], key_lengths: Tensor | None,
+    dropout_p: float, scale: float | None,
+) -> tuple[float, float]:  # fmt: skip
+    """dropout_p and scale of a call that is right."""
+    op = "latent_attention"
+    checked_inputs(op, query, key, value, key_lengths)
+    return _checks.dropout(op, dropout_p), _checks.scale(op, scale, query.shape[-1])
 
 
 def checked_inputs(

@@ -18,6 +18,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._library import runs_reference
+from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
 
@@ -73,18 +74,25 @@ def leap_attention(
         >>> out.movedim(1, -2).flatten(-2).shape                    # (B, T, N, H * D), no copy
         torch.Size([2, 8, 49, 64])
     """
+    dropout_p, scale = _check(query, key, value, leap, group_size, fold_div, dropout_p, scale)
+    seed = random_seed(query.device) if dropout_p > 0 else None
+    out, lse = attend(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale)
+    return (out, lse) if return_lse else out
+
+
+@once
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, leap: int, group_size: int, fold_div: int, dropout_p: float,
+    scale: float | None,
+) -> tuple[float, float]:  # fmt: skip
+    """dropout_p and scale of a call that is right."""
     op = "leap_attention"
     _checks.alike(op, "(B, H, T, N, D)", query=query, key=key, value=value)
     _checks.head_dim(op, query)
     _checks.integer(op, "leap", leap, least=1)
     _checks.integer(op, "group_size", group_size, least=1)
     _checks.integer(op, "fold_div", fold_div, least=0)
-    dropout_p = _checks.dropout(op, dropout_p)
-    scale = _checks.scale(op, scale, query.shape[-1])
-
-    seed = random_seed(query.device) if dropout_p > 0 else None
-    out, lse = attend(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale)
-    return (out, lse) if return_lse else out
+    return _checks.dropout(op, dropout_p), _checks.scale(op, scale, query.shape[-1])
 
 
 def attend(

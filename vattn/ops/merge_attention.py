@@ -16,6 +16,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._library import runs_reference
+from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 
 
@@ -49,6 +50,18 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         True
     """
     op = "merge_attention"
+    _check(outs, lses)
+    outs, lses = list(outs), list(lses)
+    if on_mesh(*outs, *lses):
+        return over_mesh(op, outs=outs, lses=lses)
+    if runs_reference(outs[0], op):
+        return reference.merge_attention(outs, lses)
+    return _merge(outs, lses)
+
+
+@once
+def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[()]:
+    op = "merge_attention"
     outs, lses = _checks.sequence(op, "outs", outs), _checks.sequence(op, "lses", lses)
     if len(outs) != len(lses):
         raise ValueError(f"{op}: lses must be as many as outs ({len(outs)}), got len(lses)={len(lses)}")
@@ -69,11 +82,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
                 f"got lses[{i}].shape={tuple(lse.shape)}, outs[{i}].shape={tuple(out.shape)}"
             )
     _checks.head_dim(op, outs[0])
-    if on_mesh(*outs, *lses):
-        return over_mesh(op, outs=outs, lses=lses)
-    if runs_reference(outs[0], op):
-        return reference.merge_attention(outs, lses)
-    return _merge(outs, lses)
+    return ()
 
 
 def _check_width(outs: list[Tensor], **others: Any) -> None:

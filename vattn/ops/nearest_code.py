@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._library import runs_reference
+from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn._operator import Operator
 
@@ -46,6 +47,18 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         tensor([1, 2, 0])
     """
     op = "nearest_code"
+    _check(x, codebook)
+    x, codebook = x.detach(), codebook.detach()
+    if on_mesh(x, codebook):
+        return over_mesh(op, x=x, codebook=codebook)
+    if runs_reference(x, op):
+        return reference.nearest_code(x, codebook)
+    return _nearest(x, codebook)
+
+
+@once
+def _check(x: Tensor, codebook: Tensor) -> tuple[()]:
+    op = "nearest_code"
     _checks.tensor(op, "x", x)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must have shape (..., C), got x.shape=()")
@@ -58,12 +71,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: codebook must have the channels of x ({x.shape[-1]}), got codebook.shape={tuple(codebook.shape)}"
         )
-    x, codebook = x.detach(), codebook.detach()
-    if on_mesh(x, codebook):
-        return over_mesh(op, x=x, codebook=codebook)
-    if runs_reference(x, op):
-        return reference.nearest_code(x, codebook)
-    return _nearest(x, codebook)
+    return ()
 
 
 def _check_codes(x: Tensor, codebook: Tensor) -> None:

@@ -17,6 +17,7 @@ from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._flops import keys_read
 from vattn._library import runs_reference
+from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
 
@@ -67,6 +68,18 @@ def node_sparse_attention(
         >>> node_sparse_attention(text, video, video, kept).shape
         torch.Size([2, 4, 12, 32])
     """
+    dropout_p, scale = _check(query, key, value, kept, kept_lengths, dropout_p, scale)
+    seed = random_seed(query.device) if dropout_p > 0 else None
+    out, lse = attend(query, key, value, kept, kept_lengths, dropout_p, seed, scale)
+    return (out, lse) if return_lse else out
+
+
+@once
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, kept: Tensor, kept_lengths: Tensor | None, dropout_p: float,
+    scale: float | None,
+) -> tuple[float, float]:  # fmt: skip
+    """dropout_p and scale of a call that is right."""
     op = "node_sparse_attention"
     for name, x, axes in (("query", query, "Lq"), ("key", key, "Lk"), ("value", value, "Lk")):
         _checks.tensor(op, name, x)
@@ -78,12 +91,7 @@ def node_sparse_attention(
     check_kept(op, kept, query)
     if kept_lengths is not None:
         _checks.lengths(op, "kept_lengths", kept_lengths, query)
-    dropout_p = _checks.dropout(op, dropout_p)
-    scale = _checks.scale(op, scale, query.shape[-1])
-
-    seed = random_seed(query.device) if dropout_p > 0 else None
-    out, lse = attend(query, key, value, kept, kept_lengths, dropout_p, seed, scale)
-    return (out, lse) if return_lse else out
+    return _checks.dropout(op, dropout_p), _checks.scale(op, scale, query.shape[-1])
 
 
 def attend(

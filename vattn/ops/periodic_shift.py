@@ -67,7 +67,7 @@ _shift: Operator = Operator(
     "periodic_shift(Tensor x, SymInt fold_div, bool transpose) -> Tensor out",
     takes={"x": "B H T N C", "fold_div": ">= 1"},
     fake=lambda x, fold_div, transpose: empty_rows(x),
-    backward=lambda args, results, grads: {"x": _shift(grads[0], args["fold_div"], not args["transpose"])},
-    jvp=lambda args, results, tangents: (_shift(tangents["x"], args["fold_div"], args["transpose"]),),
+    backward=lambda saved, grads: {"x": _shift(grads[0], saved["fold_div"], not saved["transpose"])},
+    jvp=lambda saved, tangents: (_shift(tangents["x"], saved["fold_div"], saved["transpose"]),),
     autocast=("x",),
 )

@@ -7,6 +7,7 @@ SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -132,10 +133,10 @@ def _check_count(kept_index: Tensor, num_tokens: int, **others: Any) -> None:
         )
 
 
-def _backward(args: dict[str, Any], results: list[Any], grads: list[Any]) -> dict[str, Any]:
+def _backward(saved: dict[str, Any], grads: Sequence[Any]) -> dict[str, Any]:
     if grads[0] is None:
         return {}
-    return {"tokens": _put_back(grads[0], results[2], args["importance"][1], args["num_global"])}
+    return {"tokens": _put_back(grads[0], saved["kept_index"], saved["importance"][1], saved["num_global"])}
 
 
 # The selection is linear in the tokens: the tangent of the kept ones is that of those, at the same indices, and the
@@ -147,8 +148,10 @@ _put_back: Operator = Operator(
     also=_check_count,
     fake=_fake_backward,
     launch="select_tokens.backward",
-    backward=lambda args, results, grads: {"grad_kept": _gather(grads[0], args["kept_index"], args["num_global"])},
-    jvp=lambda args, results, tangents: (_put_back(tangents["grad_kept"], *list(args.values())[1:]),),
+    backward=lambda saved, grads: {"grad_kept": _gather(grads[0], saved["kept_index"], saved["num_global"])},
+    jvp=lambda saved, tangents: (
+        _put_back(tangents["grad_kept"], saved["kept_index"], saved["num_tokens"], saved["num_global"]),
+    ),
     keeps=("kept_index",),
     public=False,
 )
@@ -164,7 +167,7 @@ _select = Operator(
     },
     fake=_fake,
     backward=_backward,
-    jvp=lambda args, results, tangents: (_gather(tangents["tokens"], results[2], args["num_global"]), None, None),
+    jvp=lambda saved, tangents: (_gather(tangents["tokens"], saved["kept_index"], saved["num_global"]), None, None),
     keeps=("kept_index",),
     sizes_of=("importance",),
     constant=("kept_positions", "kept_index"),

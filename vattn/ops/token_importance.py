@@ -16,6 +16,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._flops import keys_read
 from vattn._library import compute_dtype, runs_reference
+from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn._operator import Operator
 from vattn.position_bias import RelativePositionBias3D, check_bias, check_table, table_of
@@ -67,23 +68,7 @@ def token_importance(
         (torch.Size([2, 1000]), True)
     """
     op = "token_importance"
-    for name, x, axes in (("query", query, "Lq"), ("key", key, "Lk")):
-        _checks.tensor(op, name, x)
-        _checks.rank(op, name, x, f"(B, H, {axes}, D)")
-        _checks.same(op, "query", query, name, x, shape=False)
-        _checks.same_but_tokens(op, query, name, x)
-    _checks.head_dim(op, query)
-    num_global = 0
-    if position_bias is not None:
-        num_global = _check_self_attention(op, position_bias, positions, query, key)
-    elif positions is not None:
-        raise ValueError(f"{op}: positions must come with position_bias, got position_bias=None")
-    if key_lengths is not None:
-        _checks.lengths(op, "key_lengths", key_lengths, query)
-    if lse is not None:
-        _check_lse(op, lse, query)
-    scale = _checks.scale(op, scale, query.shape[-1])
-
+    num_global, scale = _check(query, key, position_bias, positions, key_lengths, lse, scale)
     query, key, lse = query.detach(), key.detach(), None if lse is None else lse.detach()
     if on_mesh(query, key, positions, key_lengths, lse):
         return over_mesh(
@@ -99,6 +84,31 @@ def token_importance(
     table, window = table_of(position_bias)
     table = None if table is None else table.detach()
     return _importance(query, key, table, window, num_global, positions, key_lengths, lse, scale)
+
+
+@once
+def _check(
+    query: Tensor, key: Tensor, position_bias: RelativePositionBias3D | None, positions: Tensor | None,
+    key_lengths: Tensor | None, lse: Tensor | None, scale: float | None,
+) -> tuple[int, float]:  # fmt: skip
+    """How many tokens are global, and scale, of a call that is right."""
+    op = "token_importance"
+    for name, x, axes in (("query", query, "Lq"), ("key", key, "Lk")):
+        _checks.tensor(op, name, x)
+        _checks.rank(op, name, x, f"(B, H, {axes}, D)")
+        _checks.same(op, "query", query, name, x, shape=False)
+        _checks.same_but_tokens(op, query, name, x)
+    _checks.head_dim(op, query)
+    num_global = 0
+    if position_bias is not None:
+        num_global = _check_self_attention(op, position_bias, positions, query, key)
+    elif positions is not None:
+        raise ValueError(f"{op}: positions must come with position_bias, got position_bias=None")
+    if key_lengths is not None:
+        _checks.lengths(op, "key_lengths", key_lengths, query)
+    if lse is not None:
+        _check_lse(op, lse, query)
+    return num_global, _checks.scale(op, scale, query.shape[-1])
 
 
 def _check_lse(op: str, lse: Tensor, query: Tensor) -> None:
