@@ -18,7 +18,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels of vattn.";
   m.def(
       "cpu_capability", [] { return vattn::kernels().name; },
-      "The instruction set that the CPU kernels use: avx512, avx2 or generic.");
+      "The instruction set that the CPU kernels use: amx, avx512, avx2 or generic.");
   m.def(
       "cpu_capabilities",
       [] {

@@ -71,12 +71,13 @@ struct AxialLines : Itinerary<AxialAttention> {
     constexpr int64_t CACHE_LINE = 64 / sizeof(T);
     for (int64_t d = 0; d < head_dim; d += CACHE_LINE) __builtin_prefetch(row + d, 0, 2);
   }
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     const int64_t ahead = soon(x);
     each(first, count, [&](int64_t o, int64_t t, int64_t i, int64_t row) {
       const T* from = at(x, o, t, i);
       fetch(from + ahead);
-      store(rows + row * ld + ld - VL, Vec{});
+      zero_end(rows + row * ld, ld);
       copy(rows + row * ld, from, head_dim, times);
     });
   }
@@ -89,13 +90,15 @@ struct AxialLines : Itinerary<AxialAttention> {
     });
   }
 
-  void load_queries(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_queries(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     load_keys(x, first, count, rows, ld, times);
   }
   void store_queries(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     store_keys(x, first, count, rows, ld, times);
   }
-  void load_outputs(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_outputs(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     load_keys(x, first, count, rows, ld, times);
   }
   void store_outputs(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
@@ -147,7 +150,8 @@ struct AxialLine : AxialLines<T> {
   AxialLine(const AxialAttention& a, int64_t index, int64_t line) : Base(a, index), line(line) {}
 
   bool reads(int64_t row) const { return row / a.line == line; }
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     Base::load_keys(x, first, count, rows, ld, times);
     for (int64_t i = 0; i < count; ++i)
       if (!reads(first + i)) zero(rows + i * ld, ld);

@@ -65,7 +65,8 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
     const int64_t i = (key - a.G) / a.block_size;
     return i + 1 < blocks ? (list[i + 1] - list[i]) * a.block_size : 0;
   }
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
       this->load_rows(x, row, n, rows + done * ld, ld, times, to_next_block(first + done));
     });
@@ -123,7 +124,8 @@ struct EdgeQuery : EdgeBlock<T> {
         if (reads(row + i)) f(row + i, 1, done + i);
     });
   }
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     zero(rows, count * ld);
     each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
       this->load_rows(x, row, n, rows + done * ld, ld, times);

@@ -37,11 +37,12 @@ struct TokenItinerary : Itinerary<Args> {
   TokenItinerary(const Args& a, int64_t b, int64_t h, int64_t queries) : Itinerary<Args>(a, b, h), queries(queries) {}
 
   // Rows that are `ahead` of them are fetched.
-  void load_rows(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times,
+  template <class Row>
+  void load_rows(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times,
                  int64_t ahead = AHEAD) const {
     for (int64_t i = 0; i < count; ++i) {
       const T* row = this->template at<const T>(x, first + i);
-      store(rows + i * ld + ld - VL, Vec{});
+      zero_end(rows + i * ld, ld);
       prefetch(row + ahead * x.inner, head_dim);
       copy(rows + i * ld, row, head_dim, times);
     }
@@ -62,13 +63,15 @@ struct TokenItinerary : Itinerary<Args> {
     store_rows<float>(x, first, count, rows, ld, times);
   }
 
-  void load_queries(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_queries(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     load_rows(x, query_begin + first, count, rows, ld, times);
   }
   void store_queries(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     store_rows<T>(x, query_begin + first, count, rows, ld, times);
   }
-  void load_outputs(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_outputs(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     load_queries(x, first, count, rows, ld, times);
   }
   void store_outputs(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {

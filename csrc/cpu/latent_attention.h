@@ -35,7 +35,8 @@ struct LatentHead : TokenItinerary<T, LatentAttention> {
       done += piece;
     }
   }
-  void load_keys(const Strided* x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided* x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     pieces(first, count, [&](int64_t segment, int64_t token, int64_t n, int64_t before) {
       this->load_rows(x[segment], token, n, rows + before * ld, ld, times);
     });

@@ -61,10 +61,11 @@ struct LeapGroup : Itinerary<LeapAttention> {
     }
   }
 
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     auto fetch = [&](int64_t t, int64_t n) { prefetch(at(x, t, n), head_dim); };
     each_fetching(first, count, fetch, [&](int64_t t, int64_t n, int64_t i) {
-      store(rows + i * ld + ld - VL, Vec{});
+      zero_end(rows + i * ld, ld);
       copy(rows + i * ld, at(x, t, n), head_dim, times);
     });
   }
@@ -73,7 +74,8 @@ struct LeapGroup : Itinerary<LeapAttention> {
     each_fetching(first, count, fetch,
          [&](int64_t t, int64_t n, int64_t i) { copy(at(x, t, n), rows + i * ld, head_dim, times); });
   }
-  void load_queries(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_queries(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     load_keys(x, first, count, rows, ld, times);
   }
   void store_queries(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
@@ -81,15 +83,16 @@ struct LeapGroup : Itinerary<LeapAttention> {
   }
 
   // Outputs are where the shift has put them, and so are their gradients: the product of both is what it was before.
-  void load_outputs(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float) const {
+  template <class Row>
+  void load_outputs(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float) const {
     auto fetch = [&](int64_t t, int64_t n) {
       shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t from, int64_t channel, int64_t channels) {
         if (from >= 0) prefetch(at(x, from, n) + channel, channels);
       });
     };
     each_fetching(first, count, fetch, [&](int64_t t, int64_t n, int64_t i) {
-      float* row = rows + i * ld;
-      store(row + ld - VL, Vec{});
+      Row* row = rows + i * ld;
+      zero_end(row, ld);
       shifted_pieces(t, a.T, a.fold, head_dim, [&](int64_t from, int64_t channel, int64_t channels) {
         if (from < 0) return zero(row + channel, channels);
         copy(row + channel, at(x, from, n) + channel, channels);

@@ -20,10 +20,11 @@ struct KeptKeys : TokenItinerary<T, NodeSparseAttention> {
       : Base(a, index / a.H, index % a.H, a.Lq), keys(a.length(index / a.H)),
         kept(a.kept + index / a.H * a.max_keys) {}
 
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     for (int64_t i = 0; i < count; ++i) {
       if (first + i + AHEAD < keys) prefetch(this->template at<const T>(x, kept[first + i + AHEAD]), this->head_dim);
-      store(rows + i * ld + ld - VL, Vec{});
+      zero_end(rows + i * ld, ld);
       copy(rows + i * ld, this->template at<const T>(x, kept[first + i]), this->head_dim, times);
     }
   }

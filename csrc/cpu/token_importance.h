@@ -19,7 +19,8 @@ struct ImportanceKeys : PositionedItinerary<T, TokenImportance, ImportanceKeys<T
   ImportanceKeys(const TokenImportance& a, int64_t index)
       : Base(a, index / a.H, index % a.H, a.Lq), keys(a.key_lengths ? a.key_lengths[index / a.H] : a.max_keys) {}
 
-  void load_keys(const Strided& x, int64_t first, int64_t count, float* rows, int64_t ld, float times) const {
+  template <class Row>
+  void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
     this->load_rows(x, first, count, rows, ld, times);
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {

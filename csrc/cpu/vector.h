@@ -21,6 +21,7 @@ typedef uint16_t VecHalf __attribute__((vector_size(VATTN_VECTOR_BYTES / 2)));
 typedef float VecLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint32_t VecUintLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t VecHalfLoose __attribute__((vector_size(VATTN_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint16_t VecWholeLoose __attribute__((vector_size(VATTN_VECTOR_BYTES), aligned(2), may_alias));
 
 constexpr double LOG2E_EXACT = 1.44269504088896340736;
 constexpr float LOG2E = (float)LOG2E_EXACT;
@@ -34,6 +35,10 @@ template <class T>
 constexpr bool is_float = false;
 template <>
 constexpr bool is_float<float> = true;
+template <class T, class U>
+constexpr bool is_same = false;
+template <class T>
+constexpr bool is_same<T, T> = true;
 
 VATTN_INLINE Vec splat(float x) { return x - Vec{}; }
 VATTN_INLINE Vec select(VecInt mask, Vec a, Vec b) { return (Vec)((mask & (VecInt)a) | (~mask & (VecInt)b)); }
@@ -67,7 +72,9 @@ VATTN_INLINE Vec keep(Mask mask, Vec x) { return select(mask, x, Vec{}); }
 template <class T>
 VATTN_INLINE VecUint widened(const T* p) {
   VecHalf bits = *(const VecHalfLoose*)p;
-#if defined(__aarch64__)
+#if VATTN_VECTOR_BYTES == 64
+  return (VecUint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);  // GCC 12 would convert them by halves
+#elif defined(__aarch64__)
   return (VecUint)vmovl_u16((uint16x4_t)bits);  // of a conversion of the language GCC 12 makes one of each lane
 #else
   return __builtin_convertvector(bits, VecUint);
@@ -80,8 +87,13 @@ VATTN_INLINE void store(BFloat16* p, Vec x) {
   VecUint bits = (VecUint)x;
   VecUint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   VecUint quiet = (bits >> 16) | 0x40;  // rounding must not turn a NaN into an infinity
+#if VATTN_VECTOR_BYTES == 64
+  const Mask nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  _mm512_mask_cvtepi32_storeu_epi16(p, 0xffff, _mm512_mask_mov_epi32((__m512i)rounded, nan, (__m512i)quiet));
+#else
   VecUint nan = (VecUint)(x != x);
   *(VecHalfLoose*)p = __builtin_convertvector((nan & quiet) | (~nan & rounded), VecHalf);
+#endif
 }
 
 #if VATTN_VECTOR_BYTES == 64
@@ -120,9 +132,28 @@ VATTN_INLINE void store(Float16* p, Vec x) {
 }
 #endif
 
-// dst[0:n] = times * src[0:n], converting. The last vector overlaps the one before it, so that no n needs a mask.
+// dst[0:n] = src[0:n], of 16 bits each. The last vector overlaps the one before it, so that no n needs a mask.
+template <class T>
+VATTN_INLINE void copy_bits(T* dst, const T* src, int64_t n) {
+  static_assert(sizeof(T) == 2);
+  constexpr int64_t WHOLE = 2 * VL;
+  auto copy_half = [=](int64_t i) { *(VecHalfLoose*)(dst + i) = *(const VecHalfLoose*)(src + i); };
+  auto copy_whole = [=](int64_t i) { *(VecWholeLoose*)(dst + i) = *(const VecWholeLoose*)(src + i); };
+  if (n >= WHOLE) {
+    for (int64_t i = 0; i + WHOLE <= n; i += WHOLE) copy_whole(i);
+    if (n % WHOLE) copy_whole(n - WHOLE);
+  } else if (n >= VL) {
+    copy_half(0), copy_half(n - VL);
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
+  }
+}
+
+// dst[0:n] = times * src[0:n], converting.
 template <class To, class From>
 VATTN_INLINE void copy(To* dst, const From* src, int64_t n, float times = 1.f) {
+  if constexpr (is_same<To, From> && !is_float<To>)
+    if (times == 1) return copy_bits(dst, src, n);
   if (n >= VL) {
     for (int64_t i = 0; i + VL <= n; i += VL) store(dst + i, times * load(src + i));
     if (n % VL) store(dst + n - VL, times * load(src + n - VL));
@@ -148,6 +179,12 @@ VATTN_INLINE void prefetch_to_write(T* p, int64_t n) {
 template <class To>
 VATTN_INLINE void zero(To* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = To{};
+}
+
+// The last vector of a row of `ld` numbers, before others fill all of it that they have.
+template <class T>
+VATTN_INLINE void zero_end(T* row, int64_t ld) {
+  store((float*)(row + ld) - VL, Vec{});
 }
 
 // Whether n numbers, whole vectors, are finite.

@@ -1,5 +1,7 @@
 // The items of an attention kernel's work, for any operator: Itinerary<T>(args, component) tells where its rows live.
 //
+// A backward is that of its workspace: BackwardWorkspace, or another that has what this one has.
+//
 // Forward and tangent, components come before their tiles: neighbours among them are heads, whose rows lie on the same
 // pages.
 #pragma once
@@ -49,11 +51,11 @@ void delta_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
   });
 }
 
-template <class Itinerary, class Args>
+template <class Itinerary, class Workspace = BackwardWorkspace, class Args>
 void backward_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item);
-    const BackwardWorkspace w(a.D, a.chunk, it.queries, it.keys, workspace);
+    const Workspace w(a.D, a.chunk, it.queries, it.keys, workspace);
     if (backward<true, true>(it, a.chunk, 0, it.queries, 0, it.keys, w))
       each_part<Itinerary>(a, item, 0, 0, it.queries, [&](const auto& part, int64_t first, int64_t count) {
         backward<true, true>(part, a.chunk, first, first + count, 0, part.keys, w);
@@ -63,9 +65,9 @@ void backward_items(const Args& a, int64_t begin, int64_t end, float* workspace)
 
 // Where components share keys: a slice of the units of a head after each other, the gradients of all keys kept. Unit 0
 // reads all keys, as they lie, and so leaves none that hold nothing.
-template <class Itinerary, class Args>
+template <class Itinerary, class Workspace = BackwardWorkspace, class Args>
 void backward_shared_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  const BackwardWorkspace w(a.D, a.chunk, a.chunk + 1, a.max_keys, workspace);
+  const Workspace w(a.D, a.chunk, a.chunk + 1, a.max_keys, workspace);
   const int64_t share = (a.units() + a.slices - 1) / a.slices;
   for (int64_t item = begin; item < end; ++item) {
     int64_t h = item % a.H, b = item / a.H % a.B, slice = item / a.H / a.B;
@@ -96,9 +98,9 @@ void backward_shared_items(const Args& a, int64_t begin, int64_t end, float* wor
   }
 }
 
-template <class Itinerary, class Args>
+template <class Itinerary, class Workspace = BackwardWorkspace, class Args>
 void backward_query_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  const BackwardWorkspace w(a.D, a.chunk, a.chunk, 0, workspace);
+  const Workspace w(a.D, a.chunk, a.chunk, 0, workspace);
   int64_t tiles = (a.max_queries + a.chunk - 1) / a.chunk;
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item / tiles);
@@ -110,9 +112,9 @@ void backward_query_items(const Args& a, int64_t begin, int64_t end, float* work
   }
 }
 
-template <class Itinerary, class Args>
+template <class Itinerary, class Workspace = BackwardWorkspace, class Args>
 void backward_key_items(const Args& a, int64_t begin, int64_t end, float* workspace) {
-  const BackwardWorkspace w(a.D, a.chunk, a.max_queries, TILE, workspace);
+  const Workspace w(a.D, a.chunk, a.max_queries, TILE, workspace);
   int64_t tiles = (a.max_keys + TILE - 1) / TILE;
   for (int64_t item = begin; item < end; ++item) {
     Itinerary it(a, item / tiles);

@@ -113,3 +113,27 @@ def test_bits_do_not_depend_on_threads(operator, sizes, threads):
             found = {name: found[name] for name in operator.results}
         first = first or found
         assert_same_bits(first, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.25, -0.25, 0.0])
+def test_scores_that_grow_along_the_keys(scale, dtype):
+    """A maximum is soon not the largest any more, by far, and the scale has any sign."""
+    torch.manual_seed(0)
+    growth = torch.linspace(0, 8, 700).unsqueeze(1)
+    inputs = torch.randn(1, 2, 37, 48), torch.randn(1, 2, 700, 48) * growth, torch.randn(1, 2, 700, 48)
+    q, k, v = (x.to(dtype) for x in inputs)
+    grad_out = torch.randn_like(q)
+
+    def formula(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+        query, *pair = leaves
+        out, lse = reference.latent_attention(query, *pair, scale=scale, return_lse=True)
+        return out, lse, *torch.autograd.grad(out, leaves, grad_out.to(dtype))
+
+    truth, plain = formula(torch.float64), formula(dtype)
+    settings = (None, 0.0, None, scale)
+    out, lse = torch.ops.vattn.latent_attention(q, [k], [v], *settings)
+    dq, dk, dv = torch.ops.vattn.latent_attention_backward(grad_out, None, q, [k], [v], out, lse, *settings)
+    for name, a, t, p in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, dq, *dk, *dv), truth, plain, strict=True):
+        assert_within_budget(a, t, p, name)
