@@ -30,7 +30,8 @@ RANKS ?= 2
 TRITON ?=
 ARCHITECTURES ?= sm90
 HEAD_DIMS ?=
-CAPABILITIES ?= avx512 avx2 generic
+# Those of this processor, or some of them.
+CAPABILITIES ?= $(shell $(RUN) -c 'import vattn._C as c; print(*c.cpu_capabilities())' 2>/dev/null)
 # Of the kernels those of the CPU, and all that draws its inputs at random. One test starts another Python: not that.
 SANITIZE_TESTS ?= tests/kernels tests/test_direct_calls.py $(shell grep -l hypothesis tests/test_*.py) \
 	-k "(cpp or direct_calls or hypothesis) and not instruction_set"

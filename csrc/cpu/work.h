@@ -6,7 +6,7 @@
 // pages.
 #pragma once
 
-#include "flash.h"
+#include "flash_tangent.h"
 
 namespace vattn {
 namespace VATTN_ISA {
