@@ -1,5 +1,6 @@
 """The table of position biases: what its rows mean, and how it grows from images to clips and to longer clips."""
 
+import contextlib
 import itertools
 import re
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import vattn
 from vattn import RelativePositionBias3D
 
 GRID = (3, 2, 4)
@@ -94,6 +96,39 @@ def test_inflate_makes_another_module():
     assert inflated.table.dtype == torch.bfloat16 and inflated.table.requires_grad
     assert bias.window == GRID
     inflated.load_state_dict(inflated.state_dict())
+
+
+def attend(bias, q):
+    layout = vattn.BlockLayout.local_random(q.shape[2] - 1, block_size=8, num_random=1, num_global=1)
+    return vattn.edge_sparse_attention(q, q, q, layout, position_bias=bias)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda bias, hook: bias.register_forward_pre_hook(hook),
+        lambda bias, hook: bias.register_forward_hook(hook),
+        lambda bias, hook: bias.register_full_backward_hook(hook),
+        lambda bias, hook: nn.modules.module.register_module_forward_hook(hook),
+    ],
+    ids=["before", "after", "backward", "of all modules"],
+)
+def test_hooks_run(register):
+    called = []
+    bias, q = RelativePositionBias3D(GRID, 2, 1), torch.randn(1, 2, 25, 8, requires_grad=True)
+    handle = register(bias, lambda *args: called.append(args[0]))
+    with contextlib.ExitStack() as stack:
+        stack.callback(handle.remove)
+        attend(bias, q).sum().backward()
+    assert called[0] is bias
+
+
+def test_a_wrapped_bias_is_refused_whatever_came_before():
+    """A wrapper has the attributes of what it wraps."""
+    bias, q = RelativePositionBias3D(GRID, 2, 1), torch.randn(1, 2, 25, 8)
+    attend(bias, q)
+    with pytest.raises(TypeError, match="position_bias must be a RelativePositionBias3D"):
+        attend(torch.compile(bias), q)
 
 
 @pytest.mark.parametrize(

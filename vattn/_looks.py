@@ -33,10 +33,12 @@ def look_of(args: Sequence[Any]) -> tuple[Any, ...] | None:
         elif kind in _NUMBERS:
             looks += (kind, x)
         else:
-            inner = look_of(x) if kind is list or kind is tuple else getattr(x, "_look", None)
+            # Of the class: a wrapper may have the attributes of what it wraps.
+            plain = kind is list or kind is tuple
+            inner = look_of(x) if plain else x._look if hasattr(kind, "_look") else None
             if inner is None:
                 return None
-            looks.append(inner)
+            looks += (kind, inner)
     return tuple(looks)
 
 

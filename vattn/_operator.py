@@ -437,7 +437,9 @@ def _check_direction(op: Operator, derivative: object, along: Sequence[Tensor | 
             f"{op.public_name}: second derivatives need float64 inputs, which run the reference; the kernels have "
             "first derivatives only (a backward inside a dual level is a second derivative, too)"
         )
-    if op.has_lists and any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in along):
+    if not op.has_lists or torch.compiler.is_compiling():  # which knows no batched gradients
+        return
+    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in along):
         raise RuntimeError(
             f"{op.public_name}: batched gradients (is_grads_batched, vectorize) cannot go through tensor lists; "
             "torch.vmap of torch.func.vjp can"

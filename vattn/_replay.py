@@ -50,7 +50,7 @@ class Replayed:
         # All that a launcher goes by.
         look: list[Any] = [
             torch.are_deterministic_algorithms_enabled(),
-            torch._C._is_any_autocast_enabled() and torch.get_autocast_dtype("cuda"),
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
             torch.backends.cuda.matmul.fp32_precision,
         ]
         tensors: list[Tensor] = []
@@ -144,11 +144,14 @@ class Recording(TorchDispatchMode):
             self._add(x)
 
     def __enter__(self) -> "Recording":
+        self.outer: Recording | None = getattr(_recordings, "now", None)
+        if self.outer is not None:
+            self.outer.steps = None  # what is done in here, it does not see
         _recordings.now = self
         return super().__enter__()
 
     def __exit__(self, *reason: Any) -> None:
-        _recordings.now = None
+        _recordings.now = self.outer
         super().__exit__(*reason)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -286,10 +289,12 @@ class Recording(TorchDispatchMode):
             if isinstance(x, Tensor):
                 tensors.append((i, slot(x)))
                 reads.add(slot(x))
+                template[i] = None  # or it would stay alive
             elif isinstance(x, (list, tuple)) and _flat(x):
                 element, more = self._filled(x, slot)
                 inner.append((i, element))
                 reads |= more
+                template[i] = None
 
         def fill(slots: Slots) -> Any:
             filled = template.copy()

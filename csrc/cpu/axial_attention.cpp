@@ -23,13 +23,14 @@ class Grid {
   ScalarType dtype;
   int64_t line;  // its axis
 
-  // Axes [begin, end) of x as one: its size and its stride; or false, if that is not how they lie.
+  // Axes [begin, end) of x as one: its size and its stride; or false, if that is not how they lie. What is empty lies in
+  // any way.
   static bool as_one(const Tensor& x, int64_t begin, int64_t end, int64_t& size, int64_t& stride) {
     size = 1, stride = 0;
     for (int64_t axis = end - 1; axis >= begin; --axis) {
       if (x.size(axis) == 1) continue;
       if (size == 1) stride = x.stride(axis);
-      else if (x.stride(axis) != size * stride && size > 0) return false;
+      else if (x.stride(axis) != size * stride && x.numel() > 0) return false;
       size *= x.size(axis);
     }
     return true;
@@ -64,6 +65,7 @@ class Grid {
   Tensor grid(const Tensor& x) const {
     const Sizes from = x.strides();
     const std::vector<int64_t> shape(sizes.begin(), sizes.begin() + sizes.size() - (6 - x.dim()));
+    if (x.numel() == 0) return x.dim() == 6 ? empty_rows_of(shape, x.scalar_type()) : empty(shape, x.scalar_type());
     std::vector<int64_t> strides(shape.size(), 0);
     strides[0] = from[0], strides[1] = from[1];
     int64_t step = from[2];

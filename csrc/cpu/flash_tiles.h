@@ -120,6 +120,12 @@ struct TileForwardWorkspace {
   }
 };
 
+// Never one operation with the difference that follows: of a maximum and itself nothing must be left, however large.
+VATTN_INLINE Vec rounded_product(float times, Vec x) {
+  constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return (Vec)_mm512_maskz_mul_round_ps(0xffff, (__m512)splat(times), (__m512)x, NEAREST);
+}
+
 // Scores of at most 16 queries become weights, in blocks of A that lie two apart, and are added to sums, lane by lane.
 // `times` is not negative. All powers of 2 of a query have a shift, which is not always the maximum: it is near enough
 // that none is too large for a float. Where it changes, what was gathered before is multiplied by the decay that
@@ -128,7 +134,7 @@ template <bool DROPS, class Decayed>
 VATTN_INLINE void online_softmax_block(const float* scores, int64_t queries, int64_t keys, float times, float* shifts,
                                        float* sum, BFloat16* weights, const Dropout* dropout,
                                        const uint32_t* query_tokens, const uint32_t* key_tokens, Decayed decayed) {
-  constexpr float NEAR = 32;
+  constexpr float NEAR = 8;
   alignas(64) float most[BLOCK * BLOCK], shift[BLOCK];
   Mask grown = 0;
   for (int64_t q = 0; q < queries; ++q) {
@@ -138,7 +144,7 @@ VATTN_INLINE void online_softmax_block(const float* scores, int64_t queries, int
       a = (Vec)_mm512_mask_max_ps((__m512)a, low, (__m512)load(s), (__m512)a);
       b = (Vec)_mm512_mask_max_ps((__m512)b, high, (__m512)load(s + VL), (__m512)b);
     });
-    a = times * larger(a, b);
+    a = rounded_product(times, larger(a, b));
     store(most + q * BLOCK, a);
     grown |= _mm512_cmp_ps_mask((__m512)a, (__m512)splat(shifts[q] + NEAR), _CMP_GT_OQ);
   }
@@ -165,8 +171,8 @@ VATTN_INLINE void online_softmax_block(const float* scores, int64_t queries, int
     if (DROPS) dropout->query(query_tokens[q], factor, add);
     each_pair(keys, [&](int64_t k, Mask low, Mask high) {
       const float* s = scores + q * TILE + k;
-      Vec x = exp2(low, times * load(s) - shift[q], Vec{});
-      Vec y = exp2(high, times * load(s + VL) - shift[q], Vec{});
+      Vec x = exp2(low, rounded_product(times, load(s)) - shift[q], Vec{});
+      Vec y = exp2(high, rounded_product(times, load(s + VL)) - shift[q], Vec{});
       a += x, b += y;
       if (DROPS) {
         x *= dropout->factors(load(key_tokens + k), factor, add);

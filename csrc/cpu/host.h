@@ -156,13 +156,14 @@ inline Tensor empty(Sizes sizes, ScalarType dtype) {
 }
 
 // An empty (B, H, ..., D) that lies in memory as (B, ..., H, D), so that merging heads is a view.
-inline Tensor empty_rows(const Tensor& like) {
-  const size_t last = like.dim() - 1;
+inline Tensor empty_rows_of(Sizes sizes, ScalarType dtype) {
+  const size_t last = sizes.size() - 1;
   std::vector<size_t> order = {last, 1};
   for (size_t axis = last - 1; axis > 1; --axis) order.push_back(axis);
   order.push_back(0);
-  return empty(like.sizes(), like.scalar_type(), order);
+  return empty(sizes, dtype, order);
 }
+inline Tensor empty_rows(const Tensor& like) { return empty_rows_of(like.sizes(), like.scalar_type()); }
 
 // One number for each row of `like`.
 inline Tensor empty_numbers(const Tensor& like) {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import vattn
 from tests.kernels.checks import check, check_jvp, run, run_jvp
 from tests.kernels.sizes import CPP_TILE
 from tests.operators.axial_attention import OPERATOR as AXIAL
@@ -58,3 +59,24 @@ def test_tangents_of_lines_do_not_mix(backend):
         assert changed[:, 1, 2].any()
         changed[:, 1, 2] = False
         assert not changed.any()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(0, 4, 4, 3, 2, 8).transpose(2, 4),
+        torch.randn(4, 2, 4, 6, 6, 8)[:0, :, :, :3, :3],
+        torch.empty(1, 0, 2, 3, 4, 8).transpose(2, 3),
+        torch.empty(2, 2, 2, 0, 3, 8),
+    ],
+    ids=["samples", "samples of a crop", "heads", "an axis"],
+)
+@pytest.mark.parametrize("dim", range(3))
+def test_grids_of_nothing_in_any_order(x, dim):
+    like = vattn.axial_attention(*[x.to("meta")] * 3, dim, return_lse=True)
+    found = vattn.axial_attention(x, x, x, dim, return_lse=True)
+    assert [(y.shape, y.stride()) for y in found] == [(y.shape, y.stride()) for y in like]
+    y = x.clone().requires_grad_()
+    out = vattn.axial_attention(y, y, y, dim)
+    out.backward(torch.ones(1).expand(out.shape))
+    assert y.grad.shape == x.shape

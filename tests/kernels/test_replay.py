@@ -4,6 +4,7 @@ Triton's interpreter stands for a kernel that was compiled, so that calls are re
 """
 
 import functools
+import gc
 import types
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from tests.kernels.backends import BACKENDS, Launchers
 from tests.kernels.checks import assert_same_bits, run
 from tests.kernels.operators import OPERATORS
-from vattn._replay import Replayed
+from vattn._replay import Replayed, note_launch
 from vattn.kernels import launch
 
 pytestmark = pytest.mark.gpu
@@ -104,3 +105,26 @@ def test_what_depends_on_values_is_not_replayed():
     for values in ([1.0, 0.0], [1.0, 0.0], [1.0, 1.0]):
         x = torch.tensor(values)
         assert replayed(x).shape == launcher(x).shape
+
+
+def test_a_recording_keeps_no_tensor_alive():
+    def launcher(x, others):
+        out = torch.empty_strided(x.shape, x.stride())
+        note_launch(lambda *args: None, [x, out, tuple(others), 3])
+        return out, x + others[0]
+
+    replayed = Replayed(launcher, lambda *args: None)
+    for _ in range(3):
+        tensors = [torch.randn(4), torch.randn(4)]
+        tensors += replayed(tensors[0], tensors[1:])
+        storages = [x.untyped_storage()._weak_ref() for x in tensors]
+        tensors.clear()
+        gc.collect()
+        assert all(map(torch.UntypedStorage._expired, storages))
+
+
+def test_a_recording_inside_of_another():
+    inner = Replayed(lambda x: x + 1, lambda *args: None)
+    outer = Replayed(lambda x: inner(x) * 2, lambda *args: None)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        assert outer(torch.tensor([value])).item() == 2 * (value + 1)
