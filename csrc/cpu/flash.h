@@ -377,10 +377,10 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
 
 // The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other:
 // five products for both at once, four and three for either alone. Keys that are shared are all kept, in rows as they
-// lie, and stored by the caller, who says whether they are fresh.
-template <bool QUERY, bool KEY, class Itinerary>
+// lie, and stored by the caller, who says whether they are fresh. The workspace chooses the backward_tile.
+template <bool QUERY, bool KEY, class Itinerary, class Workspace>
 bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
-              int64_t key_end, const BackwardWorkspace& w, bool fresh = true) {
+              int64_t key_end, const Workspace& w, bool fresh = true) {
   constexpr bool SHARED = Itinerary::SHARES_KEYS;
   const int64_t ld = w.ld;
   bool finite = true;

@@ -445,41 +445,5 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
       });
 }
 
-template <bool QUERY, bool KEY, class Itinerary>
-bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t query_end, int64_t key_begin,
-              int64_t key_end, const TileBackwardWorkspace& w, bool fresh = true) {
-  constexpr bool SHARED = Itinerary::SHARES_KEYS;
-  const int64_t ld = w.ld;
-  bool finite = true;
-  int64_t q0 = query_begin;
-  do {
-    int64_t held = least(chunk, query_end - q0);
-    bool last = q0 + held == query_end;
-    w.load_queries(it, q0, held, !(QUERY && KEY));  // whoever wants both gradients reads every query once
-    for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE) {
-      int64_t keys = least(TILE, key_end - k0), row = (k0 - key_begin) % w.kept;
-      if (KEY && held == 0) zero(w.grad_key + row * ld, keys * ld), zero(w.grad_value + row * ld, keys * ld);
-      backward_tile<QUERY, KEY>(it, k0, keys, q0, held, w, fresh, [&](auto piece) {
-        if constexpr (SHARED)
-          it.each_piece(k0, keys, piece);
-        else
-          piece(row, keys, 0);
-      });
-      if constexpr (KEY && !SHARED)
-        if (last) {
-          if (shares_tiles(it))
-            for (const float* grad : {w.grad_key, w.grad_value}) finite &= all_finite(grad + row * ld, keys * ld);
-          w.store_keys(it, k0, keys, row);
-        }
-    }
-    if constexpr (QUERY) {
-      if (shares_tiles(it)) finite &= all_finite(w.grad_query, held * ld);
-      it.store_queries(it.a.grad_query, q0, held, w.grad_query, ld, it.scale);
-    }
-    q0 += held, fresh = false;
-  } while (q0 < query_end);
-  return !finite;
-}
-
 }  // namespace VATTN_ISA
 }  // namespace vattn
