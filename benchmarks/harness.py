@@ -17,6 +17,7 @@ from benchmarks.records import Line, Measured, environment
 from benchmarks.registry import Case, Operator, Provider
 from vattn._library import runs_reference
 
+RED = "red at the gate"  # how the reason begins of a provider whose result is wrong
 BACKWARD_OVER_FORWARD = 2.5  # five matrix products over two: the scores are computed again
 
 
@@ -112,7 +113,7 @@ class Session:
                 if verdict.complaint is None:
                     green[name] = functools.partial(entrant.execute, pass_name)
                 else:
-                    reasons[name] = f"red at the gate: {verdict.complaint}"
+                    reasons[name] = f"{RED}: {verdict.complaint}"
         memory = {name: peak_memory(function, self.device) for name, function in green.items()}
         limits = machine_limits(self.device, self.dtype)
         functions = green | {name: function for name, (function, _) in limits.items()}

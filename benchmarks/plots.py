@@ -4,8 +4,13 @@ import pathlib
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from benchmarks.harness import RED
 from benchmarks.records import Line, load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot(operator: str, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -38,12 +43,28 @@ def _extra_mebibytes(line: Line, side_by_side: Sequence[Line]) -> float | None:
     return None if extra is None else extra / 2**20
 
 
+def _failed(line: Line) -> bool:
+    return line.reason is not None and line.reason.startswith(RED)
+
+
+def _origin(line: Line) -> str:
+    dirty = " with uncommitted changes" if line.dirty else ""
+    return f"{line.run[:10]} at {line.commit[:9]}{dirty}"
+
+
 def _draw(
     group: dict[tuple[str, str], list[Line]],
     value: Callable[[Line, Sequence[Line]], float | None],
     label: str,
     path: pathlib.Path,
 ) -> pathlib.Path:
+    figure_of(group, value, label).savefig(path, dpi=120)
+    return path
+
+
+def figure_of(
+    group: dict[tuple[str, str], list[Line]], value: Callable[[Line, Sequence[Line]], float | None], label: str
+) -> "Figure":
     """One panel per pass, one cluster of bars per case, one bar per provider; a provider without a time has none."""
     from matplotlib.figure import Figure
 
@@ -64,15 +85,18 @@ def _draw(
                 width = 0.8 / len(providers)
                 container = axes.bar(positions, heights, width, label=provider, color=f"C{index}")
                 axes.bar_label(container, fmt="%.2f", fontsize=7, rotation=90, padding=2)
+            wrong = sum(_failed(line) for case in cases for line in group[pass_name, case] if line.provider == provider)
+            if wrong:
+                label_wrong = f"{provider}: wrong in {wrong} of {len(cases)} cases, not timed there"
+                axes.bar([0], [0], 0, label=label_wrong, color="none", edgecolor=f"C{index}")
         axes.set_xticks(range(len(cases)), [textwrap.fill(case, 18) for case in cases], fontsize=8)
         axes.set_ylabel(label)
         axes.set_title(pass_name)
         axes.margins(x=0.02, y=0.25)
-        axes.legend(fontsize=8, ncols=len(providers))
+        axes.legend(fontsize=8, ncols=max(1, min(len(providers), 5)))
     first = next(iter(group.values()))[0]
     threads = "" if first.threads is None else f", {first.threads} threads"
-    runs = ", ".join(sorted({f"{lines[0].run[:10]} at {lines[0].commit[:9]}" for lines in group.values()}))
+    runs = ", ".join(sorted({_origin(lines[0]) for lines in group.values()}))
     torch_version = first.versions["torch"]
     figure.suptitle(f"{first.operator}, {first.dtype}, {first.machine}{threads}, torch {torch_version}\n{runs}")
-    figure.savefig(path, dpi=120)
-    return path
+    return figure

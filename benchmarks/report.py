@@ -17,6 +17,16 @@ COLUMNS: dict[str, Callable[[Line, Measured], str]] = {
     "error / budget": lambda line, m: f"{line.error:.1e} / {line.budget:.1e}",
     "best peer / this": lambda line, m: "" if m.speedup is None else f"{m.speedup:.2f}x",
 }
+MEANINGS = {
+    "median": "of the rounds, in which the providers take turns",
+    "p20 .. p80": "the middle three fifths of the rounds, in milliseconds",
+    "GFLOP/s": "the matrix products of the pass (two forward, five more backward) per second",
+    "of mm": "of the rate of a large torch.mm in the same rounds",
+    "of copy": "of the bandwidth of a large copy, if inputs, output and gradients moved once",
+    "extra MiB": "peak memory beyond output, lse and gradients",
+    "error / budget": "largest error against the reference in float64, and what the gate allows",
+    "best peer / this": "speedup over the fastest peer",
+}
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import json
+import re
 
 import pytest
 import torch
 
 import vattn
+from benchmarks import harness, plots, records, report, tangents
 from benchmarks import measure as measuring
-from benchmarks import plots, records, report, tangents
 from benchmarks.__main__ import main
 from benchmarks.gate import Gate
 from benchmarks.harness import Session
@@ -373,3 +374,45 @@ def test_the_table_of_tangents(capsys):
     wrong = dataclasses.replace(example, attend=lambda *inputs: 1.01 * example.attend(*inputs))
     with pytest.raises(RuntimeError, match=r"node_sparse_attention .*: the tangent is off by .*, allowed"):
         tangents.measure(wrong, CPU, rounds=1)
+
+
+def test_a_case_and_a_provider_of_ones_own(tmp_path, capsys):
+    """Neither needs a change to the repository; a wrong provider is named in the table and in the plot."""
+    (tmp_path / "mine.py").write_text(
+        "def zeros(case, device):\n    return lambda qkv: qkv.new_zeros(case.output_shape)\n"
+    )
+    arguments = ["leap_attention", "--device", "cpu", "--rounds", "1", "--results", str(tmp_path)]
+    arguments += ["--case", "T=4,N=5,H=1,leap=2", "--provider", f"{tmp_path / 'mine.py'}:zeros", "--providers", "vattn"]
+    assert main(arguments) == 0
+    lines = records.load("leap_attention", tmp_path)
+    assert [line.provider for line in lines] == ["vattn", "zeros"]
+    assert {line.case for line in lines} == {"B=1 T=4 N=5 H=1 D=64 leap=2 fold_div=4"}
+    assert lines[1].reason.startswith(harness.RED)
+    assert f"zeros  {harness.RED}" in capsys.readouterr().out
+    group = {("forward", lines[0].case): [dataclasses.replace(line, dirty=True) for line in lines]}
+    figure = plots.figure_of(group, lambda line, lines: line.measured and line.measured.median, "seconds")
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        "vattn",
+        "zeros: wrong in 1 of 1 cases, not timed there",
+    ]
+    assert "with uncommitted changes" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--case", "X=3"], "sizes of latent_attention are mode, B, .*, got 'X=3'", id="size"),
+        pytest.param(["--case", "B=x"], "B must be int, got 'x'", id="value"),
+        pytest.param(["--case", "Lk=8+y"], "Lk must be .*, got '8\\+y'", id="tuple"),
+        pytest.param(["--provider", "nowhere.py:f"], "must be file.py:function, with a file that exists", id="file"),
+        pytest.param(["--provider", f"{__file__}:nothing"], "has no function 'nothing'", id="function"),
+    ],
+)
+def test_the_command_line_refuses_what_it_does_not_know(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["latent_attention", "--device", "cpu", *arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_every_column_of_the_table_is_explained():
+    assert ["provider", *report.MEANINGS] == list(report.COLUMNS)

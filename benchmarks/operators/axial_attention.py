@@ -156,6 +156,6 @@ OPERATOR = Operator(
         ),
         Provider("official", "peer", _official),
         Provider("sdpa-views", "other", _sdpa_views),
-        Provider("flex", "other", _flex),
+        Provider("flex", "peer", _flex),
     ],
 )

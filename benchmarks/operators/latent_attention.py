@@ -125,6 +125,6 @@ OPERATOR = Operator(
             for name, backend in sdpa.BACKENDS.items()
         ),
         Provider("official", "peer", _official),
-        Provider("flex", "other", _flex),
+        Provider("flex", "peer", _flex),
     ],
 )

@@ -189,7 +189,7 @@ OPERATOR = Operator(
             for name, backend in sdpa.BACKENDS.items()
         ),
         Provider("official", "peer", _official),
-        Provider("flex", "other", _flex),
+        Provider("flex", "peer", _flex),
         Provider("sdpa-pregathered", "limit", _sdpa_pregathered, before=_pregather, after=_finish),
         *(
             Provider(
