@@ -1,4 +1,4 @@
-"""How far the operators scale over GPUs, on paper: no GPU is used, and no time here was measured.
+"""A model of how the operators scale over GPUs: no GPU is used, and no time here was measured.
 
     python -m benchmarks.distributed_scaling          a table and a plot: benchmarks/results/distributed-scaling.*
 

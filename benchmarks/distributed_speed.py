@@ -59,7 +59,7 @@ CASES = {
 
 
 def passes(case: Case, group: Any) -> dict[str, Callable[[], object]]:
-    """The passes of a case, of one device where there is no group; every tensor is a leaf, drawn alike."""
+    """The passes of a case, of one device where there is no group; every tensor is a leaf."""
     torch.manual_seed(0)
     tensors = {"query": torch.randn(case.query), "key": torch.randn(case.key), "value": torch.randn(case.key)}
     grad = torch.randn(case.query)

@@ -31,7 +31,7 @@ def time_interleaved(
 ) -> dict[str, Spread]:
     """Time `functions` in turns, `rounds` times, each round beginning with another one.
 
-    A machine drifts (clocks, temperature, other work), and in turns the drift hits all of them alike.
+    A machine drifts (clocks, temperature, other work), and in turns the drift affects all of them equally.
     """
     sampler = _cuda_sampler if device.type == "cuda" else _cpu_sampler
     samplers = {name: sampler(function) for name, function in functions.items()}

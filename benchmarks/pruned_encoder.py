@@ -1,4 +1,4 @@
-"""What sparse edges and pruned nodes spare a training step of SViTT's video encoder, beside what they spare on paper.
+"""What sparse edges and pruned nodes save in a training step of SViTT's video encoder, in time, memory and FLOP.
 
     python -m benchmarks.pruned_encoder           measure, print, append benchmarks/results/pruned_encoder.jsonl
     python -m benchmarks.pruned_encoder --show    print the last run that was stored

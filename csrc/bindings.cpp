@@ -9,7 +9,7 @@
 
 namespace vattn {
 
-// The one thing that the kernels know of Python: see cpu/host.h.
+// The one thing that the kernels need of Python: see cpu/host.h.
 [[noreturn]] void raise_type_error(const std::string& message) { throw pybind11::type_error(message); }
 
 }  // namespace vattn

@@ -37,7 +37,7 @@ def own_rows(first, last, group, OP: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def dropout_of(seed, bh, number, mask, threshold):
-    """What dropout knows of the queries owned (queries, 1), or ()."""
+    """The part of the dropout hash of the queries owned (queries, 1), or ()."""
     if len(seed) > 0:
         add, times = flash.dropout_query(seed, bh, number, mask)
         return add[:, None], times[:, None], threshold
@@ -56,7 +56,7 @@ def pair_of(where, row, mask, group, OP: tl.constexpr, OF_KEYS: tl.constexpr):
 
 @triton.jit
 def own_queries(where, bh, first, last, group, seed, threshold, OP: tl.constexpr, BLOCK: tl.constexpr):
-    """The queries that a program owns: rows, which exist, numbers, and what dropout and pairs want to know of them."""
+    """The queries that a program owns: rows, which exist, numbers, and what dropout and pairs need of them."""
     row, mask = own_rows(first, last, group, OP, BLOCK), first + tl.arange(0, BLOCK) < last
     number = OP.number(row, group)
     dropout = dropout_of(seed, bh, number, mask, threshold)
@@ -248,7 +248,7 @@ def backward_query_kernel(
 
         delta = <dout, out> - dlse,   dq = scale * sum_k ds k
 
-    A shift moves out and dout alike, so that delta is the same sum over the moved channels.
+    A shift moves out and dout the same way, so that delta is the same sum over the moved channels.
     """
     where = (pointers, (n0, n1, n2, n3, n4, n5, n6, n7))
     bh, split, group, first, last = OP.own(where, H, heads, BLOCK_Q, BLOCK_K)
@@ -484,7 +484,7 @@ class Call:
     def backward_key(
         self, part: Part, grad_out: Tensor, lse: Tensor, delta: Tensor, dks: Tensor, dvs: Tensor, segment: int = 0
     ) -> None:  # fmt: skip
-        """Write the gradients of the keys and values of a segment, which lie alike."""
+        """Write the gradients of the keys and values of a segment, which have the same layout."""
         lse = lse.contiguous()
         grad_out, key, value = launch.with_rows(grad_out), self.keys[segment], self.values[segment]
         reads = grad_out, self.query, key, value
@@ -526,7 +526,7 @@ class Call:
 
 
 def _seed(seed: Tensor | None, query: Tensor) -> tuple[Any, ...]:
-    """What kernels know of dropout, see :func:`flash.dropout_query`."""
+    """What kernels take for dropout, see :func:`flash.dropout_query`."""
     if seed is None:
         return ()
     if seed.numel() == 1:

@@ -261,7 +261,7 @@ def _tiles(phase: str, place: str, element_size: int, head_dim: int, extras: int
 def _names(phase: str, kind: str) -> Iterator[tuple[str, int]]:
     """Where to look for tiles, the most special first, and the extras that count there in addition.
 
-    A tangent takes what the gradient of queries takes, and a bias counts like dropout, unless the table knows better.
+    A tangent takes what the gradient of queries takes; a bias counts like dropout, unless the table has its own entry.
     """
     for name in (phase, "backward_query") if phase == "jvp" else (phase,):
         if kind == "bias":

@@ -337,7 +337,7 @@ def forward_finish(state, scale, keep_scale):
     """The output times `keep_scale`, and the natural-log lse; 0 and -inf for a query without keys.
 
     scale * LOG2E and m times it are rounded, which would cost lse some units in its last place and the backward
-    as many in every weight. So lse is the exact m * scale, plus what is left of the rounded exponents.
+    as many in every weight. So lse is the exact m * scale, plus the rest of the rounded exponents.
     """
     acc, m, l = state
     none = l == 0  # but not if it is NaN, as of a score that is
@@ -377,7 +377,7 @@ def probabilities(s, scale, lse, mask):
 def backward_step(s, scale, lse, dp, delta, mask, keep, keep_scale):
     """The weights p (dropped, not yet divided by the share kept) and ds of one pair of tiles.
 
-    `s`, `dp` = dout v^T, `mask` (None: all allowed) and `keep` are oriented alike, (queries, keys) or the
+    `s`, `dp` = dout v^T, `mask` (None: all allowed) and `keep` have the same orientation, (queries, keys) or the
     transpose; `lse` and `delta` broadcast to them. `scale` may have any sign.
     """
     p = probabilities(s, scale, lse, mask)
@@ -491,7 +491,7 @@ def key_number(seed, key, mask):
 
 @triton.jit
 def dropout_query(seed, bh, query, mask):
-    """What the dropout hash knows of queries before it meets a key; see ``vattn.reference.dropout``."""
+    """The part of the dropout hash that depends on queries alone; see ``vattn.reference.dropout``."""
     bh, query = numbered(seed, 1, bh, None), numbered(seed, 2, query, mask)
     bits = tl.load(seed[0])
     a = _mix(tl.add(bits.to(tl.uint32), bh.to(tl.uint32), sanitize_overflow=False))

@@ -50,7 +50,7 @@ class Itinerary:
 
     @property
     def cache_key(self) -> str:
-        """Of the sources of all hooks. Without it Triton's cache on disk would know them by their names alone."""
+        """Of the sources of all hooks. Without it Triton's cache on disk would tell them apart by their names alone."""
         fields = (getattr(self, field.name) for field in dataclasses.fields(self))
         return "-".join(str(getattr(field, "cache_key", field)) for field in fields)
 

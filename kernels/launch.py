@@ -1,4 +1,4 @@
-"""The host's side of a kernel: what a launcher hands over, alike for all operators.
+"""The host's side of a kernel: what a launcher passes to it, the same for all operators.
 
 A kernel is compiled once for its dtypes, head dim, flags and tile sizes, and never again for a length or a stride:
 :func:`kernel` turns off Triton's specialisation on argument values. What a value used to tell the compiler, that rows

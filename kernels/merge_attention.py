@@ -235,7 +235,7 @@ def _merge(
 
 
 def _alike(tensors: list[Tensor]) -> list[Tensor]:
-    """`tensors` if they are laid out alike, row by row, as the kernels read them; else contiguous copies."""
+    """`tensors` if they have the same layout, row by row, as the kernels read them; else contiguous copies."""
     alike = len({_strides(x) for x in tensors}) == 1 and all(launch.with_rows(_aligned(x)) is x for x in tensors)
     return tensors if alike else [_aligned(x.contiguous()) for x in tensors]
 

@@ -71,7 +71,7 @@ def codes(window: Sequence[int], positions: Tensor | None, tokens: int, like: Te
 def arguments(
     table: Tensor | None, window: Sequence[int], positions: Tensor | None, tokens: int, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None, tuple[int, int, int]]:  # fmt: skip
-    """What a kernel wants to know: the table (H, R), the codes, and ``(code_step, R, S)``.
+    """The arguments of a kernel: the table (H, R), the codes, and ``(code_step, R, S)``.
 
     Without a table there are codes only if there are positions, which tell who comes first.
     """

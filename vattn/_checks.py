@@ -20,7 +20,7 @@ PLAIN = {"DTensor": "a local tensor, see DTensor.to_local", "MaskedTensor": "a t
 
 
 def tensor(op: str, name: str, x: object, meshes: bool = True) -> None:
-    """`x` is a floating-point tensor of a dtype that the operators know, and for `meshes` perhaps a DTensor."""
+    """`x` is a floating-point tensor of a dtype that the operators support, and for `meshes` perhaps a DTensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {name}={type(x).__name__}")
     if x.dtype not in DTYPES:

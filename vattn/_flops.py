@@ -1,4 +1,4 @@
-"""What PyTorch's counter of floating-point operations is told of our ops, whenever somebody imports it.
+"""Formulas of our ops for PyTorch's counter of floating-point operations, registered when it is imported.
 
 Nothing here imports it: it would bring Triton.
 """
@@ -45,7 +45,7 @@ def _tell(counter: types.ModuleType) -> None:
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Runs the counter's own import, and tells it what there is to tell."""
+    """Runs the counter's own import, then registers the formulas."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None

@@ -1,4 +1,4 @@
-"""How an operator meets PyTorch's dispatcher: the parts that are alike for all of them.
+"""How operators are registered with PyTorch's dispatcher: the parts that all of them share.
 
 An operator is one ``torch.library`` schema. Its kernels hang on dispatch keys:
 
@@ -51,7 +51,7 @@ if importlib.util.find_spec("triton") is not None:
     KERNEL_DEVICES.add("cuda")
 
 library = torch.library.Library("vattn", "DEF")
-_without_cpu_kernel: set[str] = set()  # operators that the extension does not know: it is older than they are
+_without_cpu_kernel: set[str] = set()  # operators without a kernel in the extension, which is older than they are
 _with_cuda_cpp: set[str] = set()  # operators that vattn._C_cuda has a kernel for
 
 

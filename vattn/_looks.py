@@ -1,9 +1,9 @@
-"""How calls look: all that checks ask of arguments but the numbers in tensors. What looks right once is right again.
+"""Remembers which calls were checked: calls with the same shapes, dtypes, devices and settings are checked once.
 
 A call of a few microseconds has time to look up what was found before, not to work it out. A look has the shapes,
 dtypes and devices of tensors, and numbers with their types: True and 1.0 are not 1. Arguments of other kinds say how
-they look with an attribute `_look`. Whatever has a say besides, such as a subclass of tensors, a trace, whose sizes may
-be symbols, or a transform of ``torch.func``, has no look, and is checked anew.
+they look with an attribute `_look`. A subclass of tensors, a trace, whose sizes may be symbols, and a
+transform of ``torch.func`` have no look, and are checked every time.
 """
 
 import functools
@@ -43,7 +43,7 @@ def look_of(args: Sequence[Any]) -> tuple[Any, ...] | None:
 
 
 def once(check: _Check) -> _Check:
-    """`check`, which is not asked again about arguments that look like some that it has found right.
+    """`check`, which does not run again for arguments that look like those of a call that passed.
 
     It raises, or returns a tuple, which follows from how its arguments look and from autocast alone.
     """

@@ -34,7 +34,7 @@ OPERATORS: dict[str, "Operator"] = {}
 
 
 class Operator:
-    """One ``torch.library`` op, and all that PyTorch asks of it. Calling it runs it.
+    """One ``torch.library`` op with its derivatives, fakes, autocast rule and ``vmap``. Calling it runs it.
 
     Args:
         schema: as ``torch.library`` has it, with a name for every result.
@@ -146,7 +146,7 @@ class Operator:
         return self.traced.op(*map(_as_tensor, args, self.arguments.values()))
 
     def fitting(self, args: Mapping[str, Any]) -> "Operator":
-        """The one of both that `args`, those of a call by their names, are for: itself, or :attr:`traced`."""
+        """The op for a call with these `args`: itself, or :attr:`traced`."""
         return self.traced if self.traced is not None and isinstance(args[self._floats[0]], Tensor) else self
 
     def tensors(self, args: Sequence[Any]) -> list[Tensor]:
@@ -172,12 +172,12 @@ class Operator:
         return self.name.removesuffix(".traced").removesuffix("_backward").removesuffix("_jvp")
 
     def run(self, *args: Any) -> Any:
-        """The kernel, without derivatives. Its results are no views, whatever it does to lay them out."""
+        """The kernel, without derivatives. Its results are not views."""
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return self.op(*args)
 
     def _differentiate(self, *args: Any) -> Any:
-        """Run it, with derivatives where somebody asks for them."""
+        """Run it, with derivatives where they are needed."""
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             return self._transform(self.tensors(args), args)
         if torch.is_grad_enabled():
@@ -382,7 +382,7 @@ def declared(part: str) -> dict[str, str]:
 
 
 def _is_static(x: Any, kind: str) -> bool:
-    """Whether `x` is no float that differs from call to call of a function that is compiled."""
+    """Whether `x` is anything but a float that differs between calls of a compiled function."""
     if kind != "float":
         return True
     return not isinstance(x, Tensor) and torch.fx.experimental.symbolic_shapes.has_static_value(x)
@@ -437,7 +437,7 @@ def _check_direction(op: Operator, derivative: object, along: Sequence[Tensor | 
             f"{op.public_name}: second derivatives need float64 inputs, which run the reference; the kernels have "
             "first derivatives only (a backward inside a dual level is a second derivative, too)"
         )
-    if not op.has_lists or torch.compiler.is_compiling():  # which knows no batched gradients
+    if not op.has_lists or torch.compiler.is_compiling():  # which has no batched gradients
         return
     if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in along):
         raise RuntimeError(

@@ -44,7 +44,7 @@ class OverRanks:
         """Raise ValueError for settings that cannot work over `ranks`."""
 
     def _sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks of what each of them has a part of."""
+        """The sum over the ranks."""
         if self.ranks is None or self.ranks.size == 1:
             return x
         from vattn.distributed._collectives import start_sum
@@ -53,7 +53,7 @@ class OverRanks:
 
     @property
     def _compares(self) -> bool:
-        """Whether the ranks compare their inputs: not in a program that is compiled, and not on paper."""
+        """Whether the ranks compare their inputs: not in a compiled program, nor for simulated ranks."""
         if self.ranks is None or self.ranks.size == 1 or torch.compiler.is_compiling():
             return False
         from vattn.distributed._ranks import PaperRanks
@@ -61,7 +61,7 @@ class OverRanks:
         return not isinstance(self.ranks, PaperRanks)
 
     def _agree(self, op: str, check: Callable[[], Mapping[str, Any]]) -> None:
-        """Check an input on every rank: an error on one is one on all, and all have the settings that `check` gives."""
+        """Check an input on every rank: an error on one rank is raised on all, and settings must agree."""
         if self._compares:
             from vattn.distributed._ranks import agree
 

@@ -1,4 +1,4 @@
-"""What a launcher of kernels did, done again for a call that looks alike: without the launcher.
+"""Replays the launches of a kernel for calls with the same shapes, strides, dtypes and settings.
 
 A launcher works out sizes, strides, tiles and splits, for tens of microseconds, from nothing but how its arguments
 look: shapes, strides, dtypes, devices, alignment, and numbers. The second call of a look is recorded, as results that
@@ -114,7 +114,7 @@ def _flat(args: Sequence[Any]) -> list[Tensor]:
 
 
 def note_launch(run: Callable[..., None] | None, args: Sequence[Any]) -> None:
-    """Tell a recording, if there is one, that a kernel runs: ``run(*args)``; None is one that cannot be replayed."""
+    """Add a kernel launch ``run(*args)`` to the recording, if there is one; None cannot be replayed."""
     recording = getattr(_recordings, "now", None)
     if recording is not None:
         recording.launched(run, args)
@@ -192,7 +192,7 @@ class Recording(TorchDispatchMode):
         return result
 
     def launched(self, run: Callable[..., None] | None, args: Sequence[Any]) -> None:
-        """A kernel runs, which knows of a tensor where it begins, and its dtype."""
+        """A kernel runs: of a tensor it takes the address and the dtype."""
         if run is None:
             self.steps = None
         if self.steps is None or run is None or not self._knows(args):
@@ -202,7 +202,7 @@ class Recording(TorchDispatchMode):
         self.steps.append(_Step("launch", reads, [], functools.partial(_run_filled, run, fill)))
 
     def finish(self, results: Any) -> Callable[[list[Tensor]], Any] | None:
-        """What does the same for the tensors of a call that looks alike, or None."""
+        """A function that repeats this for the tensors of another call that looks the same, or None."""
         if self.steps is None or not self._knows([results]):
             return None
         fill, kept = self._filled([results], self._alike)
@@ -265,7 +265,7 @@ class Recording(TorchDispatchMode):
         return self.slots[id(x)]
 
     def _alike(self, x: Tensor) -> int:
-        """The slot of `x`, or of what it is a view of, if this lies alike."""
+        """The slot of `x`, or of its base, if that has the same layout."""
         return self._first(x, lambda y: (_start_of(y), y.shape, y.stride()))
 
     def _start(self, x: Tensor) -> int:

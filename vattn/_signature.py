@@ -1,7 +1,7 @@
-"""What the arguments of an op must be, in a few words for each; calls are held to it before kernels are launched.
+"""What the arguments of an op must be, as a short text for each; calls are checked before kernels are launched.
 
 The public functions check what a person gets wrong. But ``torch.ops.vattn`` can be called without them: from a program
-that was exported, or with what hooks made of saved tensors. What a tensor must be, as words::
+that was exported, or with saved tensors that hooks have changed. What a tensor must be, as words::
 
     "B H L D"                 these axes, D being a head dim; one that is named twice has one size. The dtype is that
                               of the first tensor

@@ -1,4 +1,4 @@
-"""The nearest code of each vector, as a VQ-VAE looks for it.
+"""The nearest code of each vector, as in a VQ-VAE.
 
     leaves  x (B, N, C), the vectors of B samples; codebook (K, C)
     output  (B, N), int64

@@ -1,4 +1,4 @@
-// Axial attention's itinerary: a line of the grid, or as many short ones as make a panel worth its while.
+// Axial attention's itinerary: a line of the grid, or several short lines, which share a panel.
 //
 //     row of a component    0 .. line          .. 2 line        ..           lines are numbered through outer and inner
 //     token                 of line n          of line n + 1    ..           tokens of other lines are not read

@@ -4,7 +4,7 @@
 //     s = scale * q k^T,   p = exp(s - lse),   out = p v
 //     dv = p^T do,   dp = do v^T,   ds = p * (dp - delta),   dq = scale * ds k,   dk = scale * ds^T q
 //
-// It knows tiles, and passes tensors by. Where their rows live is told by an itinerary:
+// It works on tiles. An itinerary says where the rows of a tile are in memory:
 //
 //     a                                                      the operator's arguments, with its tensors: kernels.h
 //     int64_t head_dim, queries, keys;  float scale;  const Dropout* dropout;
@@ -14,7 +14,7 @@
 //     load_numbers / store_numbers (numbers, first, count, floats)             a number for each query, such as lse
 //     query_tokens / key_tokens (first, count, integers)     the operator's own numbers of rows
 //     ADJUSTS      whether scores are more than products; if so, on a tile of them, a row of TILE for each query:
-//         Tile, set_keys (tile, first, count)                what it has to know of a tile of keys, found once
+//         Tile, set_keys (tile, first, count)                what it needs of a tile of keys, computed once
 //         adjust_scores (tile, first query, count, scores)   in units of log2
 //         adjust_grads (likewise)                            gradients of those, to take a share of
 //         adjust_tangents (likewise)                         tangents of those, not in units of log2
@@ -127,8 +127,8 @@ VATTN_INLINE void each_vector(float* scores, int64_t keys, F f) {
   }
 }
 
-// Scores of some queries become weights. What all that a query has gathered before is to be multiplied by, since its
-// maximum may have grown, is left in `decays`. In three passes, in which no query waits for another.
+// Scores of some queries become weights. `decays` gets the factor for what a query has summed up before, whose maximum
+// may have grown. In three passes, in which no query waits for another.
 VATTN_INLINE void online_softmax(float* scores, int64_t queries, int64_t keys, float* maximum, float* sum,
                                  float* decays) {
   float shifts[FORWARD_QUERIES];
@@ -162,7 +162,7 @@ VATTN_INLINE bool shares_tiles(const Itinerary& it) {
   return false;
 }
 
-// Stores what queries have gathered from all keys. Returns whether their outputs are finite, if it matters.
+// Normalises and stores the outputs of queries, after all keys. Returns whether their outputs are finite, if it matters.
 template <class Itinerary>
 bool finish(const Itinerary& it, int64_t first, int64_t count, float* out, int64_t ld, float* maximum, float* sum) {
   for (int64_t q = 0; q < count; ++q) sum[q] = total(load(sum + q * VL));
@@ -301,7 +301,7 @@ struct BackwardWorkspace {
     zero(grad_query, count * ld);
   }
 
-  // The gradients of keys, from row `row` of those kept. Queries carry scale * log2(e): scale is left.
+  // The gradients of keys, from row `row` of those kept. Queries carry scale * log2(e): the factor ln(2) leaves scale.
   template <class Itinerary>
   void store_keys(const Itinerary& it, int64_t first, int64_t count, int64_t row) const {
     it.store_keys(it.a.grad_value, first, count, grad_value + row * ld, ld, 1);
@@ -375,7 +375,7 @@ void backward_tile(const Itinerary& it, int64_t k0, int64_t keys, int64_t first,
   }
 }
 
-// The gradients of the given queries, if QUERY, and of the given keys, if KEY, from what they have with each other:
+// The gradients of the given queries, if QUERY, and of the given keys, if KEY, from the pairs that they form:
 // five products for both at once, four and three for either alone. Keys that are shared are all kept, in rows as they
 // lie, and stored by the caller, who says whether they are fresh. The workspace chooses the backward_tile.
 template <bool QUERY, bool KEY, class Itinerary, class Workspace>
@@ -388,7 +388,7 @@ bool backward(const Itinerary& it, int64_t chunk, int64_t query_begin, int64_t q
   do {
     int64_t held = least(chunk, query_end - q0);
     bool last = q0 + held == query_end;
-    w.load_queries(it, q0, held, !(QUERY && KEY));  // whoever wants both gradients reads every query once
+    w.load_queries(it, q0, held, !(QUERY && KEY));  // with both gradients every query is read once
     for (int64_t k0 = key_begin; k0 < key_end; k0 += TILE) {
       int64_t keys = least(TILE, key_end - k0), row = (k0 - key_begin) % w.kept;
       if (KEY && held == 0) zero(w.grad_key + row * ld, keys * ld), zero(w.grad_value + row * ld, keys * ld);

@@ -1,7 +1,7 @@
 // The core of flash.h for bfloat16 on a processor with matrix tiles: the same equations, itineraries and promises.
 //
 // Rows stay bfloat16, and so become weights and gradients of scores before they are multiplied; all sums are float32.
-// Queries come in strips of 32, and keys in tiles as itineraries know them. Forward:
+// Queries come in strips of 32, and keys in tiles as in flash.h. Forward:
 //
 //            chunk of keys                    channels
 //     D   [ K^T               ]            k [ V              ]
@@ -59,7 +59,7 @@ VATTN_INLINE void multiply_strip(int64_t queries, int64_t keys, const BFloat16* 
            {rows, depth, BLOCK * depth, DEPTH}, {columns, BLOCK_SIZE, depth * BLOCK}, products, TILE);
 }
 
-// Makes scores of products. Returns what is left to multiply them with, which is not negative: the sign of the scale is
+// Makes scores of products. Returns the factor that remains, which is not negative: the sign of the scale is
 // the query's.
 template <class Itinerary>
 VATTN_INLINE float adjust(const Itinerary& it, [[maybe_unused]] const typename Itinerary::Tile& tile, int64_t first,
@@ -120,7 +120,7 @@ struct TileForwardWorkspace {
   }
 };
 
-// Never one operation with the difference that follows: of a maximum and itself nothing must be left, however large.
+// Never one operation with the difference that follows: a maximum minus itself must be 0, however large.
 VATTN_INLINE Vec rounded_product(float times, Vec x) {
   constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return (Vec)_mm512_maskz_mul_round_ps(0xffff, (__m512)splat(times), (__m512)x, NEAREST);
@@ -316,7 +316,7 @@ struct TileBackwardWorkspace {
   }
 };
 
-// A query of a strip: what softmax_backward has to know of it.
+// A query of a strip: the arguments of softmax_backward.
 struct StripQuery {
   float shift, delta;
   Mask mask;         // no lane, if it has no keys or its lse is NaN

@@ -1,4 +1,4 @@
-// From a table of biases, a window and positions to what the kernels read of them.
+// Prepares a table of biases, a window and positions for the kernels.
 #pragma once
 
 #include <numeric>

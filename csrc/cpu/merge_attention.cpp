@@ -6,7 +6,7 @@ namespace {
 
 constexpr const char* OP = "merge_attention";
 
-// The rows of x as the kernels find them: of a view or a copy, where it has more axes than they know.
+// The rows of x as the kernels find them: of a view or a copy, where it has more axes than they support.
 Tensor with_few_axes(const Tensor& x) {
   if (x.dim() - 1 <= Rows::MAX_AXES) return with_rows(x);
   int64_t rows = 1;

@@ -6,8 +6,8 @@ ranks make the same calls in the same order. A backward is such a call: all rank
 same inputs. Over several ranks ``torch.func.vmap`` raises NotImplementedError.
 
 The ranks compare their calls, and one that differs raises on all of them. Where ``lengths`` are given, calls in
-compiled code and on GPUs are not compared, and a mismatch is not noticed: gloo ends the process that gets more than it
-expects, and NCCL waits. ``TORCH_DISTRIBUTED_DEBUG=INFO`` or ``DETAIL`` compares eager calls on GPUs all the same.
+compiled code and on GPUs are not compared, and a mismatch is not noticed: gloo ends the process that receives more
+than it expects, and NCCL waits. ``TORCH_DISTRIBUTED_DEBUG=INFO`` or ``DETAIL`` compares eager calls on GPUs.
 
 A DTensor is for the public operators, which run on its parts, or take these functions where tokens are sharded.
 """

@@ -24,7 +24,7 @@ def grad_mode(op: str, grad: object) -> None:
 
 
 def settings_of(op: str, name: str, x: Tensor, **settings: Any) -> Mapping[str, Any]:
-    """What all ranks must have alike: the dtype and the kind of device of `x`, its first axes and its head dim.
+    """What must be the same on all ranks: the dtype and the kind of device of `x`, its first axes and its head dim.
 
     Raises:
         TypeError: `x` is a DTensor, which the public operators take.
@@ -37,12 +37,12 @@ def settings_of(op: str, name: str, x: Tensor, **settings: Any) -> Mapping[str, 
 
 
 def asks(*tensors: Tensor) -> bool:
-    """Whether a backward through these will come: if it sends anything, all ranks must take part."""
+    """Whether these need gradients: if the backward sends anything, all ranks must take part."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def values_of(x: Tensor | None) -> Any:
-    """What tells the values of a tensor of integers, where they can be looked at without waiting for a device."""
+    """A checksum of a tensor of integers, where its values can be read without waiting for a device."""
     if x is None:
         return None
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -51,13 +51,13 @@ def values_of(x: Tensor | None) -> Any:
 
 
 def crc(x: Tensor) -> int:
-    """A number that other values of a tensor on the CPU would hardly have."""
+    """A checksum of a tensor on the CPU."""
     with temporarily_clear_interpreter_stack():
         return zlib.crc32(x.detach().contiguous().numpy().data)
 
 
 def fingerprint(value: Any) -> int:
-    """A number (int64) of all that tensors, numbers, strings, and lists and dicts of them say."""
+    """A checksum (int64) of tensors, numbers, strings, and lists and dicts of them."""
     if isinstance(value, Tensor):
         x = torch.view_as_real(value) if value.is_complex() else value
         rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1] if x.dim() else 1).contiguous()

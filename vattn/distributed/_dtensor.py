@@ -2,7 +2,7 @@
 
     batch, heads    each rank calls the operator on its part: nothing is sent
     tokens          the function over ranks of the same name, along the dimension of the mesh that shards them
-    others          refused by name: nothing is gathered that the caller has not gathered
+    others          refused by name: nothing is gathered silently
 
 Results are placed as the tensors are. With dropout the ranks take one seed, a broadcast of 8 bytes, and each draws its
 part of the mask of one device.

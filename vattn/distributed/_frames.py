@@ -1,4 +1,4 @@
-"""Frames on their way to the ranks that compute their leap groups, and what came out on its way back."""
+"""Sends frames to the ranks that compute their leap groups, and outputs back."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence

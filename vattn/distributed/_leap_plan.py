@@ -10,8 +10,8 @@ too. A group of several ranks has an owner, which gets the frames of the others;
 of some heads. A frame that moves costs its query, key and value on the way there, and its output on the way back.
 
 An owner has most frames of its group, so that owners never need more bytes in total than heads. But the owner of one
-large group would be sent nearly all of it, and compute alone, while by heads all ranks send and compute alike. So the
-link that is busiest decides, because the others wait for it.
+large group would be sent nearly all of it, and compute alone, while by heads all ranks send and compute the same
+amount. So the busiest link decides, because the others wait for it.
 """
 
 import bisect
@@ -187,7 +187,7 @@ def _owners(groups: Sequence[tuple[int, dict[int, int]]], ranks: int, heads: int
 
 
 def _busiest(works: Sequence[Work]) -> int:
-    """Of all ranks the most that one sends or receives: frames of a head, of query, key, value or output."""
+    """The most that any rank sends or receives, in frames of one head of query, key, value or output."""
     sent: dict[int, int] = {}
     received: dict[int, int] = {}
     for work in works:

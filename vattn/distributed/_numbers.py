@@ -1,4 +1,4 @@
-"""What rows are called on one device: dropout over ranks draws the mask of that."""
+"""The numbers that rows have on one device: dropout over ranks draws the same mask."""
 
 from collections.abc import Sequence
 

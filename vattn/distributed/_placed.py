@@ -1,7 +1,7 @@
 """How the tensors of a call lie on a mesh of devices, when they are DTensors.
 
-Each axis of a tensor has a name, as in "B H Lq D"; tensors that share a name are sharded alike. A dimension of the mesh
-shards one axis::
+Each axis of a tensor has a name, as in "B H Lq D"; axes with the same name are sharded the same way. A dimension of
+the mesh shards one axis::
 
     mesh (data=2, context=2)      query "B H Lq D"  [Shard(0), Replicate()]
                                   key   "B H Lk D"  [Shard(0), Shard(2)]         axes: B, Lk
@@ -38,7 +38,7 @@ class Placed:
 
     Raises:
         TypeError: one is no DTensor.
-        ValueError: they lie on several meshes, are partial, or are not sharded alike.
+        ValueError: they lie on several meshes, are partial, or axes of the same name are sharded differently.
     """
 
     def __init__(self, op: str, tensors: Mapping[str, tuple[Any, str]], free: str = "B H") -> None:

@@ -1,4 +1,4 @@
-"""The ranks of a group, and how they agree on a call before they make it.
+"""The ranks of a group, and the handshake in which they compare a call before they make it.
 
 local checks     an error on one rank is an error on all of them: none waits for a call that will not come
 handshake        one all_gather of integers: what is called, with which settings, on how many tokens of each rank; where
@@ -105,14 +105,14 @@ class Ranks:
         return self.wait(self.start_all_gather(told)).tolist()
 
     def all_gather_objects(self, x: Any) -> list[Any]:
-        """Objects of all ranks: slow, for what is said when something is wrong."""
+        """Objects of all ranks: slow, for error messages."""
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, x, self.group)
         return everyone
 
 
 class PaperRanks(Ranks):
-    """One rank of a group that exists on paper: nothing is sent, and what would be is written down.
+    """One rank of a simulated group: nothing is sent, and what would be sent is recorded.
 
     Attributes:
         calls: of each collective, its name and the bytes that this rank hands to it.
@@ -241,7 +241,7 @@ def _refuse_vmap(op: str, ranks: Ranks) -> None:
 
 
 def _compares_always(ranks: Ranks) -> bool:
-    """Whether ranks compare their calls although nothing needs to be asked: where it costs little, or is wished for.
+    """Whether ranks compare their calls although lengths are given: where it costs little, or is asked for.
 
     On a CPU a tenth of a millisecond is little for an error by name, where gloo would end a process that gets more than
     it expects.
@@ -296,7 +296,7 @@ def _handshake(
 
 
 def _raise(op: str, ranks: Ranks, error: Exception | None, described: Mapping[str, str]) -> None:
-    """Say what is wrong, on every rank: all of them come here."""
+    """Raise on every rank what is wrong on any."""
     everyone = ranks.all_gather_objects((None if error is None else f"{type(error).__name__}: {error}", described))
     if error is not None:
         raise error

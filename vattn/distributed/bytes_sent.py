@@ -1,4 +1,4 @@
-"""What a call sends, without a group: the function itself runs on tensors without data, over ranks on paper."""
+"""How many bytes a call sends, without a group: the function runs on meta tensors, over simulated ranks."""
 
 import copy
 from collections.abc import Iterator

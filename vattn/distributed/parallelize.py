@@ -42,9 +42,9 @@ def parallelize(model: Model, mesh: Any = None) -> Model:
     size of this group, and they are right, also where they have other ranks with other videos. DDP sums gradients of
     calls of the wrapper alone, not of ``wrapped.module.training_loss``: wrap a module whose forward is the loss.
 
-    All ranks make the same draws: they seed torch alike, or pass generators with the same seed. Copies of the model are
-    over the same ranks. It is not pickled: ``state_dict``, ``save_pretrained`` and ``torch.distributed.checkpoint``
-    save it, and what `from_pretrained` loads is over no ranks.
+    All ranks make the same draws: they seed torch, or the generators that they pass, with the same number. Copies of
+    the model are over the same ranks. It is not pickled: ``state_dict``, ``save_pretrained`` and
+    ``torch.distributed.checkpoint`` save it, and what `from_pretrained` loads is over no ranks.
 
     ``torch.compile`` comes last, and does not make the ranks compare their inputs. Of a SViTT, the part ``model.video``
     can be over ranks; its texts read all tokens of a video, so that its losses refuse that.

@@ -3,7 +3,7 @@
     importance    rank 0: .1 .4 .2      rank 1: .4 .3         keep=3 of 5: tokens 1, 3 and 4
     kept          rank 0: token 1       rank 1: tokens 3, 4
 
-Every rank learns the importance of all tokens, but no rank sends a token.
+Every rank gets the importance of all tokens, but no rank sends a token.
 
 SViTT: Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers" (CVPR 2023), on node sparsity.
 """

@@ -64,7 +64,7 @@ class Draws:
 
 
 class DrawsOfRows(Draws):
-    """Of what `draws` draws for `total` rows of each sample, that of some `rows`: those of a rank."""
+    """The draws of a rank: those of some `rows` of the `total` that each sample has."""
 
     def __init__(self, draws: Draws, rows: range, total: int) -> None:
         super().__init__(draws.generator)

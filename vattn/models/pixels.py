@@ -1,4 +1,4 @@
-"""What a model of videos is given: pixels in a certain range, and axes in a certain order."""
+"""Checks of the videos that a model is given: the range of pixels, and the order of axes."""
 
 import warnings
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def require_frames(op: str, name: str, video: Tensor, sizes: Sequence[int | str]
 
 
 def warn_of_bytes(model: nn.Module, name: str, video: Tensor, pixels: str) -> None:
-    """Warn of pixels that must be those of 0 to 255, in the first video of a model: a look at it waits for a GPU."""
+    """Warn of pixels in 0 to 255, in the first video of a model only, because reading its values waits for a GPU."""
     if torch.compiler.is_compiling() or getattr(model, "_has_seen_a_video", False):
         return
     is_traced = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()

@@ -3,8 +3,8 @@
     forward     z -> found, the layer moves           backward     z -> the same found, the layer stays
 
 :func:`torch.utils.checkpoint.checkpoint` throws the activations of a part of a model away, and runs its forward once
-more when backward needs them. A layer whose forward moves its statistics would move them twice, and its second run
-would not find what its first one did.
+more when backward needs them. A layer whose forward updates statistics would update them twice, and its second run
+would not compute the same.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Settings of models: plain values, which JSON has, too, and what is asked of those that come out of a file."""
+"""Settings of models: plain values that JSON can hold, and checks of those that are read from a file."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def override(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, of which `overrides` win; where both are dicts, entry by entry.
+    """Settings with `overrides` applied; dicts are merged entry by entry.
 
     Example:
         >>> override({"dim": 8, "video": {"dim": 4, "depth": 2}}, {"video": {"depth": 3}})

@@ -17,7 +17,7 @@ T = TypeVar("T", bound=_Movable)
 
 
 class Table(Generic[T]):
-    """Something that lies on the CPU, and copies of it on the devices where it was asked for."""
+    """Something on the CPU, and copies of it on the devices that have used it."""
 
     def __init__(self, made: T) -> None:
         self.made = made

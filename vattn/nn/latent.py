@@ -114,7 +114,7 @@ LATENT_MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 class LatentBlock(nn.Module, OverRanks):
     """A block of MeBT: one of five ways in which latents, contexts and targets read each other.
 
-    The residual of the attention is of the normalised reader, as in the official code: a stream loses its scale each
+    The residual of the attention is of the normalised reader, as in the official code: a stream is normalised each
     time that it reads. Parameters have the official names.
 
     Args:

@@ -1,4 +1,4 @@
-"""The operators: a file each, and this list of them, which the package, its documents, tests and benchmarks go by."""
+"""The operators: a file each, and the list of them that the package, documents, tests and benchmarks use."""
 
 from vattn._operator import OPERATORS as OPERATORS
 from vattn.ops.axial_attention import axial_attention

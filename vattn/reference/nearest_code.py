@@ -1,4 +1,4 @@
-"""The nearest code of each vector, as vector quantisation asks for it.
+"""The nearest code of each vector: vector quantisation.
 
     index = argmin_k |x - c_k|^2        the lowest k on ties
 

@@ -51,7 +51,7 @@ def decode_stream(
               their convolutions are carried from latent to latent;
             - AutoencoderKLLTXVideo and AutoencoderKLLTX2Video with a causal decoder (``decoder_causal=True`` in the
               configuration, or ``causal=True`` here for LTX 2): likewise;
-            - AutoencoderKL, AutoencoderTiny and AutoencoderDC, which know images only: each latent is decoded alone.
+            - AutoencoderKL, AutoencoderTiny and AutoencoderDC, which decode images: each latent is decoded alone.
 
             Tiles and slices (``vae.enable_tiling()``) are respected.
         latents: gives tensors ``(B, C, H, W)`` of one shape, float32, bfloat16, float16 or float64, such as
@@ -136,7 +136,7 @@ def _frames(
             vae.decoder.calls = 0
             latent = latent[:, :, None]
         with torch.no_grad():  # no wider: the caller's own mode holds while a frame is out
-            # The method of the class: one that is set on the autoencoder, compiled or hooked, knows only that one.
+            # The method of the class: one that is set on the autoencoder, compiled or hooked, calls only that one.
             pixels = type(vae).decode(vae, latent.to(vae.dtype), **arguments).sample
         yield from pixels.unbind(2) if video else (pixels,)
 

@@ -181,7 +181,7 @@ class Cosmos(Denoiser):
             )
 
     def has_condition_mask(self) -> bool:
-        """Whether a channel of the input says which frames are given."""
+        """Whether a channel of the input marks the frames that are given."""
         config = self.module.config
         return config.in_channels == config.out_channels + 1
 

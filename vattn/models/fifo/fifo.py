@@ -328,7 +328,7 @@ class FIFO:
         conditions: Mapping[str, Any] | None,
         unconditional: Mapping[str, Any] | None,
     ) -> Tensor:
-        """What the denoiser says, with guidance, of the frames that a window writes."""
+        """The prediction, with guidance, for the frames that a window writes."""
         start, write, stop = window
 
         def denoise(arguments: Mapping[str, Any] | None) -> Tensor:

@@ -173,7 +173,7 @@ class PerFrameScheduler(FrameScheduler):
         return torch.cat(frames, 2), after
 
     def _of_history(self, scheduler: Any, step: int) -> dict[str, Any]:
-        """Arguments of a step with which schedulers are told what came before it, and what comes after."""
+        """Arguments of a step with which the caller passes a scheduler its history, or the next timestep."""
         arguments: dict[str, Any] = {}
         if "old_pred_original_sample" in self._parameters:  # CogVideoX's DPM: its history is the caller's
             old = getattr(scheduler, "old_pred_original_sample", None)

@@ -39,7 +39,7 @@ class FrameScheduler(ABC):
         return noise
 
     def history(self, step: int) -> History:
-        """What there is to remember of a frame whose first step is this one."""
+        """The history of a frame whose first step is this one."""
         return {}
 
     def model_input(self, latents: Tensor, steps: Sequence[int]) -> Tensor:

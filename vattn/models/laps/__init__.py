@@ -6,7 +6,7 @@ LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Vid
 Layer i leaps ``T // 2**levels[i % len(levels)]`` frames, so that a few layers connect all frames, without a
 parameter more than the image model has::
 
-    T = 8       who meets whom                      what frame 0 has heard of
+    T = 8       pairs of frames                     frames that frame 0 depends on
     level 1     0-4  1-5  2-6  3-7                  4
     level 2     0-2  1-3  4-6  5-7                  4  2 6
     level 3     0-1  2-3  4-5  6-7                  4  2 6  1 5 3 7

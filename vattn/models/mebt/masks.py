@@ -1,4 +1,4 @@
-"""Which tokens MeBT knows and which it has to find: schedules, and partitions of the positions of a video.
+"""Which tokens are given and which are predicted: schedules, and partitions of the positions of a video.
 
     masked at time t of N tokens:   ceil(ratio(t) * N),   ratio falls from 1 at t = 0 to 0 at t = 1
 
@@ -7,7 +7,7 @@ Transformers" (CVPR 2023). Positions number the tokens of a video in raster orde
 int64 tensors, contexts ``(B, NC)`` and targets ``(B, NT)``, and sampling moves positions from right to left::
 
     contexts             targets
-                         0 1 2 3 4 5 6 7        t = 0, nothing is known
+                         0 1 2 3 4 5 6 7        t = 0, nothing is given
     6 2                  0 1 3 4 5 7
     6 2 0 5 7            1 3 4
     6 2 0 5 7 3 1 4                             t = 1

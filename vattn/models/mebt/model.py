@@ -1,4 +1,4 @@
-"""MeBT: a transformer that knows some tokens of a video and finds the others, at a cost linear in their number.
+"""MeBT: a transformer that predicts the masked tokens of a video from the others, at a cost linear in their number.
 
     contexts = tokens[codes] + positions,  targets = mask + positions,  latents: learned
     logits   = W_head LN(targets)          after the blocks, see :class:`vattn.nn.LatentBlock`
@@ -117,7 +117,7 @@ class MeBT(PretrainedModel, OverRanks):
         vocab_size: how many codes there are.
         grid: frames, height and width of a video in codes; a shorter video is a part of it.
         dim, num_heads, modes: of the blocks, see :class:`vattn.nn.LatentBlock`; a mode for each block.
-        num_latents: through which contexts and targets talk to each other.
+        num_latents: how many latents there are between contexts and targets.
         embed_drop, attn_drop, proj_drop: dropout in training, of inputs, attention weights and outputs of layers.
 
     Shape:
@@ -217,7 +217,7 @@ class MeBT(PretrainedModel, OverRanks):
         return self.transformer(self.sos_emb.expand(codes.shape[0], -1, -1), contexts, targets, **over_ranks)
 
     def _checked(self, codes: Tensor, context: Tensor, target: Tensor) -> Mapping[str, Any]:
-        """The inputs are right; what of them all ranks have alike, if there are any."""
+        """Check the inputs; returns what must be the same on all ranks, if there are any."""
         require_part("MeBT", self.grid, codes)
         for name, positions in (("context", context), ("target", target)):
             if positions.dim() != 2 or positions.shape[0] != codes.shape[0]:

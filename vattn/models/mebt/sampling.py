@@ -1,12 +1,12 @@
-"""Finding the masked tokens of a video: all at once, kept step by step, or drafted and revised.
+"""Sampling the masked tokens of a video: MaskGIT, or draft and revise.
 
 MeBT: Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional
-Transformers" (CVPR 2023). A sampler asks a model for the logits of the targets, given the contexts, finds tokens for
-all targets, and makes contexts of some of them::
+Transformers" (CVPR 2023). A sampler computes the logits of the targets, given the contexts, samples tokens for
+all targets, and makes some of them contexts::
 
     maskgit    the surest targets become contexts       Chang et al., "MaskGIT" (CVPR 2022)
     draft      a random group of targets does           Lee et al., "Draft-and-Revise" (NeurIPS 2022)
-    revise     a group at a time is found again, from all that is known
+    revise     a group at a time is sampled again, from all other tokens
 
 :func:`inpaint` is what to do with them: a grid of codes and a mask make a video. Generation, continuation and
 interpolation are inpainting with a certain mask.
@@ -36,7 +36,7 @@ from vattn.models.settings import number
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A model: codes ``(B, N)``, contexts ``(B, NC)``, targets ``(B, NT)`` to the logits of the targets ``(B, NT, V)``.
 
-One with a `grid`, as MeBT has, is asked for videos whose positions it knows: see :func:`require_part`.
+One with a `grid`, as MeBT has, makes videos within that grid: see :func:`require_part`.
 """
 
 STRATEGIES = ("maskgit", "random", "bootstrap")
@@ -73,7 +73,7 @@ def maskgit(
     progress: bool = False,
     **sampling: Any,
 ) -> Sample:
-    """Find all targets, `num_steps` times; each time keep those of which the model is surest.
+    """Sample all targets, `num_steps` times; each time keep those with the highest probability.
 
     Args:
         model: gives the logits of targets; in evaluation mode, if it is a module.
@@ -141,7 +141,7 @@ def draft(
     progress: bool = False,
     **sampling: Any,
 ) -> Sample:
-    """Find all targets, `num_steps` times; each time keep a random group of them.
+    """Sample all targets, `num_steps` times; each time keep a random group of them.
 
     Args:
         num_steps: groups into which the targets are divided.
@@ -173,7 +173,7 @@ def revise(
     progress: bool = False,
     **sampling: Any,
 ) -> Sample:
-    """Find each target once more, a random group of them at a time, from all other tokens.
+    """Sample each target once more, a random group of them at a time, from all other tokens.
 
     Args:
         codes: ``(B, N)``, whose targets have been found before.
@@ -238,7 +238,7 @@ def draft_and_revise(
 def inpaint(
     model: Logits, codes: Tensor, mask: Tensor, *, sampler: Callable[..., Sample] | None = None, **settings: Any
 ) -> Tensor:
-    """A video that keeps the codes outside the mask, and finds those inside.
+    """A video that keeps the codes outside the mask, and samples those inside.
 
     Args:
         model: as in :func:`maskgit`.

@@ -1,4 +1,4 @@
-"""What MeBT learns from: how much of a video is masked, where, and what its cross-entropy is divided by.
+"""The training loss of MeBT: how much of a video is masked, where, and how the cross-entropy is normalised.
 
     loss = -sum log p(code of target) / (number of masked tokens)
 
@@ -32,8 +32,8 @@ def masked_loss(
         logits: ``(B, NT, V)``. codes: ``(B, NT)`` int64.
         masked: masked tokens of a sample, also those that a budget has left out of the targets.
         num_tokens: masked tokens and contexts of a sample.
-        average: 1 is the mean over masked tokens; 0 is the sum over them in relation to all tokens, which weighs
-            samples that are masked less by less.
+        average: 1 is the mean over masked tokens; 0 is the sum over them in relation to all tokens, which gives
+            lightly masked samples less weight.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""SViTT: which text tells what happens in which video, at a cost that few tokens and few edges make small.
+"""SViTT: matches texts and videos, with sparse edges and sparse nodes that keep the cost small.
 
     video  (B, T, 3, H, W) -> video encoder -> tokens, few of them  -> one vector -+-> similarity: contrastive loss
     text   words           -> text encoder  -> tokens               -> first one  -+

@@ -1,4 +1,4 @@
-"""Answers to questions about a video: a text encoder reads question and video, a decoder says the answer.
+"""Answers to questions about a video: a text encoder reads question and video, a decoder generates the answer.
 
     question -> text encoder, which reads the video -> states -> decoder: log p(answer) = sum log p(word | words before)
 

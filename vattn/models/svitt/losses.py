@@ -46,7 +46,7 @@ class Negatives(NamedTuple):
 
 
 def contrastive_loss(similarity: Tensor, ids: Tensor | None = None) -> Tensor:
-    """How well videos find their texts and texts their videos, among those of a batch.
+    """The contrastive loss: videos retrieve their texts and texts their videos, among those of a batch.
 
     Args:
         similarity: ``(N, N)``, of video i and text j, divided by a temperature.
@@ -121,7 +121,7 @@ def draw_negatives(
 
 
 def matching_loss(logits: Tensor) -> Tensor:
-    """How well pairs are told from negatives.
+    """The matching loss: classifies pairs and negatives.
 
     Args:
         logits: ``(3N, 2)``, of no and yes: N pairs, then N texts with a wrong video, then N videos with a wrong text.

@@ -29,7 +29,7 @@ from vattn.models.svitt.weights import head_weights, part, sections, text_weight
 
 
 class SViTT(PretrainedModel):
-    """A video encoder and a text encoder, which tell alone and together whether a video and a text belong together.
+    """A video encoder and a text encoder, which score pairs of a video and a text, separately and jointly.
 
     Args:
         video, text: settings of the :class:`VideoEncoder` and of the :class:`TextEncoder`, whose `video_dim` are the
@@ -198,7 +198,7 @@ class SViTT(PretrainedModel):
         *,
         generator: Randomness = None,
     ) -> VideoTokens:
-        """What the text encoder reads of a video, and the vector it is found by; see :class:`VideoEncoder`."""
+        """The tokens of a video that the text encoder reads, and its vector; see :class:`VideoEncoder`."""
         self.video._require_all_tokens("SViTT.encode_video")
         seen = self.video(video, layouts, generator=generator)
         return cast(VideoTokens, seen._replace(tokens=self.video_norm(seen.tokens)))

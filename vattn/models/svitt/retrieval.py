@@ -1,4 +1,4 @@
-"""Finding texts for videos and videos for texts: similarity first, then a closer look at the best ones.
+"""Retrieval of texts for videos and of videos for texts: by similarity, then the best ones ranked again.
 
     similarity          5.1  4.9  4.8 | 3.0  2.2        of all, from one vector each
     candidates            b    e    a |   c    d

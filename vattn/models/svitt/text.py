@@ -1,4 +1,4 @@
-"""The language side of SViTT: a BERT whose last layers also read a video, and forget most of it on the way.
+"""The text encoder of SViTT: a BERT whose last layers also read a video, and prune most of its tokens.
 
     x = LN(x + W_proj attention(x, x))         every layer
     x = LN(x + W_proj attention(x, video))     from `fusion_layer` on

@@ -1,4 +1,4 @@
-"""The video encoder of SViTT: a BEiT over the patches of all frames, that reads little of them and keeps fewer.
+"""The video encoder of SViTT: a BEiT over the patches of all frames, with sparse edges and sparse nodes.
 
     x = x + scale_1 * attention(LN(x))        each block of tokens reads few blocks (edge sparsity)
     x = x + scale_2 * MLP(LN(x))
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @exportable
 class VideoTokens(NamedTuple):
-    """What a video is to a transformer.
+    """The tokens of a video.
 
     Attributes:
         tokens: ``(B, 1 + K, C)``: the global token, and the patches that are left.
@@ -287,7 +287,7 @@ class VideoEncoder(PretrainedModel, OverRanks):
         return None if self._order is None else self._order.made
 
     def _checked(self, video: Tensor) -> Mapping[str, Any]:
-        """The video is right; what of it all ranks have alike, if there are any."""
+        """Check the video; returns what must be the same on all ranks, if there are any."""
         size = self.patch_embed.stride[0]
         frames, height, width = self.window
         require_frames("VideoEncoder", "video", video, (frames, 3, height * size, width * size))
@@ -388,7 +388,7 @@ def expand(model: Model, num_frames: int, sparsity: Sparsity | None = None) -> M
     """A copy of `model`, ready to go on learning from more frames, and sparser: a step of SViTT's curriculum.
 
     The biases of each offset in time are those of the nearest one before. An image model, which has one frame, becomes
-    a video model that does not know the order of its frames yet.
+    a video model that does not depend on the order of its frames yet.
 
     Args:
         model: a :class:`VideoEncoder`, or a model that has some.

@@ -1,4 +1,4 @@
-"""A small video diffusion transformer: what people who have no pretrained denoiser start from.
+"""A small video diffusion transformer, for those who have no pretrained denoiser.
 
     noise.py     shares of video and noise at every timestep, and what is predicted: epsilon, v or flow
     layers.py    the blocks: leap attention, attention along time, to texts, and what conditions them

@@ -6,7 +6,7 @@
     prediction  = F and the noised frames, as the timestep mixes them   see :mod:`vattn.models.video_dit.noise`
 
 Diagonal denoising (:mod:`vattn.models.fifo`) asks for that: in its queue the first frame is nearly clean, and the last
-one is noise. A model knows such a queue if every frame had noise of its own in training (`per_frame` of
+one is noise. A model is trained for such a queue if every frame had noise of its own in training (`per_frame` of
 :meth:`VideoDiT.training_loss`).
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023); Chen et al., "Diffusion Forcing: Next-token
@@ -44,7 +44,7 @@ class VideoDiT(PretrainedModel):
         dim, depth, num_heads, mlp_ratio: of the blocks.
         levels: block i leaps ``T // 2**levels[i % len(levels)]`` frames, see :func:`vattn.nn.leap_of_level`; None is
             attention within each frame. Every block has attention along time, too.
-        num_classes: of videos; None for a model that knows no class.
+        num_classes: of videos; None for a model without classes.
         text_dim: channels of embedded texts; None for a model that reads none.
         drop_conditions: how often the class and the text of a sample are hidden from it in training, which
             classifier-free guidance needs.

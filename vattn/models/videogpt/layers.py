@@ -43,7 +43,7 @@ class LayerNorm(nn.Module):
     equal numbers becomes `b`, where the official code makes it NaN.
 
     Args:
-        dim: channels C. num_classes: channels of a class, None for a norm that knows none.
+        dim: channels C. num_classes: channels of a class, None for a norm without classes.
 
     Shape:
         ``(B, ..., C)``, and the class ``(B, num_classes)`` or None, to the same.
@@ -289,8 +289,8 @@ class AttentionStack(nn.Module):
         block_size, num_local_blocks: of the sparse layout, see :meth:`vattn.BlockLayout.strided`.
 
     Shape:
-        tokens ``(B, N, C)``, class ``(B, num_classes)``, memory ``(B, M, memory_dim)`` to ``(B, N, C)``: row i knows
-        tokens up to i - 1.
+        tokens ``(B, N, C)``, class ``(B, num_classes)``, memory ``(B, M, memory_dim)`` to ``(B, N, C)``: row i depends
+        on tokens up to i - 1.
 
     Raises:
         TypeError, ValueError: a setting or an input that does not fit.

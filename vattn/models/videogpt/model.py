@@ -1,4 +1,4 @@
-"""VideoGPT: a transformer that finds the codes of a video one after the other, each from those before it.
+"""VideoGPT: a transformer that predicts the codes of a video one after the other, each from those before it.
 
     p(codes) = prod_i p(code_i | codes before i, class, first frames),   logits_i = W_out norm(stack(W_in e_codes))_i
     loss     = -mean_i log p(code_i)
@@ -45,7 +45,7 @@ class VideoGPT(PretrainedModel):
         dim, num_heads, num_layers: channels, a multiple of heads and axes; heads; blocks.
         attention: "full", or "sparse" for near tokens and those in line.
         block_size, num_local_blocks: of the sparse layout, see :meth:`vattn.BlockLayout.strided`.
-        num_classes: of videos; None for a model that knows no class.
+        num_classes: of videos; None for a model without classes.
         frame_shape: frames, height and width in pixels of the first frames; None for a model that is given none.
         resnet: settings of the :class:`ResNet3d` that makes features of them; None for the official ones.
         dropout: after attention and MLPs, in training. attn_drop: of attention weights, in training.

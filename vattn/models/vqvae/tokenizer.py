@@ -131,7 +131,7 @@ class Tokenizer(PretrainedModel):
         return f"downsample={self.downsample}, image_channels={self.image_channels}"
 
     def reconstruction_loss(self, reconstruction: Tensor, video: Tensor) -> Tensor:
-        """How far a reconstruction is from its video."""
+        """The reconstruction error of a video."""
         raise NotImplementedError
 
     def training_loss(self, video: Tensor, generator: Randomness = None) -> Tensor:
