@@ -133,7 +133,7 @@ def attend(
             op, query=query, key=key, value=value, layout=layout, position_bias=position_bias, positions=positions,
             causal=causal, dropout_p=dropout_p, seed=seed, scale=scale, importance=importance,
         )  # fmt: skip
-    if runs_reference(query, op):
+    if runs_reference(query, op) or layout.order is not None or layout.num_samples > 1:
         if position_bias is not None and positions is not None:
             window = position_bias[1] if isinstance(position_bias, tuple) else position_bias.window
             _checks.in_range(op, "positions", positions, math.prod(window))
