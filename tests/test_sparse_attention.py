@@ -141,7 +141,7 @@ def test_gradcheck(layout, dropout_p, causal):
 @pytest.mark.parametrize("everything", [False, True], ids=["nothing", "everything"])
 def test_opcheck_of_edges(everything):
     query, key, value = qkv(2, 2, 9, 6)
-    layout = [PER_HEAD.row_offsets, PER_HEAD.columns, None, None, PER_HEAD.block_size, PER_HEAD.num_global]
+    layout = [PER_HEAD.row_offsets, PER_HEAD.columns, None, None, None, PER_HEAD.block_size, PER_HEAD.num_global]
     table = leaf(3 * 3 * 5 + 8, 2) if everything else None
     options = (
         [[2, 2, 3], POSITIONS, True, 0.2, torch.tensor([7]), 0.5] if everything else [[], None, False, 0.0, None, 1.0]
