@@ -208,7 +208,7 @@ def _pairs(
 def _listed_pairs(
     columns: Tensor, row_offsets: Tensor, order: Tensor | None, block_size: int, num_tokens: int
 ) -> int:  # fmt: skip
-    """How many pairs the listed blocks have, of all sets of rows; where a layout has no values, as if none were short."""
+    """How many pairs the listed blocks have, of all sets of rows; where there are no values, as if none were short."""
     if values(columns) is None:
         return columns.numel() * block_size**2
     blocks = row_offsets.shape[-1] - 1
