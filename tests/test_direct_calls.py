@@ -285,7 +285,7 @@ def test_a_bad_argument(op, name):
 
 ABOUT_NUMBERS = re.compile(
     r"between 0 and the|fall, got|ascend, got|(positions|kept) must be from|num_tokens must be at most|than 2\*\*63|"
-    "order must hold|-1 must come last"
+    "order must hold|-1 must come last|rows must be the same or apart"
 )
 """What the CPU says of numbers in tensors, which only kernels on a GPU know there, and of memory."""
 

@@ -73,12 +73,16 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
   }
 
   void set_keys_before() {
-    keys_before.resize(columns.numel());
-    for (int64_t i = 1; i < row_offsets.numel(); ++i) {
+    keys_before.assign(columns.numel(), -1);
+    each_row([&](int64_t i) {
       int64_t keys = 0;
-      for (int32_t entry = a.row_offsets[i - 1]; entry < a.row_offsets[i]; ++entry)
-        keys_before[entry] = keys, keys += a.length(a.columns[entry]);
-    }
+      for (int32_t entry = a.row_offsets[i]; entry < a.row_offsets[i + 1]; ++entry) {
+        int64_t& before = keys_before[entry];
+        check_value(before < 0 || before == keys, op, ": rows must be the same or apart with an order, got column ", entry,
+                    " in two that begin apart");
+        before = keys, keys += a.length(a.columns[entry]);
+      }
+    });
     a.keys_before = keys_before.data();
   }
 
@@ -93,9 +97,17 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
                                            "the number of columns", entries);
     a.layout_head = heads > 1 ? a.blocks + 1 : 0, a.layout_batch = axes == 3 ? heads * (a.blocks + 1) : 0;
     a.row_offsets = row_offsets.const_data_ptr<int32_t>(), a.columns = columns.const_data_ptr<int32_t>();
-    for (int64_t i = 1, offsets = row_offsets.numel(); i < offsets; ++i)
-      check_value(a.row_offsets[i - 1] <= a.row_offsets[i], op, ": row_offsets must not fall, got row_offsets[", i,
-                  "]=", a.row_offsets[i], " after ", a.row_offsets[i - 1]);
+    each_row([&](int64_t i) {
+      check_value(a.row_offsets[i] <= a.row_offsets[i + 1], op, ": row_offsets must not fall, got row_offsets[", i + 1,
+                  "]=", a.row_offsets[i + 1], " after ", a.row_offsets[i]);
+    });
+  }
+
+  // Calls f(i) for the row that begins with offset i, of all sets of rows.
+  template <class F>
+  void each_row(F f) const {
+    for (int64_t i = 0, ends = a.blocks + 1; i < row_offsets.numel(); i += ends)
+      for (int64_t block = 0; block < a.blocks; ++block) f(i + block);
   }
 
   // With the probability (B, N) that the first global query gives each key, averaged over heads, or with nothing.
