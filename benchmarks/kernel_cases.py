@@ -138,9 +138,11 @@ def axial(variant: str, dtype: torch.dtype, head_dim: int) -> None:
 def edge_sparse(variant: str, dtype: torch.dtype, head_dim: int) -> None:
     """With a global token. The gradient of a bias is deterministic where there is dropout too."""
     query, columns = empty(2, 4, 1 + TOKENS, head_dim, dtype=dtype), empty(4 * TOKENS // BLOCK, dtype=torch.int32)
-    layout, lse = (empty(1, TOKENS // BLOCK + 1, dtype=torch.int32), columns), empty(*query.shape[:-1])
+    samples = [2] if "samples" in variant else []
+    layout, lse = (empty(*samples, 1, TOKENS // BLOCK + 1, dtype=torch.int32), columns), empty(*query.shape[:-1])
+    order = empty(TOKENS, dtype=torch.int32) if "order" in variant else None
     table, window = bias_of_window(variant, 4)
-    settings = (BLOCK, 1, table, window, None, "causal" in variant, *dropout(variant, query), 0.1)
+    settings = (order, BLOCK, 1, table, window, None, "causal" in variant, *dropout(variant, query), 0.1)
     edge_sparse_attention.forward(query, query, query, *layout, *layout, *settings, "dropout" in variant)
     edge_sparse_attention.backward(
         query, None, *[query] * 4, lse, *layout, *layout, *settings, False, deterministic="dropout" in variant
@@ -210,7 +212,12 @@ OPERATORS = {
         axial, ("short", "long"), ("short+dropout", "long+dropout", "short+dropout+numbers", "long+dropout+numbers")
     ),
     "edge_sparse_attention": Operator(
-        edge_sparse, ("bias",), ("plain", "causal", "bias+causal+dropout", "bias+causal+dropout+numbers")
+        edge_sparse,
+        ("bias",),
+        (
+            *("plain", "causal", "samples", "order", "bias+causal+dropout", "bias+causal+dropout+numbers"),
+            "bias+causal+dropout+order",
+        ),
     ),
     "latent_attention": Operator(
         latent,

@@ -11,6 +11,9 @@ Tiles before the global tokens need no mask, unless the last block of the grid i
 row, and its places past the end are masked. The backward for keys is the same walk over the transposed layout, which
 lists the query blocks that read a block of keys; nothing is added by atomics.
 
+With an order, a block has slots, each of which names a token, or none: one more load finds a row, and nothing is moved.
+Slots without a token stand at the end of their block, and are masked.
+
 Global queries read everything, and global keys are read by everything: a second launch, in which a program owns
 global rows, and shares out what they read, or who reads them, among splits that fill a device. Partial results are
 merged, and partial gradients and tangents added, always in the same order.
@@ -40,8 +43,9 @@ from vattn.kernels.launch import quotient
 from vattn.kernels.tokens import lanes as lanes_alone
 from vattn.kernels.tokens import offsets, share, whole_tiles
 
-# Numbers: splits, from head to head of the layout, from sample to sample of the codes, S of the table, G, N, the size
-# of a block and 1 / that. Pointers: see below. A row is (its number, which rows exist, whether some are global).
+# Numbers: of global tokens splits, of blocks from sample to sample of the layout; from head to head of the layout, from
+# sample to sample of the codes, S of the table, G, N, the size of a block and 1 / that. Pointers: see below. A row is
+# (its number, which rows exist, whether some are global).
 
 
 class Pointers(NamedTuple):
@@ -55,23 +59,60 @@ class Pointers(NamedTuple):
     table_grad: Tensor | None = None
     unit: Tensor | None = None
     table_tangent: Tensor | None = None
+    order: Tensor | None = None
 
 
 @triton.jit
-def own_block(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+def list_of(where, sample_step, bh, H, block):
+    """The first entry of a block's list, and how many places its blocks have."""
+    start_ptr = where[0].starts + bh // H * sample_step + bh % H * where[1][1] + block
+    start = tl.load(start_ptr)
+    return start, (tl.load(start_ptr + 1) - start) * where[1][6]
+
+
+@triton.jit
+def own_consecutive(where, sample_step, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
     """Rows of a block: ``(bh, H, G, N, block size, 1 / that, its list, and places: first, whole, global, last)``."""
-    _, layout_step, _, _, G, N, block_size, inverse = where[1]
+    _, _, _, _, G, N, block_size, inverse = where[1]
     pid = tl.program_id(0)
     tiles, blocks = tl.cdiv(tl.minimum(block_size, N), BLOCK), tl.cdiv(N, block_size)
     component = pid // tiles
     block, bh = component % blocks, component // blocks
     begin = G + block * block_size
-    start_ptr = where[0].starts + bh % H * layout_step + block
-    start = tl.load(start_ptr)
-    listed = (tl.load(start_ptr + 1) - start) * block_size
+    start, listed = list_of(where, sample_step, bh, H, block)
     whole = tl.where(N % block_size == 0, listed - listed % OTHER, 0)
     group = (bh, H, G, N, block_size, inverse, where[0].columns + start, 0, whole, listed, listed + G)
     return bh, 0, group, begin + pid % tiles * BLOCK, tl.minimum(begin + block_size, G + N)
+
+
+@triton.jit
+def own_block(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """Rows of a block, of a layout for all samples."""
+    return own_consecutive(where, 0, H, heads, BLOCK, OTHER)
+
+
+@triton.jit
+def own_block_of_sample(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """Rows of a block, of a layout per sample."""
+    return own_consecutive(where, where[1][0], H, heads, BLOCK, OTHER)
+
+
+@triton.jit
+def own_slots(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """Slots of a block, and ``group`` with the order behind it."""
+    sample_step, _, _, _, G, N, block_size, inverse = where[1]
+    order_ptr = where[0].order
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(block_size, BLOCK)
+    component, blocks = pid // tiles, tl.num_programs(0) // (tiles * heads)
+    block, bh = component % blocks, component // blocks
+    start, listed = list_of(where, sample_step, bh, H, block)
+    whole = tl.where(N == blocks * block_size, listed - listed % OTHER, 0)
+    group = (bh, H, G, N, block_size, inverse, where[0].columns + start, 0, whole, listed, listed + G, order_ptr)
+    first = block * block_size + pid % tiles * BLOCK
+    slot = first + tl.arange(0, BLOCK)
+    tokens = tl.load(order_ptr + slot, mask=slot < (block + 1) * block_size, other=-1)
+    return bh, 0, group, first, first + tl.sum((tokens >= 0).to(tl.int32))
 
 
 @triton.jit
@@ -101,15 +142,22 @@ def lanes_listed(group, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate_listed(start, lanes, last, group, I: tl.constexpr, WHOLE: tl.constexpr):
-    """The rows at the places of the list from `start` on."""
-    lane, blocks, tokens = lanes
-    _, _, G, N, block_size, inverse, columns_ptr, _, _, listed, _ = group
-    slot = quotient(start, inverse)
-    token = start - slot * block_size + tokens
+def entries(start, lanes, group):
+    """Where the blocks of the list stand that have the places from `start` on, and the places in their block."""
+    _, blocks, tokens = lanes
+    block_size, inverse, columns_ptr = group[4], group[5], group[6]
+    entry = quotient(start, inverse)
+    token = start - entry * block_size + tokens
     wraps = (token >= block_size).to(tl.int32)
     token -= wraps * block_size
-    columns_ptrs = columns_ptr + slot + blocks + wraps
+    return columns_ptr + entry + blocks + wraps, token
+
+
+@triton.jit
+def locate_listed(start, lanes, last, group, I: tl.constexpr, WHOLE: tl.constexpr):
+    """The rows at the places of the list from `start` on."""
+    lane, G, N, block_size, listed = lanes[0], group[2], group[3], group[4], group[9]
+    columns_ptrs, token = entries(start, lanes, group)
     if WHOLE:
         return (G + tl.load(columns_ptrs) * block_size + token,)
     else:
@@ -118,6 +166,22 @@ def locate_listed(start, lanes, last, group, I: tl.constexpr, WHOLE: tl.constexp
         token += tl.load(columns_ptrs, mask=is_listed, other=0) * block_size
         row = tl.where(is_listed, G + token, place - listed)
         return row, tl.where(is_listed, token < N, place < last), start + lane.shape[0] > listed
+
+
+@triton.jit
+def locate_slots(start, lanes, last, group, I: tl.constexpr, WHOLE: tl.constexpr):
+    """The rows at the places of the list from `start` on, of blocks of slots."""
+    lane, G, block_size, listed, order_ptr = lanes[0], group[2], group[4], group[9], group[11]
+    columns_ptrs, slot = entries(start, lanes, group)
+    if WHOLE:
+        return (G + tl.load(order_ptr + tl.load(columns_ptrs) * block_size + slot),)
+    else:
+        place = start + lane
+        is_listed = place < listed
+        slot += tl.load(columns_ptrs, mask=is_listed, other=0) * block_size
+        token = tl.load(order_ptr + slot, mask=is_listed, other=-1)
+        row = tl.where(is_listed, G + tl.maximum(token, 0), place - listed)
+        return row, tl.where(is_listed, token >= 0, place < last), start + lane.shape[0] > listed
 
 
 @triton.jit
@@ -130,6 +194,13 @@ def locate_all(start, lane, last, group, I: tl.constexpr, WHOLE: tl.constexpr):
 def mine(first, last, group, BLOCK: tl.constexpr):
     """The rows owned."""
     return (first + tl.arange(0, BLOCK),)
+
+
+@triton.jit
+def tokens_of_slots(first, last, group, BLOCK: tl.constexpr):
+    """The rows owned, of slots."""
+    slot = first + tl.arange(0, BLOCK)
+    return (group[2] + tl.load(group[11] + slot, mask=slot < last, other=0),)
 
 
 @triton.jit
@@ -279,9 +350,14 @@ def add_global_keys(where, ds_local, own_row, mask, pair, group):
     add_to_table(where, group, where[1][3] + group[2] + own_row[0], ds_local, mask)
 
 
-BLOCKS = Itinerary(own_block, span, lanes_listed, locate_listed, offsets, number, exists, mine)
-GLOBALS = Itinerary(own_globals, span, lanes_alone, locate_all, offsets, number, mine=mine)
-
+ROWS = {
+    "globals": Itinerary(own_globals, span, lanes_alone, locate_all, offsets, number, mine=mine),
+    "blocks": Itinerary(own_block, span, lanes_listed, locate_listed, offsets, number, exists, mine),
+    "blocks of samples": Itinerary(
+        own_block_of_sample, span, lanes_listed, locate_listed, offsets, number, exists, mine
+    ),
+    "slots": Itinerary(own_slots, span, lanes_listed, locate_slots, offsets, number, exists, tokens_of_slots),
+}
 
 GRADS = {
     "queries": {"grad_step": grad_block},
@@ -293,8 +369,9 @@ GRADS = {
 
 
 @functools.cache
-def itinerary(is_global: bool, bias: bool, causal: bool, taps: bool, grad: str, tangent: bool) -> Itinerary:
-    """Of the blocks or of the global tokens, with what a call asks for; `grad` is that of the table, of whose rows."""
+def itinerary(rows: str, bias: bool, causal: bool, taps: bool, grad: str, tangent: bool) -> Itinerary:
+    """Of the `rows` that programs own, with what a call asks for; `grad` is that of the table, of whose rows."""
+    is_global = rows == "globals"
     changes: dict[str, Any] = {}
     if bias:
         changes["bias"] = bias_globals if is_global else bias_block
@@ -307,17 +384,18 @@ def itinerary(is_global: bool, bias: bool, causal: bool, taps: bool, grad: str, 
     if tangent:
         changes["bias_tangent"] = bias_tangent
     changes |= GRADS.get(f"global {grad}" if is_global else grad, {})
-    return dataclasses.replace(GLOBALS if is_global else BLOCKS, **changes)
+    return dataclasses.replace(ROWS[rows], **changes)
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, row_offsets: Tensor, columns: Tensor, column_offsets: Tensor | None,
-    rows: Tensor | None, block_size: int, num_global: int, bias_table: Tensor | None, window: Sequence[int],
-    positions: Tensor | None, causal: bool, dropout_p: float, seed: Tensor | None, scale: float, importance: bool,
+    rows: Tensor | None, order: Tensor | None, block_size: int, num_global: int, bias_table: Tensor | None,
+    window: Sequence[int], positions: Tensor | None, causal: bool, dropout_p: float, seed: Tensor | None, scale: float,
+    importance: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out (B, H, G+N, D), in memory as (B, G+N, H, D), the float32 lse (B, H, G+N), and importance (B, N) or (0,)."""
     bias = bias_table, window, positions, causal
-    call = Call(query, key, value, row_offsets, columns, block_size, num_global, bias, dropout_p, seed, scale)
+    call = Call(query, key, value, row_offsets, columns, order, block_size, num_global, bias, dropout_p, seed, scale)
     out, lse = attention.empty_results(query)
     scores = lse.new_empty(lse[:, :, num_global:].shape) if importance else None
     for part, splits in call.parts("forward", {"scores": scores}, taps=importance):
@@ -334,9 +412,9 @@ def forward(
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    row_offsets: Tensor, columns: Tensor, column_offsets: Tensor, rows: Tensor, block_size: int, num_global: int,
-    bias_table: Tensor | None, window: Sequence[int], positions: Tensor | None, causal: bool, dropout_p: float,
-    seed: Tensor | None, scale: float, importance: bool, *, deterministic: bool | None = None,
+    row_offsets: Tensor, columns: Tensor, column_offsets: Tensor, rows: Tensor, order: Tensor | None, block_size: int,
+    num_global: int, bias_table: Tensor | None, window: Sequence[int], positions: Tensor | None, causal: bool,
+    dropout_p: float, seed: Tensor | None, scale: float, importance: bool, *, deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key, value and the table, the last (0,) without one.
 
@@ -345,7 +423,7 @@ def backward(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     bias = bias_table, window, positions, causal
-    call = Call(query, key, value, row_offsets, columns, block_size, num_global, bias, dropout_p, seed, scale)
+    call = Call(query, key, value, row_offsets, columns, order, block_size, num_global, bias, dropout_p, seed, scale)
     dq, dk, dv, delta = empty_rows(query), empty_rows(query), empty_rows(query), torch.empty_like(lse)
     unit = worth = dtable = None
     if call.table is not None:
@@ -358,7 +436,7 @@ def backward(
         dqs = call.partial(dq, splits)
         call.backward_query(part, grad_out, grad_lse, out, lse, delta, dqs)
         call.add_up(dqs, dq)
-    table |= {"starts": column_offsets, "columns": rows}
+    table |= {"starts": column_offsets.contiguous(), "columns": rows.contiguous()}
     for part, splits in call.parts("backward_key", table, "" if dtable is None else "keys"):
         dks, dvs = call.partial(dk, splits), call.partial(dv, splits)
         call.backward_key(part, grad_out, lse, delta, dks, dvs)
@@ -373,13 +451,13 @@ def backward(
 def jvp(
     query_tangent: Tensor, key_tangent: Tensor, value_tangent: Tensor, table_tangent: Tensor | None, query: Tensor,
     key: Tensor, value: Tensor, out: Tensor, lse: Tensor, row_offsets: Tensor, columns: Tensor,
-    column_offsets: Tensor | None, rows: Tensor | None, block_size: int, num_global: int, bias_table: Tensor | None,
-    window: Sequence[int], positions: Tensor | None, causal: bool, dropout_p: float, seed: Tensor | None, scale: float,
-    importance: bool,
+    column_offsets: Tensor | None, rows: Tensor | None, order: Tensor | None, block_size: int, num_global: int,
+    bias_table: Tensor | None, window: Sequence[int], positions: Tensor | None, causal: bool, dropout_p: float,
+    seed: Tensor | None, scale: float, importance: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The tangents of out and lse."""
     bias = bias_table, window, positions, causal
-    call = Call(query, key, value, row_offsets, columns, block_size, num_global, bias, dropout_p, seed, scale)
+    call = Call(query, key, value, row_offsets, columns, order, block_size, num_global, bias, dropout_p, seed, scale)
     dout, dlse = attention.empty_results(query)
     dtable = None if table_tangent is None else table_tangent.float().t().contiguous()
     for part, splits in call.parts("jvp", {"table_tangent": dtable}, tangent=dtable is not None):
@@ -394,26 +472,32 @@ class Call(attention.Call):
     """A call with its layout and its bias."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, row_offsets: Tensor, columns: Tensor, block_size: int,
-        num_global: int, bias: tuple[Tensor | None, Sequence[int], Tensor | None, bool], dropout_p: float,
-        seed: Tensor | None, scale: float,
+        self, query: Tensor, key: Tensor, value: Tensor, row_offsets: Tensor, columns: Tensor, order: Tensor | None,
+        block_size: int, num_global: int, bias: tuple[Tensor | None, Sequence[int], Tensor | None, bool],
+        dropout_p: float, seed: Tensor | None, scale: float,
     ) -> None:  # fmt: skip
         super().__init__(query, [key], [value], dropout_p, seed, scale)
         bias_table, window, positions, self.causal = bias
         self.num_global, self.tokens = num_global, query.shape[2] - num_global
-        self.block_size = block_size = min(block_size, max(self.tokens, 1))
-        order = None if bias_table is None and not self.causal else positions  # all that positions are asked for
-        self.table, codes, (code_step, _, S) = position_bias.arguments(bias_table, window, order, self.tokens, query)
-        self.pointers = Pointers(self.table, codes, row_offsets, columns)
-        layout_step = 0 if row_offsets.shape[0] == 1 else row_offsets.stride(0)
+        self.slots = self.tokens if order is None else order.numel()
+        self.block_size = block_size = min(block_size, max(self.slots, 1))
+        asked = None if bias_table is None and not self.causal else positions
+        self.table, codes, (code_step, _, S) = position_bias.arguments(bias_table, window, asked, self.tokens, query)
+        row_offsets, columns = row_offsets.contiguous(), columns.contiguous()
+        self.pointers = Pointers(
+            self.table, codes, row_offsets, columns, order=None if order is None else order.contiguous()
+        )
+        *samples, heads, ends = row_offsets.shape
+        self.sample_step = heads * ends if samples else 0
+        self.rows = "slots" if order is not None else "blocks of samples" if samples else "blocks"
         inverse = launch.reciprocal(block_size)
-        self.numbers = layout_step, code_step, S, num_global, self.tokens, block_size, inverse
+        self.numbers = 0 if heads == 1 else ends, code_step, S, num_global, self.tokens, block_size, inverse
 
     def parts(
         self, phase: str, pointers: dict[str, Tensor | None], grad: str = "", taps: bool = False, tangent: bool = False
     ) -> Iterator[tuple[attention.Part, int]]:
         """The launches that a pass wants, for blocks and for global tokens, and the splits of what those read."""
-        for is_global, rows in ((False, self.tokens), (True, self.num_global)):
+        for is_global, rows in ((False, self.slots), (True, self.num_global)):
             if rows == 0:
                 continue
             size, kind = rows if is_global else self.block_size, "group" if self.table is None else "bias"
@@ -424,8 +508,9 @@ class Call(attention.Call):
                 programs = launch.cdiv(rows, own)
                 reads = launch.cdiv(self.num_global + self.tokens, other)
                 splits = configs.splits(programs * self.heads, reads, self.query)
-            op = itinerary(is_global, self.table is not None, self.causal, taps, grad, tangent)
-            where = (splits, *self.numbers), self.pointers._replace(**pointers)
+            owned = "globals" if is_global else self.rows
+            op = itinerary(owned, self.table is not None, self.causal, taps, grad, tangent)
+            where = (splits if is_global else self.sample_step, *self.numbers), self.pointers._replace(**pointers)
             yield attention.Part(op, tiles, programs * splits * self.heads, *where), splits
 
     def partial(self, x: Tensor, splits: int) -> Tensor:

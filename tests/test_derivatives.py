@@ -462,6 +462,22 @@ def test_randomness_of_vmap():
     assert not torch.equal(different[0], different[1])
 
 
+def test_layouts_of_samples_under_vmap():
+    """Samples of a call are those of the layout, in each of the calls that are mapped."""
+    order = torch.tensor([4, 2, 0, -1, 3, 1])
+    layout = layout_of([[0, 2], [], [1, 0], [2], [0, 1], [1]], 5, 2, 1, samples=2, order=order)
+    x = torch.randn(3, 2, 2, 6, 4)
+
+    def attend(x: Tensor) -> Any:
+        return vattn.edge_sparse_attention(x, x, x, layout)
+
+    for y in (x, x.double()):
+        torch.testing.assert_close(vmap(attend)(y), torch.stack([attend(one) for one in y]))
+        grads = vmap(grad(lambda x: attend(x).square().sum()))(y)
+        for i in range(3):
+            torch.testing.assert_close(grads[i], grad(lambda x: attend(x).square().sum())(y[i]))
+
+
 def test_what_samples_share_may_differ_under_vmap():
     """A bias, positions and kept keys of each sample; a layout is one for all."""
     layout = layout_of([[0, 2, 2], [], [1, 0]], num_tokens=5, block_size=2, num_global=1)

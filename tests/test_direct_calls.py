@@ -103,7 +103,8 @@ ANYTHING = {"causal", "importance", "transpose", "column_offsets", "rows"}
 def with_everything() -> list[Callable[..., Any]]:
     """Calls with all that is optional, each of tensors that get gradients."""
     rows = functools.partial(torch.randn, requires_grad=True)
-    layout = layout_of([[0, 2, 2], [], [1, 0]], num_tokens=5, block_size=2, num_global=1)
+    order = torch.tensor([3, 0, -1, -1, 4, -1, 1, 2])
+    layout = layout_of([[0, 2, 2], [], [3, 0], [1], [3], [1], [0, 2], []], 5, 2, 1, samples=2, order=order)
     bias = bias_without_table((1, 2, 3), num_heads=2)
     positions, table = torch.tensor([[5, 0, 2, 4, 1]] * 2), rows(18, 2)
 
@@ -283,7 +284,8 @@ def test_a_bad_argument(op, name):
 
 
 ABOUT_NUMBERS = re.compile(
-    r"between 0 and the|fall, got|ascend, got|(positions|kept) must be from|num_tokens must be at most|than 2\*\*63"
+    r"between 0 and the|fall, got|ascend, got|(positions|kept) must be from|num_tokens must be at most|than 2\*\*63|"
+    "order must hold|-1 must come last|rows must be the same or apart"
 )
 """What the CPU says of numbers in tensors, which only kernels on a GPU know there, and of memory."""
 

@@ -22,12 +22,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 B, H, D = 2, 2, 8
 LAYOUT = layout_of([[0, 2, 2], [], [1, 0, 2]], num_tokens=5, block_size=2, num_global=1)  # the last block has a token
 PER_HEAD = layout_of([[0, 2], [1], [2], [2, 2], [0], []], num_tokens=5, block_size=2, num_global=1, sets=2)
+PER_SAMPLE = layout_of([[0, 2], [1], [2], [2, 2], [0], []], num_tokens=5, block_size=2, num_global=1, samples=2)
+ORDERED = layout_of(
+    [[0, 2, 2], [], [3, 0], [2]], 5, 2, num_global=1, order=torch.tensor([3, 0, -1, -1, 4, -1, 1, 2])
+)  # a block has a token, and one has none
 KEPT, LENGTHS = torch.tensor([[0, 2, 2], [5, 1, 0]]), torch.tensor([2, 5])
 
 
 def edge_pairs(layout: vattn.BlockLayout) -> int:
     counts = layout.token_counts()
-    return B * int(counts.sum()) * H // counts.shape[0]
+    return B * int(counts.sum()) * H // (layout.num_samples * layout.num_heads)
 
 
 # Each with its inputs, and how many pairs meet.
@@ -65,6 +69,12 @@ CASES: dict[str, Case] = {
     ),
     "a layout per head": (
         lambda q, k, v: vattn.edge_sparse_attention(q, k, v, PER_HEAD), [(B, H, 6, D)] * 3, edge_pairs(PER_HEAD)
+    ),
+    "a layout per sample": (
+        lambda q, k, v: vattn.edge_sparse_attention(q, k, v, PER_SAMPLE), [(B, H, 6, D)] * 3, edge_pairs(PER_SAMPLE)
+    ),
+    "an order": (
+        lambda q, k, v: vattn.edge_sparse_attention(q, k, v, ORDERED), [(B, H, 6, D)] * 3, edge_pairs(ORDERED)
     ),
 }  # fmt: skip
 

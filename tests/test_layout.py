@@ -27,12 +27,19 @@ def _seed():
 
 
 def rows_of(layout: BlockLayout) -> list[list[int]]:
-    """The rows of all heads, as lists."""
+    """The rows of all samples and heads, as lists."""
     return [
         layout.columns[start:end].tolist()
-        for head in layout.row_offsets.tolist()
+        for head in layout.row_offsets.flatten(0, -2).tolist()
         for start, end in itertools.pairwise(head)
     ]
+
+
+def blocks_of(layout: BlockLayout) -> list[list[int]]:
+    """The tokens of each block, which count from the first global one."""
+    size, tokens = layout.block_size, torch.arange(layout.num_tokens) if layout.order is None else layout.order
+    blocks = [tokens[i * size : (i + 1) * size].tolist() for i in range(layout.num_blocks)]
+    return [[layout.num_global + token for token in block if token >= 0] for block in blocks]
 
 
 @pytest.mark.parametrize("wrap", [True, False], ids=["wrap", "clip"])
@@ -124,49 +131,59 @@ def test_dense():
 
 
 @settings(deadline=None, max_examples=60)
-@given(layouts(heads=2))
+@given(layouts(heads=2, samples=3, orders=True))
 def test_masks_transposes_and_densities(layout):
     counts = layout.token_counts()
     mask = layout.to_mask()
-    rows, G = rows_of(layout), layout.num_global
-    for head in range(layout.num_heads):
-        for i, row in enumerate(rows[head * layout.num_blocks :][: layout.num_blocks]):
-            for j in range(layout.num_blocks):
-                query, key = (G + x * layout.block_size for x in (i, j))
-                assert counts[head, query, key] == row.count(j)
-    assert (counts[:, :G] == 1).all() and (counts[:, :, :G] == 1).all()
+    G, M, length = layout.num_global, layout.num_blocks, layout.num_global + layout.num_tokens
+    shape = (layout.num_samples, layout.num_heads, length, length)
+    assert counts.shape == (shape if layout.num_samples > 1 else shape[1:])
+    sets = counts.flatten(0, -3)
+    blocks, rows = blocks_of(layout), rows_of(layout)
+    assert sorted(itertools.chain(*blocks)) == list(range(G, length))
+    for i, row in enumerate(rows):
+        for j, keys in enumerate(blocks):
+            found = sets[i // M][blocks[i % M]][:, keys]
+            assert (found == row.count(j)).all()
+    assert (sets[:, :G] == 1).all() and (sets[:, :, :G] == 1).all()
     assert torch.equal(mask.view_as(counts), counts > 0)
-    if layout.num_global + layout.num_tokens > 0:
+    assert mask.dim() == (4 if layout.num_samples > 1 else 3 if layout.num_heads > 1 else 2)
+    if length > 0:
         assert math.isclose(layout.density, counts.double().mean())
 
     transposed = layout.transpose()
     assert torch.equal(transposed.block_counts(), layout.block_counts().mT)
+    assert torch.equal(transposed.token_counts(), counts.mT)
     assert transposed.transpose().row_offsets.equal(layout.row_offsets)
     assert layout.transpose() is transposed  # built once
+    assert pickle.loads(pickle.dumps(layout)) == layout
 
-    single = BlockLayout.from_mask(mask, layout.block_size, layout.num_global)
-    assert torch.equal(single.block_counts(), layout.block_counts().clamp(max=1))
-    assert all(row == sorted(set(row)) for row in rows_of(single))
+    if layout.order is None:
+        single = BlockLayout.from_mask(mask, layout.block_size, layout.num_global)
+        assert torch.equal(single.block_counts(), layout.block_counts().clamp(max=1))
+        assert all(row == sorted(set(row)) for row in rows_of(single))
 
 
+@pytest.mark.parametrize("batch", [None, 3], ids=["all samples", "per sample"])
 @pytest.mark.parametrize("heads", [None, 2], ids=["all heads", "per head"])
 @pytest.mark.parametrize("separate_full_blocks", [True, False])
-def test_from_block_mask(heads, separate_full_blocks):
+def test_from_block_mask(batch, heads, separate_full_blocks):
     def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query - key).abs() <= 20 + 40 * head
+        return (query - key).abs() <= 20 + 40 * head + 15 * batch
 
     flex = create_block_mask(
-        near, None, heads, 100, 100, device="cpu", BLOCK_SIZE=16, separate_full_blocks=separate_full_blocks
+        near, batch, heads, 100, 100, device="cpu", BLOCK_SIZE=16, separate_full_blocks=separate_full_blocks
     )
     layout = BlockLayout.from_block_mask(flex)
     assert (layout.num_tokens, layout.block_size, layout.num_global) == (100, 16, 0)
-    assert layout.num_heads == (heads or 1)
-    tokens = torch.arange(100)
-    for head in range(layout.num_heads):
-        allowed = near(tokens, torch.tensor(head), tokens[:, None], tokens)
-        touched = torch.zeros(7, 7, dtype=torch.bool)
-        touched[tuple((allowed.nonzero() // 16).T)] = True
-        assert torch.equal(layout.block_counts()[head], touched.long())
+    assert (layout.num_samples, layout.num_heads) == (batch or 1, heads or 1)
+    tokens, counts = torch.arange(100), layout.block_counts().view(batch or 1, heads or 1, 7, 7)
+    for sample in range(layout.num_samples):
+        for head in range(layout.num_heads):
+            allowed = near(torch.tensor(sample), torch.tensor(head), tokens[:, None], tokens)
+            touched = torch.zeros(7, 7, dtype=torch.bool)
+            touched[tuple((allowed.nonzero() // 16).T)] = True
+            assert torch.equal(counts[sample, head], touched.long())
 
 
 def test_from_block_mask_reads_only_what_is_listed():
@@ -201,9 +218,14 @@ def test_equal_layouts():
         layout_of([[0], [1, 1]], 7, 4, num_global=1),
         layout_of([[0, 1], [1]], 8, 4, num_global=1),
         layout_of([[0, 1], [1]], 7, 4),
+        layout_of([[0, 1], [1]], 7, 4, num_global=1, order=torch.tensor([0, 1, 2, 3, 4, 5, 6, -1])),
         "a layout",
     ):
         assert other != layout
+    swapped, kept = (
+        layout_of([[0, 1], [1]], 3, 2, order=torch.tensor(order)) for order in ([1, 0, 2, -1], [0, 1, 2, -1])
+    )
+    assert swapped != kept and swapped == copy.copy(swapped)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -222,10 +244,24 @@ def test_to_a_device():
     moved = layout.to("meta")
     assert (moved.device.type, moved.num_tokens, moved.num_global) == ("meta", 7, 1)
     assert moved.transpose().row_offsets.shape == (1, 3)
+    moved = layout_of([[0], [0, 0]], 3, 4, samples=2, order=torch.tensor([2, 0, 1, -1])).to("meta")
+    assert (moved.row_offsets.shape, moved.order.shape, moved.order.device.type) == ((2, 1, 2), (4,), "meta")
+
+
+def test_repr_says_what_is_out_of_the_ordinary():
+    layout = layout_of([[0], [0, 0]], 3, 4, samples=2, order=torch.tensor([2, 0, 1, -1]))
+    sizes = "num_tokens=3, block_size=4, num_global=0, num_blocks=1, num_samples=2, num_heads=1, nnz=3, order=(4,)"
+    assert repr(layout) == f"BlockLayout({sizes}, device=cpu)"
 
 
 @pytest.mark.parametrize(
-    "layout", [BlockLayout.local_random(50, 8), layout_of([[0], [], [1], [0, 0]], 7, 4, 0, sets=2)]
+    "layout",
+    [
+        BlockLayout.local_random(50, 8),
+        layout_of([[0], [], [1], [0, 0]], 7, 4, 0, sets=2),
+        layout_of([[0, 1], [], [2]] * 4, 5, 4, 1, 2, 2, torch.tensor([4, 0, 1, -1, -1, -1, -1, -1, 3, 2, -1, -1])),
+    ],
+    ids=["plain", "heads", "samples and an order"],
 )
 def test_plot(layout, tmp_path):
     layout.plot(tmp_path / "layout.png")
@@ -253,7 +289,7 @@ def test_a_new_layout_every_step_compiles_once(made):
     assert not all(torch.equal(seen[0], other) for other in seen[1:])
 
 
-OFFSETS, COLUMNS = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 1])
+OFFSETS, COLUMNS, ORDER = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 1]), torch.arange(6, -2, -1)
 MASK = torch.ones(5, 5, dtype=torch.bool)
 NEW = {"num_tokens": 7, "block_size": 4, "row_offsets": OFFSETS, "columns": COLUMNS}
 RANDOM = {"num_tokens": 7, "block_size": 4, "num_random": 1}
@@ -277,13 +313,13 @@ RANDOM = {"num_tokens": 7, "block_size": 4, "num_random": 1}
             "",
             NEW | {"row_offsets": OFFSETS[1:]},
             ValueError,
-            "row_offsets must have shape (3,) or (L, 3), got row_offsets.shape=(2,)",
+            "row_offsets must have shape (3,), (L, 3) or (S, L, 3), got row_offsets.shape=(2,)",
         ),
         (
             "",
             NEW | {"row_offsets": OFFSETS.new_zeros(0, 3)},
             ValueError,
-            "row_offsets must have shape (3,) or (L, 3), got row_offsets.shape=(0, 3)",
+            "row_offsets must have shape (3,), (L, 3) or (S, L, 3), got row_offsets.shape=(0, 3)",
         ),
         ("", NEW | {"columns": COLUMNS[None]}, ValueError, "columns must have shape (nnz,), got columns.shape=(1, 3)"),
         (
@@ -318,6 +354,53 @@ RANDOM = {"num_tokens": 7, "block_size": 4, "num_random": 1}
             ValueError,
             "columns must be below the number of blocks (2), got columns[2]=2",
         ),
+        (
+            "",
+            NEW | {"row_offsets": torch.tensor([[[0, 1, 1]], [[2, 3, 3]]])},
+            ValueError,
+            "row_offsets must grow from 0 to the number of columns (3), each head's from where the last one's ended, "
+            "got row_offsets=[[[0, 1, 1]], [[2, 3, 3]]]",
+        ),
+        ("", NEW | {"order": [0]}, TypeError, "order must be an int32 or int64 tensor, got order=[0]"),
+        (
+            "",
+            NEW | {"order": ORDER[:7]},
+            ValueError,
+            "order must have shape (M * block_size,), got order.shape=(7,) with block_size=4",
+        ),
+        (
+            "",
+            NEW | {"order": ORDER[None]},
+            ValueError,
+            "order must have shape (M * block_size,), got order.shape=(1, 8) with block_size=4",
+        ),
+        (
+            "",
+            NEW | {"order": torch.cat([ORDER, ORDER])},
+            ValueError,
+            "row_offsets must have shape (5,), (L, 5) or (S, L, 5), got row_offsets.shape=(3,)",
+        ),
+        (
+            "",
+            NEW | {"order": ORDER.to("meta")},
+            ValueError,
+            "order must be on the device of row_offsets (cpu), got order.device=meta",
+        ),
+        ("", NEW | {"order": ORDER + 1}, ValueError, "order must hold tokens below 7, or -1, got order[0]=7"),
+        ("", NEW | {"order": ORDER - 1}, ValueError, "order must hold tokens below 7, or -1, got order[7]=-2"),
+        ("", NEW | {"order": ORDER // 2}, ValueError, "order must hold every token once, got token 0 2 times"),
+        (
+            "",
+            NEW | {"num_tokens": 8, "order": ORDER},
+            ValueError,
+            "order must hold every token once, got token 7 0 times",
+        ),
+        (
+            "",
+            NEW | {"order": ORDER.flip(0)},
+            ValueError,
+            "-1 must come last in a block of order, got order[1]=0 behind a -1",
+        ),
         ("local_random", RANDOM | {"num_local": 2}, ValueError, "num_local must be 0 or odd, got num_local=2"),
         ("local_random", RANDOM | {"num_local": -1}, ValueError, "num_local must be at least 0, got num_local=-1"),
         (
@@ -350,7 +433,7 @@ RANDOM = {"num_tokens": 7, "block_size": 4, "num_random": 1}
             "from_mask",
             {"mask": MASK[:3], "block_size": 2},
             ValueError,
-            "mask must have shape (G+N, G+N) or (H, G+N, G+N), got mask.shape=(3, 5)",
+            "mask must have shape (G+N, G+N), (H, G+N, G+N) or (B, H, G+N, G+N), got mask.shape=(3, 5)",
         ),
         (
             "from_mask",
@@ -393,25 +476,22 @@ def test_a_block_must_be_countable():
 
 
 @pytest.mark.parametrize(
-    ("batch", "queries", "block", "must"),
+    ("queries", "block", "must"),
     [
         (
-            None,
             64,
             16,
             "block_mask.seq_lengths must be the same for queries and keys, got block_mask.seq_lengths=(64, 48)",
         ),
         (
-            None,
             48,
             (8, 16),
             "block_mask.BLOCK_SIZE must be the same for queries and keys, got block_mask.BLOCK_SIZE=(8, 16)",
         ),
-        (2, 48, 16, "block_mask must be for a batch of 1, got block_mask.shape=(2, 1, 48, 48)"),
     ],
-    ids=["lengths", "blocks", "batch"],
+    ids=["lengths", "blocks"],
 )
-def test_errors_of_from_block_mask(batch, queries, block, must):
-    flex = create_block_mask(lambda b, h, q, k: q >= k, batch, None, queries, 48, device="cpu", BLOCK_SIZE=block)
+def test_errors_of_from_block_mask(queries, block, must):
+    flex = create_block_mask(lambda b, h, q, k: q >= k, None, None, queries, 48, device="cpu", BLOCK_SIZE=block)
     with pytest.raises(ValueError, match=f"^BlockLayout.from_block_mask: {re.escape(must)}$"):
         BlockLayout.from_block_mask(flex)

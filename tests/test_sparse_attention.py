@@ -41,26 +41,37 @@ ROWS = [[0, 2, 2], [], [1, 0], [1], [2], [0, 1, 2]]
 PER_HEAD = layout_of(ROWS, num_tokens=7, block_size=3, num_global=2, sets=2)
 SHARED = layout_of(ROWS[:3], num_tokens=7, block_size=3, num_global=2)
 NO_GLOBAL = layout_of(ROWS[:3], num_tokens=7, block_size=3)
+ORDER = torch.tensor([4, 0, 6, -1, -1, -1, 5, 3, -1, 1, 2, -1])  # the second block has no token
+PER_SAMPLE = layout_of([*ROWS, *ROWS[::-1]], num_tokens=7, block_size=3, num_global=2, sets=2, samples=2)
+ORDERED = layout_of([[0, 3, 3], [0], [2, 1, 0], []] * 2, 7, 3, num_global=2, samples=2, order=ORDER)
 POSITIONS = torch.tensor([[0, 3, 4, 5, 9, 10, 11], [11, 2, 1, 0, 7, 6, 2]])
 WINDOW = (3, 2, 2)
 
 
-def keys_of(layout: BlockLayout, head: int, query: int, positions: list[int] | None = None) -> list[int]:
+def keys_of(
+    layout: BlockLayout, sample: int, head: int, query: int, positions: list[int] | None = None
+) -> list[int]:  # fmt: skip
     """The keys that `query` reads, a block at a time; those whose position is not greater, if there are `positions`."""
-    G = layout.num_global
+    G, size = layout.num_global, layout.block_size
     if query < G:
         return list(range(G + layout.num_tokens))
-    offsets = layout.row_offsets[head % layout.num_heads].tolist()
-    row = (query - G) // layout.block_size
+    slots = list(range(layout.num_tokens)) if layout.order is None else layout.order.tolist()
+    of_samples = layout.row_offsets.view(layout.num_samples, layout.num_heads, -1)
+    offsets = of_samples[sample % layout.num_samples, head % layout.num_heads].tolist()
+    row = slots.index(query - G) // size
     keys: list[int] = []
     for block in layout.columns[offsets[row] : offsets[row + 1]].tolist():
-        keys += range(G + block * layout.block_size, G + min((block + 1) * layout.block_size, layout.num_tokens))
+        keys += [G + token for token in slots[block * size : (block + 1) * size] if token >= 0]
     return [*range(G), *(key for key in keys if positions is None or positions[key - G] <= positions[query - G])]
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("positions", [None, POSITIONS[0], POSITIONS], ids=["raster", "(N,)", "(B, N)"])
-@pytest.mark.parametrize("layout", [SHARED, PER_HEAD, NO_GLOBAL], ids=["shared", "per head", "no global"])
+@pytest.mark.parametrize(
+    "layout",
+    [SHARED, PER_HEAD, NO_GLOBAL, PER_SAMPLE, ORDERED],
+    ids=["shared", "per head", "no global", "per sample", "ordered"],
+)
 def test_the_definition_reads_what_it_should(layout, positions, causal):
     """The reference, against gathering the keys of each query."""
     G, total = layout.num_global, layout.num_global + layout.num_tokens
@@ -75,7 +86,7 @@ def test_the_definition_reads_what_it_should(layout, positions, causal):
     for b in range(2):
         for h in range(2):
             for i in range(total):
-                keys = keys_of(layout, h, i, at.expand(2, 7)[b].tolist() if causal else None)
+                keys = keys_of(layout, b, h, i, at.expand(2, 7)[b].tolist() if causal else None)
                 if not keys:
                     assert (out[b, h, i] == 0).all() and lse[b, h, i] == -torch.inf
                     continue
@@ -117,22 +128,22 @@ def test_importance_is_the_same_with_dropout_and_has_no_gradient():
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("layout", [PER_HEAD, NO_GLOBAL], ids=["per head", "no global"])
+@pytest.mark.parametrize("layout", [PER_HEAD, NO_GLOBAL, ORDERED], ids=["per head", "no global", "ordered"])
 def test_gradcheck(layout, dropout_p, causal):
-    G = layout.num_global
+    B, G = layout.num_samples, layout.num_global
     bias = bias_without_table((2, 2, 3), num_heads=2, num_global=G)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Any:
         torch.manual_seed(1)
         bias.table = table
         out, lse = vattn.edge_sparse_attention(
-            query, key, value, layout, position_bias=bias, positions=POSITIONS[:1], causal=causal,
+            query, key, value, layout, position_bias=bias, positions=POSITIONS[:B], causal=causal,
             dropout_p=dropout_p, return_lse=True,
         )  # fmt: skip
         return out, lse[lse.isfinite()]  # finite differences of -inf are NaN
 
     rows = 3 * 3 * 5 + 2 * G + G * G
-    tensors = [*qkv(1, 2, G + 7, 2, dtype=WIDE), leaf(rows, 2, dtype=WIDE)]
+    tensors = [*qkv(B, 2, G + 7, 2, dtype=WIDE), leaf(rows, 2, dtype=WIDE)]
     assert torch.autograd.gradcheck(attend, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(attend, tensors, fast_mode=True)
 
@@ -141,7 +152,8 @@ def test_gradcheck(layout, dropout_p, causal):
 @pytest.mark.parametrize("everything", [False, True], ids=["nothing", "everything"])
 def test_opcheck_of_edges(everything):
     query, key, value = qkv(2, 2, 9, 6)
-    layout = [PER_HEAD.row_offsets, PER_HEAD.columns, None, None, PER_HEAD.block_size, PER_HEAD.num_global]
+    given = ORDERED if everything else PER_HEAD
+    layout = [given.row_offsets, given.columns, None, None, given.order, given.block_size, given.num_global]
     table = leaf(3 * 3 * 5 + 8, 2) if everything else None
     options = (
         [[2, 2, 3], POSITIONS, True, 0.2, torch.tensor([7]), 0.5] if everything else [[], None, False, 0.0, None, 1.0]
@@ -179,6 +191,45 @@ def test_opcheck_of_nodes():
         torch.library.opcheck(
             torch.ops.vattn.node_sparse_attention_jvp.default, (*tangents, *plain, out, lse, *options)
         )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, WIDE], ids=str)
+def test_an_order_is_a_permutation_of_everything(dtype, dropout_p):
+    """Tokens that are moved into the order give the same, but for the mask of dropout, which numbers them."""
+    order = torch.randperm(60)
+    inverse = torch.cat([torch.tensor([0]), 1 + order.argsort()])
+    plain = BlockLayout.local_random(60, 12)
+    layout = BlockLayout(60, 12, plain.row_offsets, plain.columns, num_global=1, order=order)
+    inputs = qkv(2, 2, 61, 16, dtype=dtype)
+    moved = [x[:, :, torch.cat([torch.tensor([0]), 1 + order])] for x in inputs]
+    calls = []
+    for tensors, of in ((inputs, layout), (moved, plain)):
+        torch.manual_seed(3)
+        out, lse, importance = vattn.edge_sparse_attention(
+            *tensors, of, dropout_p=dropout_p, return_lse=True, return_importance=True
+        )
+        calls.append([out, lse, importance, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    (out, lse, importance, *grads), (moved_out, moved_lse, moved_importance, *moved_grads) = calls
+    close = {torch.float32: 1e-5, torch.bfloat16: 2e-2, WIDE: 1e-12}[dtype]
+    torch.testing.assert_close(lse, moved_lse[:, :, inverse], rtol=0, atol=close)
+    torch.testing.assert_close(importance, moved_importance[:, order.argsort()], rtol=0, atol=close)
+    if dropout_p == 0:
+        torch.testing.assert_close(out, moved_out[:, :, inverse], rtol=0, atol=close)
+        for a, b in zip(grads, moved_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=4 * close)
+
+
+def test_blocks_of_an_order_move_no_bits_of_dropout():
+    """Whichever way the tokens of the same blocks are ordered, the same weights are dropped."""
+    inputs, slots = qkv(1, 2, 12, 8), torch.arange(12).view(3, 4)
+    results = []
+    for order in (None, slots.flip(1), slots[:, [2, 0, 3, 1]]):
+        torch.manual_seed(3)
+        layout = layout_of([[0, 2], [1], [2, 0]], 12, 4, order=None if order is None else order.flatten())
+        results.append(vattn.edge_sparse_attention(*inputs, layout, dropout_p=0.4))
+    for out in results[1:]:
+        torch.testing.assert_close(out, results[0])
 
 
 @needs_kernels
@@ -233,6 +284,28 @@ def test_the_gradient_of_the_table_repeats_its_bits():
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+@needs_kernels
+def test_layouts_of_samples_and_orders_compile_once():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    attend = torch.compile(vattn.edge_sparse_attention, fullgraph=True, backend=counter)
+    inputs = qkv(2, 2, 21, 8)
+    for _ in range(3):
+        rows = torch.rand(2, 2, 5, 5) > 0.5
+        ends = torch.nn.functional.pad(rows.sum(-1).flatten().cumsum(0), (1, 0))
+        offsets = torch.stack([ends[i : i + 6] for i in range(0, 20, 5)]).view(2, 2, 6)
+        layout = BlockLayout(
+            20, 4, offsets, rows.nonzero()[:, -1], num_global=1, order=torch.randperm(20), check_values=False
+        )
+        out = attend(*inputs, layout)
+        torch.testing.assert_close(out, vattn.edge_sparse_attention(*inputs, layout))
+        expected = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=layout.to_mask())
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        grads = [torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2
 
 
 @needs_kernels

@@ -128,7 +128,7 @@ def edge(
 ) -> Problem:  # fmt: skip
     p, seed = dropout(p)
     G, sizes = layout.num_global, [] if window is None else list(window)
-    graph = (layout.row_offsets, layout.columns)
+    graph = (layout.row_offsets, layout.columns, None, None, layout.order)
     keywords: dict[str, Any] = {"positions": positions, "causal": causal, "dropout_p": p, "scale": 0.3, "seed": seed}
     end = (sizes, positions, causal, p, seed, 0.3)
 
@@ -143,12 +143,12 @@ def edge(
         return module
 
     def backward(grad_out: Tensor, grad_lse: Tensor, x: list[Tensor], *results: Tensor) -> list[Tensor]:
-        settings = (*graph, None, None, layout.block_size, G, table(x), *end, False)
+        settings = (*graph, layout.block_size, G, table(x), *end, False)
         grads = OPS.edge_sparse_attention_backward(grad_out, grad_lse, *x[:3], *results, *settings)
         return grads[: len(x)]
 
     def jvp(tangents: list[Tensor], x: list[Tensor], *results: Tensor) -> Results:
-        middle = (*graph, None, None, layout.block_size, G, table(x))
+        middle = (*graph, layout.block_size, G, table(x))
         return OPS.edge_sparse_attention_jvp(*tangents[:3], table(tangents), *x[:3], *results, *middle, *end, False)
 
     shape = (B, H, G + layout.num_tokens, D)
@@ -161,9 +161,7 @@ def edge(
         lambda q, k, v, *table: reference.edge_sparse_attention(
             q, k, v, layout, position_bias=bias(*table), return_lse=True, **keywords
         ),
-        lambda *x: OPS.edge_sparse_attention(*x[:3], *graph, None, None, layout.block_size, G, table(x), *end, False)[
-            :2
-        ],
+        lambda *x: OPS.edge_sparse_attention(*x[:3], *graph, layout.block_size, G, table(x), *end, False)[:2],
         backward,
         jvp,
         wide=len(tables),

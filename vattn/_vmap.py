@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OF_SAMPLES = {"positions": 2, "row_offsets": 3, "column_offsets": 3}
+"""Arguments that all samples share unless they have so many axes, of which the first then is that of samples."""
+
 
 def vmap_rule(op: Any, call: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     """`call`, which runs operator `op`, mapped: its results and their mapped axes, as ``torch.library`` has it."""
     found = dict(zip(op.arguments, zip(args, in_dims, strict=True), strict=True))
     shared = {name for name in op.shared if name in found}
-    shared |= {name for name, (x, dim) in found.items() if name == "positions" and _rank(x, dim) == 1}  # not (B, N)
+    shared |= {name for name, axes in OF_SAMPLES.items() if name in found and _rank(*found[name]) != axes}
     sums = [name for name in op.results if name in op.shared and found[name.removeprefix("grad_")][0] is not None]
     dropout = found.get("seed", (None, None))[0] is not None
     if info.batch_size == 0 or sums or dropout or any(_is_mapped(found[name][1]) for name in shared):

@@ -9,6 +9,14 @@ layout lists the blocks that block i reads; global tokens read everything, and e
                               1   x . x . .        row 1: [1]
                               2   x . . x x        row 2: [2, 3]
                               3   x . . . .        row 3: []
+
+Blocks are consecutive tokens, or, with an order of tokens, any: here tiles of 2 x 2 of a grid of 3 x 4, of which the
+lower two have two tokens and two slots without one::
+
+     0  1 |  2  3        order = [0, 1, 4, 5,   2, 3, 6, 7,   8, 9, -1, -1,   10, 11, -1, -1]
+     4  5 |  6  7                 block 0       block 1       block 2         block 3
+    ------+------
+     8  9 | 10 11
 """
 
 import math
@@ -20,6 +28,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks
+from vattn._layout_checks import blocks_of_order, check_order, check_rows, check_tensors, count_blocks
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -30,7 +39,7 @@ class Found:
 
 
 class BlockLayout:
-    """Compressed rows of blocks, for all heads or one set per head.
+    """Compressed rows of blocks: for all samples and heads, or a set of rows per head, or per sample and head.
 
     A layout is immutable: whatever changes it makes another one. Two are equal if they list the same blocks in the same
     order.
@@ -38,15 +47,21 @@ class BlockLayout:
     Args:
         num_tokens: N, how many tokens are not global.
         block_size: how many tokens a block has; the last one has the rest.
-        row_offsets: ``(M + 1,)`` or ``(L, M + 1)`` int32 or int64, M = ceil(N / block_size), L = 1 for all heads or
-            one per head: row i of head l is ``columns[row_offsets[l, i] : row_offsets[l, i + 1]]``.
+        row_offsets: ``(M + 1,)``, ``(L, M + 1)`` or ``(S, L, M + 1)`` int32 or int64. L is 1 for all heads or one per
+            head, S is 1 for all samples or one per sample: row i of head l of sample s is
+            ``columns[row_offsets[s, l, i] : row_offsets[s, l, i + 1]]``.
         columns: ``(nnz,)`` int32 or int64, the blocks that are read. A block that is listed twice counts twice.
         num_global: G, how many global tokens come first.
+        order: None for blocks of consecutive tokens, M = ceil(N / block_size). Or ``(M * block_size,)`` int32 or int64:
+            slot s of block i holds the token ``order[i * block_size + s]``, counted without the global ones, or -1 for
+            none. Every token stands in one slot, -1 at the end of its block; a block may have no token at all. This is
+            all that is ordered: queries, keys, values and outputs keep the caller's order, as do positions.
         check_values: False leaves out the checks of what the tensors hold, which wait for their device.
 
     Attributes:
-        row_offsets: ``(L, M + 1)`` int32.
+        row_offsets: int32 ``(L, M + 1)``, or ``(S, L, M + 1)`` if S > 1.
         columns: ``(nnz,)`` int32.
+        order: ``(M * block_size,)`` int32, or None.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -60,6 +75,11 @@ class BlockLayout:
         tensor([[1, 1, 1, 1, 0, 0, 0, 0, 1, 1],
                 [0, 0, 0, 0, 1, 1, 1, 1, 0, 0],
                 [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.int32)
+        >>> even_and_odd = torch.tensor([0, 2, 4, 1, 3, -1])       # two blocks, each of which reads itself
+        >>> layout = BlockLayout(5, 3, torch.tensor([0, 1, 2]), torch.tensor([0, 1]), order=even_and_odd)
+        >>> layout.to_mask()[:2].int()
+        tensor([[1, 0, 1, 0, 1],
+                [0, 1, 0, 1, 0]], dtype=torch.int32)
     """
 
     num_tokens: int
@@ -67,6 +87,7 @@ class BlockLayout:
     num_global: int
     row_offsets: Tensor
     columns: Tensor
+    order: Tensor | None = None
     _transposed: "BlockLayout | None" = None
     _plans: Found
     """What :mod:`vattn.distributed` has found out about this layout; it is not copied, nor saved."""
@@ -79,38 +100,35 @@ class BlockLayout:
         columns: Tensor,
         *,
         num_global: int = 0,
+        order: Tensor | None = None,
         check_values: bool = True,
     ) -> None:
         op = "BlockLayout"
-        blocks = _count_blocks(op, num_tokens, block_size, num_global)
-        _checks.index_tensor(op, "row_offsets", row_offsets)
-        _checks.index_tensor(op, "columns", columns)
-        if row_offsets.dim() not in (1, 2) or row_offsets.shape[-1] != blocks + 1 or row_offsets.shape[0] == 0:
-            raise ValueError(
-                f"{op}: row_offsets must have shape ({blocks + 1},) or (L, {blocks + 1}), "
-                f"got row_offsets.shape={tuple(row_offsets.shape)}"
-            )
-        if columns.dim() != 1:
-            raise ValueError(f"{op}: columns must have shape (nnz,), got columns.shape={tuple(columns.shape)}")
-        if columns.device != row_offsets.device:
-            raise ValueError(
-                f"{op}: columns must be on the device of row_offsets ({row_offsets.device}), "
-                f"got columns.device={columns.device}"
-            )
-        row_offsets = row_offsets.reshape(-1, blocks + 1)
+        blocks = count_blocks(op, num_tokens, block_size, num_global)
+        if order is not None:
+            blocks = blocks_of_order(op, order, block_size)
+        check_tensors(op, row_offsets, columns, order, blocks)
+        if row_offsets.dim() == 1:
+            row_offsets = row_offsets[None]
+        elif row_offsets.dim() == 3 and row_offsets.shape[0] == 1:
+            row_offsets = row_offsets[0]
         if check_values:
-            _check_values(op, row_offsets, columns, blocks)
+            check_rows(op, row_offsets, columns)
+            if order is not None:
+                check_order(op, order, num_tokens, block_size)
+
         # What was checked must stay so, whatever the caller writes into the tensors later: hence the copy. What was not
         # must not wrap to a number that is right.
-        row_offsets, columns = (
-            x.clamp(-1, 2**31 - 1).to(torch.int32, copy=check_values).contiguous() for x in (row_offsets, columns)
-        )
+        def kept(x: Tensor, least: int) -> Tensor:
+            return x.clamp(least, 2**31 - 1).to(torch.int32, copy=check_values).contiguous()
+
         for name, value in (
             ("num_tokens", num_tokens),
             ("block_size", block_size),
             ("num_global", num_global),
-            ("row_offsets", row_offsets),
-            ("columns", columns),
+            ("row_offsets", kept(row_offsets, -1)),
+            ("columns", kept(columns, -1)),
+            ("order", None if order is None else kept(order, -2)),
             ("_plans", Found()),
         ):
             object.__setattr__(self, name, value)
@@ -151,7 +169,7 @@ class BlockLayout:
             (28, 0.144)
         """
         op = "BlockLayout.local_random"
-        M = _count_blocks(op, num_tokens, block_size, num_global)
+        M = count_blocks(op, num_tokens, block_size, num_global)
         _checks.integer(op, "num_local", num_local, least=0)
         _checks.integer(op, "num_random", num_random, least=0)
         if num_local % 2 == 0 and num_local > 0:
@@ -231,7 +249,7 @@ class BlockLayout:
     @classmethod
     def dense(cls, num_tokens: int, block_size: int, *, num_global: int = 0) -> "BlockLayout":
         """Every block reads every block; on the CPU."""
-        M = _count_blocks("BlockLayout.dense", num_tokens, block_size, num_global)
+        M = count_blocks("BlockLayout.dense", num_tokens, block_size, num_global)
         blocks = torch.arange(M + 1, device="cpu")
         offsets, columns = blocks * M, blocks[:M].repeat(M)
         return cls(num_tokens, block_size, offsets, columns, num_global=num_global, check_values=False)
@@ -241,8 +259,9 @@ class BlockLayout:
         """The layout of a mask: the inverse of :meth:`to_mask`.
 
         Args:
-            mask: bool ``(G+N, G+N)``, or ``(H, G+N, G+N)`` for a layout per head: who reads whom. Within a block of
-                queries and a block of keys it is constant, and it is True for global tokens on either side.
+            mask: bool ``(G+N, G+N)``, ``(H, G+N, G+N)`` for a layout per head, or ``(B, 1 or H, G+N, G+N)`` for one per
+                sample: who reads whom. Within a block of queries and a block of keys it is constant, and it is True for
+                global tokens on either side.
             block_size, num_global: as of the layout.
 
         Example:
@@ -255,36 +274,36 @@ class BlockLayout:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = f"mask.dtype={mask.dtype}" if isinstance(mask, Tensor) else f"mask={type(mask).__name__}"
             raise TypeError(f"{op}: mask must be a bool tensor, got {got}")
-        per_head = mask[None] if mask.dim() == 2 else mask
-        if per_head.dim() != 3 or mask.shape[-1] != mask.shape[-2] or per_head.shape[0] == 0:
+        if mask.dim() not in (2, 3, 4) or mask.shape[-1] != mask.shape[-2] or 0 in mask.shape[:-2]:
             raise ValueError(
-                f"{op}: mask must have shape (G+N, G+N) or (H, G+N, G+N), got mask.shape={tuple(mask.shape)}"
+                f"{op}: mask must have shape (G+N, G+N), (H, G+N, G+N) or (B, H, G+N, G+N), "
+                f"got mask.shape={tuple(mask.shape)}"
             )
         N = mask.shape[-1] - num_global
-        M = _count_blocks(op, N, block_size, num_global)
+        M = count_blocks(op, N, block_size, num_global)
         if not (mask[..., :num_global, :].all() and mask[..., :num_global].all()):
             raise ValueError(f"{op}: mask must be True for global tokens, got num_global={num_global}")
-        local = per_head[:, num_global:, num_global:]
+        local = mask[..., num_global:, num_global:]
         size = min(block_size, max(N, 1))
-        blocks = (local.shape[0], M, size, M, size)
+        blocks = (*(mask.shape[:-2] or (1,)), M, size, M, size)
         rest = M * size - N
         some, every = (
             torch.nn.functional.pad(local, (0, rest, 0, rest), value=value).view(blocks) for value in (False, True)
         )
-        reads = some.any(4).any(2)
-        if not torch.equal(reads, every.all(4).all(2)):
+        reads = some.any(-1).any(-2)
+        if not torch.equal(reads, every.all(-1).all(-2)):
             raise ValueError(f"{op}: mask must be constant within blocks, got a block of {block_size} that is not")
         return cls._from_blocks(N, block_size, reads, num_global)
 
     @classmethod
     def from_block_mask(cls, block_mask: "BlockMask") -> "BlockLayout":
-        """The blocks of a mask of FlexAttention, for all samples alike.
+        """The blocks of a mask of FlexAttention.
 
         Blocks of which its `mask_mod` leaves a part are read whole: what is left of a causal mask,
         ``edge_sparse_attention(..., causal=True)`` does.
 
         Args:
-            block_mask: with square blocks, as many queries as keys, and a batch of 1.
+            block_mask: with square blocks, and as many queries as keys.
 
         Example:
             >>> from torch.nn.attention.flex_attention import create_block_mask
@@ -307,36 +326,40 @@ class BlockLayout:
                     f"{op}: block_mask.{name} must be the same for queries and keys, "
                     f"got block_mask.{name}={(of_queries, of_keys)}"
                 )
-        if block_mask.kv_num_blocks.shape[0] != 1:
-            raise ValueError(f"{op}: block_mask must be for a batch of 1, got block_mask.shape={block_mask.shape}")
-        reads = _listed_blocks(block_mask.kv_num_blocks[0], block_mask.kv_indices[0])
+        reads = _listed_blocks(block_mask.kv_num_blocks, block_mask.kv_indices)
         if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-            reads |= _listed_blocks(block_mask.full_kv_num_blocks[0], block_mask.full_kv_indices[0])
+            reads |= _listed_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
         return cls._from_blocks(block_mask.seq_lengths[0], block_mask.BLOCK_SIZE[0], reads)
 
     @classmethod
     def _from_blocks(cls, num_tokens: int, block_size: int, reads: Tensor, num_global: int = 0) -> "BlockLayout":
-        """The layout of a bool ``(L, M, M)``: which block reads which, in ascending order."""
-        L, M = reads.shape[:2]
-        ends = reads.sum(2).view(-1).cumsum(0)
-        offsets = torch.nn.functional.pad(ends, (1, 0))[_row_starts(L, M, reads.device)]
-        return cls(num_tokens, block_size, offsets, reads.nonzero()[:, 2], num_global=num_global, check_values=False)
+        """The layout of a bool ``(L, M, M)`` or ``(S, L, M, M)``: which block reads which, in ascending order."""
+        *sets, M, _ = reads.shape
+        ends = torch.nn.functional.pad(reads.sum(-1).view(-1).cumsum(0), (1, 0))
+        offsets = ends[_row_starts(math.prod(sets), M, reads.device)].view(*sets, M + 1)
+        columns = reads.nonzero()[:, -1]
+        return cls(num_tokens, block_size, offsets, columns, num_global=num_global, check_values=False)
 
     @property
     def _look(self) -> tuple[Any, ...]:
         """See :mod:`vattn._looks`."""
         rows = self.row_offsets
-        return self.num_tokens, self.block_size, self.num_global, rows.shape, rows.device
+        return self.num_tokens, self.block_size, self.num_global, rows.shape, rows.device, self.order is None
 
     @property
     def num_blocks(self) -> int:
         """M, the number of blocks."""
-        return self.row_offsets.shape[1] - 1
+        return self.row_offsets.shape[-1] - 1
 
     @property
     def num_heads(self) -> int:
         """L: 1 where all heads share their rows, else the number of heads."""
-        return self.row_offsets.shape[0]
+        return self.row_offsets.shape[-2]
+
+    @property
+    def num_samples(self) -> int:
+        """S: 1 where all samples share their rows, else the number of samples."""
+        return self.row_offsets.shape[0] if self.row_offsets.dim() == 3 else 1
 
     @property
     def device(self) -> torch.device:
@@ -350,8 +373,9 @@ class BlockLayout:
         if total == 0:
             return 0.0
         sizes = self._block_sizes().double()
-        local = float(sizes @ self.block_counts().double().mean(0) @ sizes)
-        return (local + total**2 - self.num_tokens**2) / total**2
+        queries = sizes[self._row_of_each_entry() % max(self.num_blocks, 1)]
+        pairs = float(queries @ sizes[self.columns.long()]) / (self.num_samples * self.num_heads)
+        return (pairs + total**2 - self.num_tokens**2) / total**2
 
     def transpose(self) -> "BlockLayout":
         """The layout whose row j lists the blocks that read block j, each as often as it reads it; built once."""
@@ -360,75 +384,103 @@ class BlockLayout:
         return self._transposed  # type: ignore[return-value]
 
     def _transpose(self) -> "BlockLayout":
-        L, M = self.num_heads, self.num_blocks
+        M = self.num_blocks
         row = self._row_of_each_entry()
-        head = row // max(M, 1)
-        keys, order = (head * M + self.columns).sort(stable=True)
-        return BlockLayout(
-            self.num_tokens,
-            self.block_size,
-            torch.searchsorted(keys, _row_starts(L, M, self.device)),
-            (row - head * M)[order],
-            num_global=self.num_global,
-            check_values=False,
-        )
+        first = row // max(M, 1) * M  # row of its sample and head
+        keys, by_column = (first + self.columns).sort(stable=True)
+        starts = _row_starts(self.row_offsets.numel() // (M + 1), M, self.device).view_as(self.row_offsets)
+        return self._with_rows(torch.searchsorted(keys, starts), (row - first)[by_column], self.order)
 
     def to(self, device: torch.device | str) -> "BlockLayout":
         """This layout on `device`; itself if it is there."""
-        rows, columns = self.row_offsets.to(device), self.columns.to(device)
+        columns = self.columns.to(device)
         if columns is self.columns:
             return self
-        return BlockLayout(
-            self.num_tokens, self.block_size, rows, columns, num_global=self.num_global, check_values=False
+        return self._with_rows(
+            self.row_offsets.to(device), columns, None if self.order is None else self.order.to(device)
         )
 
+    def _with_rows(self, row_offsets: Tensor, columns: Tensor, order: Tensor | None) -> "BlockLayout":
+        """A layout of the same sizes with rows that are known to be right."""
+        return BlockLayout(
+            self.num_tokens, self.block_size, row_offsets, columns, num_global=self.num_global, order=order,
+            check_values=False,
+        )  # fmt: skip
+
     def block_counts(self) -> Tensor:
-        """``(L, M, M)`` int64: how many times each block reads each block."""
-        L, M = self.num_heads, self.num_blocks
+        """int64 ``(L, M, M)``, or ``(S, L, M, M)`` if S > 1: how many times each block reads each block."""
+        *sets, _ = self.row_offsets.shape
+        M = self.num_blocks
         entries = self._row_of_each_entry() * M + self.columns
-        counts = torch.zeros(L * M * M, dtype=torch.int64, device=self.device)
-        return counts.index_add_(0, entries, torch.ones_like(entries)).view(L, M, M)
+        counts = torch.zeros(math.prod(sets) * M * M, dtype=torch.int64, device=self.device)
+        return counts.index_add_(0, entries, torch.ones_like(entries)).view(*sets, M, M)
 
     def token_counts(self) -> Tensor:
-        """``(L, G+N, G+N)`` int64: how many times each token reads each token. Dense: for looking and for tests."""
-        block = torch.arange(self.num_tokens, device=self.device) // self.block_size
-        G = self.num_global
-        return torch.nn.functional.pad(self.block_counts()[:, block[:, None], block], (G, 0, G, 0), value=1)
+        """int64 ``(L, G+N, G+N)``, or ``(S, L, G+N, G+N)`` if S > 1: how many times each token reads each token.
+
+        Dense: for looking and for tests.
+        """
+        block, G = self._block_of_tokens(), self.num_global
+        return torch.nn.functional.pad(self.block_counts()[..., block[:, None], block], (G, 0, G, 0), value=1)
 
     def to_mask(self) -> Tensor:
-        """Bool ``(G+N, G+N)``, or ``(H, G+N, G+N)`` for a layout per head: who reads whom. Dense, as above."""
+        """Who reads whom. Dense, as above.
+
+        Returns:
+            Bool ``(G+N, G+N)``, ``(H, G+N, G+N)`` for a layout per head, or ``(B, 1 or H, G+N, G+N)`` for a layout per
+            sample, so that it broadcasts to the scores ``(B, H, G+N, G+N)``.
+        """
         mask = self.token_counts() > 0
-        return mask[0] if self.num_heads == 1 else mask
+        return mask[0] if self.num_heads == self.num_samples == 1 else mask
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw who reads whom into the picture `path`, a panel per set of rows. Needs matplotlib."""
+        """Draw who reads whom into the picture `path`, a panel per set of rows: samples below each other, heads beside.
+
+        Tokens stand in the order of the layout. Needs matplotlib.
+        """
         from matplotlib.figure import Figure
 
-        counts = self.block_counts().cpu()
-        edges = [0, *range(self.num_global, self.num_global + self.num_tokens, self.block_size)]
-        edges = sorted({*edges, self.num_global + self.num_tokens})
+        S, L, M = self.num_samples, self.num_heads, self.num_blocks
+        sizes = self._block_sizes()
+        some = sizes > 0  # of a block without tokens there is nothing to draw
+        edges = [0, *(self.num_global + sizes[some].cumsum(0)).tolist()]
+        counts = self.block_counts().view(S, L, M, M)[:, :, some][..., some].cpu()
         if self.num_global > 0:
-            counts = torch.nn.functional.pad(counts, (1, 0, 1, 0), value=1)
+            counts, edges = torch.nn.functional.pad(counts, (1, 0, 1, 0), value=1), [0, self.num_global, *edges[1:]]
         most = counts.max() if counts.numel() > 0 else 1
-        figure = Figure(figsize=(4 * self.num_heads, 4), layout="constrained")
-        for head, axes in enumerate(figure.subplots(1, self.num_heads, squeeze=False)[0]):
+        figure = Figure(figsize=(4 * L, 4 * S), layout="constrained")
+        for i, axes in enumerate(figure.subplots(S, L, squeeze=False).flat):
+            sample, head = divmod(i, L)
             axes.pcolormesh(
-                edges, edges, counts[head].numpy(), cmap="Blues", vmin=0, vmax=most, edgecolors="white", linewidth=0.3
-            )
-            axes.set(xlabel="key", aspect="equal", title=f"head {head}" if self.num_heads > 1 else "")
+                edges, edges, counts[sample, head].numpy(), cmap="Blues", vmin=0, vmax=most, edgecolors="white",
+                linewidth=0.3,
+            )  # fmt: skip
+            titles = [f"sample {sample}"] * (S > 1) + [f"head {head}"] * (L > 1)
+            axes.set(xlabel="key", aspect="equal", title=", ".join(titles))
             axes.invert_yaxis()
             axes.set_ylabel("query" if head == 0 else "")
         figure.savefig(path)
 
     def _block_sizes(self) -> Tensor:
         """``(M,)`` int64: how many tokens each block has."""
+        if self.order is not None:
+            return (self.order >= 0).view(self.num_blocks, self.block_size).sum(1)
         starts = torch.arange(self.num_blocks, device=self.device) * self.block_size
         return (self.num_tokens - starts).clamp(max=self.block_size)
 
+    def _block_of_tokens(self) -> Tensor:
+        """``(N,)`` int64: the block that each token belongs to."""
+        if self.order is None:
+            return torch.arange(self.num_tokens, device=self.device) // self.block_size
+        slots = torch.arange(self.order.numel(), device=self.device)
+        token = torch.where(self.order < 0, self.num_tokens, self.order.long())
+        blocks = slots.new_empty(self.num_tokens + 1).scatter_(0, token, slots // self.block_size)
+        return blocks[: self.num_tokens]
+
     def _row_of_each_entry(self) -> Tensor:
-        """``(nnz,)`` int64: the row of each column, counted through all heads."""
+        """``(nnz,)`` int64: the row of each column, counted through all samples and heads."""
         entries = torch.arange(self.columns.numel(), device=self.device)
-        return torch.searchsorted(self.row_offsets[:, 1:].reshape(-1).long(), entries, right=True)
+        return torch.searchsorted(self.row_offsets[..., 1:].reshape(-1).long(), entries, right=True)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"BlockLayout: a layout is immutable, got {name}={value!r}")
@@ -449,52 +501,30 @@ class BlockLayout:
             self._sizes() == other._sizes()
             and torch.equal(self.row_offsets, other.row_offsets)
             and torch.equal(self.columns, other.columns)
+            and (self.order is None or other.order is None or torch.equal(self.order, other.order))
         )
 
     def __hash__(self) -> int:
-        return hash(self._sizes())
+        return hash(tuple(self._sizes().values()))
 
     def __repr__(self) -> str:
-        names = ("num_tokens", "block_size", "num_global", "num_blocks", "num_heads", "nnz", "device")
-        return f"BlockLayout({', '.join(f'{n}={x}' for n, x in zip(names, self._sizes(), strict=True))})"
+        plain = {"num_samples": 1, "order": None}
+        sizes = (f"{name}={x}" for name, x in self._sizes().items() if name not in plain or x != plain[name])
+        return f"BlockLayout({', '.join(sizes)})"
 
-    def _sizes(self) -> tuple[object, ...]:
-        return (
-            *(self.num_tokens, self.block_size, self.num_global),
-            *(self.num_blocks, self.num_heads, self.columns.numel(), self.device),
-        )
-
-
-def _count_blocks(op: str, num_tokens: int, block_size: int, num_global: int) -> int:
-    """How many blocks the tokens that are not global have."""
-    _checks.integer(op, "num_tokens", num_tokens, least=0)
-    _checks.integer(op, "block_size", block_size, least=1)
-    _checks.integer(op, "num_global", num_global, least=0)
-    if block_size >= 2**63:
-        raise ValueError(f"{op}: block_size must be less than 2**63, got block_size={block_size}")
-    return -(-num_tokens // block_size)
+    def _sizes(self) -> dict[str, object]:
+        return {
+            **{name: getattr(self, name) for name in ("num_tokens", "block_size", "num_global", "num_blocks")},
+            **{name: getattr(self, name) for name in ("num_samples", "num_heads")},
+            "nnz": self.columns.numel(),
+            "order": None if self.order is None else tuple(self.order.shape),
+            "device": self.device,
+        }
 
 
-def _check_values(op: str, row_offsets: Tensor, columns: Tensor, blocks: int) -> None:
-    """The rows follow each other and end with `columns`, and every column is a block."""
-    flat = row_offsets.view(-1)
-    chained = int(flat[0]) == 0 and int(flat[-1]) == columns.numel() and bool((flat.diff() >= 0).all())
-    if not chained or not torch.equal(row_offsets[1:, 0], row_offsets[:-1, -1]):
-        raise ValueError(
-            f"{op}: row_offsets must grow from 0 to the number of columns ({columns.numel()}), each head's from where "
-            f"the last one's ended, got row_offsets={row_offsets.tolist()}"
-        )
-    outside = (columns < 0) | (columns >= blocks)
-    if bool(outside.any()):
-        at = int(outside.int().argmax())
-        raise ValueError(
-            f"{op}: columns must be below the number of blocks ({blocks}), got columns[{at}]={int(columns[at])}"
-        )
-
-
-def _row_starts(heads: int, blocks: int, device: torch.device) -> Tensor:
-    """``(L, M + 1)``: the rows of each head, counted through all heads, and the one behind its last."""
-    return torch.arange(heads, device=device)[:, None] * blocks + torch.arange(blocks + 1, device=device)
+def _row_starts(sets: int, blocks: int, device: torch.device) -> Tensor:
+    """``(sets, M + 1)``: the rows of each set, counted through all sets, and the one behind its last."""
+    return torch.arange(sets, device=device)[:, None] * blocks + torch.arange(blocks + 1, device=device)
 
 
 def _largest(draws: Tensor, count: int) -> Tensor:
@@ -531,7 +561,7 @@ def _grid_of_blocks(op: str, grid: Sequence[int], block_size: int) -> tuple[int,
 
 
 def _listed_blocks(counts: Tensor, indices: Tensor) -> Tensor:
-    """Bool ``(H, M, M)``: the blocks that FlexAttention lists, the first `counts` of each row of `indices`."""
+    """Bool ``(B, H, M, M)``: the blocks that FlexAttention lists, the first `counts` of each row of `indices`."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     times = torch.zeros_like(indices).scatter_add_(-1, indices.long(), listed.to(indices.dtype))
     return times > 0

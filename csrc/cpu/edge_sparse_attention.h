@@ -3,8 +3,9 @@
 //     keys of block 2    | G |  block 1  |  block 2  |  block 7  |        tiles of keys straddle the blocks
 //     rows of the head     0   G + 56      G + 112     G + 392
 //
-// Unit 0 of a head is its global queries, which read all keys as they lie; unit 1 + i is block i. Where no token reads a
-// later one, the parts of a unit are its queries.
+// Rows are tokens, or, with an order, places of tokens, of which blocks are consecutive ones in either case. Unit 0 of a
+// head is its global queries, which read all keys, row after row; unit 1 + i is block i. Where no token reads a later
+// one, the parts of a unit are its queries.
 #pragma once
 
 #include "positions.h"
@@ -20,20 +21,26 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
   static constexpr bool SHARES_KEYS = true, SHARES_TILES = true;
   using Base = PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>>;
   using Base::a, Base::b, Base::h, typename Base::Tile;
-  const int32_t* list = nullptr;  // the blocks that are read; null if all keys are
-  int64_t blocks = 0;             // how many
-  int64_t full = 0;               // of them, those before the first that is short
+  const int32_t* list = nullptr;    // the blocks that are read; null if all keys are
+  const int64_t* before = nullptr;  // with an order, of each of them the keys of those before it
+  int64_t blocks = 0;               // how many
+  int64_t full = 0;                 // without an order, of them, those before the first that is short
   int64_t keys, slice;
 
   EdgeBlock(const EdgeSparseAttention& a, int64_t b, int64_t h, int64_t unit, int64_t slice)
       : Base(a, b, h, a.G), keys(a.Lq), slice(slice) {
     if (unit == 0) return;
-    const int32_t* offsets = a.row_offsets + (a.layouts > 1 ? h * (a.blocks + 1) : 0) + unit - 1;
+    const int32_t* offsets = a.row_offsets + b * a.layout_batch + h * a.layout_head + unit - 1;
     blocks = offsets[1] - offsets[0];
     list = a.columns + offsets[0];
-    this->query_begin = a.G + (unit - 1) * a.block_size;
+    this->query_begin = a.begin(unit - 1);
     this->queries = a.length(unit - 1);
     keys = a.G, full = blocks;
+    if (a.tokens) {
+      before = a.keys_before + offsets[0];
+      if (blocks > 0) keys += before[blocks - 1] + a.length(list[blocks - 1]);
+      return;
+    }
     for (int64_t i = 0; i < blocks; ++i) {
       int64_t length = a.length(list[i]);
       keys += length;
@@ -51,19 +58,31 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
     int64_t done = 0;
     if (first < a.G) f(first, done = least(count, a.G - first), 0);
     if (done == count) return;
-    int64_t place = first + done - a.G, i = least(place / a.block_size, full);
-    for (place -= i * a.block_size; place >= a.length(list[i]); ++i) place -= a.length(list[i]);
-    for (; done < count; ++i, place = 0) {
-      int64_t piece = least(count - done, a.length(list[i]) - place);
-      f(a.G + list[i] * a.block_size + place, piece, done);
+    int64_t at = first + done - a.G, i = entry_of(at);
+    for (; done < count; ++i, at = 0) {
+      int64_t piece = least(count - done, a.length(list[i]) - at);
+      if (piece > 0) f(a.begin(list[i]) + at, piece, done);
       done += piece;
     }
   }
-  // Rows from a key to the same place in the block that is read next, if no block is short.
+  // Which of the blocks has key `at` of those that are read, which then counts from the block's first.
+  VATTN_INLINE int64_t entry_of(int64_t& at) const {
+    int64_t i = 0;
+    if (before) {
+      for (int64_t end = blocks, middle; (middle = (i + end) / 2) > i;) (before[middle] <= at ? i : end) = middle;
+      at -= before[i];
+      return i;
+    }
+    i = least(at / a.block_size, full);
+    for (at -= i * a.block_size; at >= a.length(list[i]); ++i) at -= a.length(list[i]);
+    return i;
+  }
+  // Rows from a key to the one that will be read as many keys later as a block has, if no block is short.
   int64_t to_next_block(int64_t key) const {
     if (!list || key < a.G) return AHEAD;
-    const int64_t i = (key - a.G) / a.block_size;
-    return i + 1 < blocks ? (list[i + 1] - list[i]) * a.block_size : 0;
+    int64_t at = key - a.G;
+    const int64_t i = before ? entry_of(at) : at / a.block_size;
+    return i + 1 < blocks ? a.begin(list[i + 1]) - a.begin(list[i]) : 0;
   }
   template <class Row>
   void load_keys(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times) const {
@@ -73,10 +92,10 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
   }
   void key_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
     each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
-      for (int64_t i = 0; i < n; ++i) tokens[done + i] = (uint32_t)(row + i);
+      for (int64_t i = 0; i < n; ++i) tokens[done + i] = (uint32_t)this->token(row + i);
     });
   }
-  // Of all keys, as they lie; what a slice of the units gives lies behind that of the slices before.
+  // Of all keys, row after row; what a slice of the units gives lies behind that of the slices before.
   void store_keys(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     this->store_part(x, a.slices, slice, a.slice_grad, first, count, rows, ld, times);
   }
@@ -86,7 +105,7 @@ struct EdgeBlock : PositionedItinerary<T, EdgeSparseAttention, EdgeBlock<T>> {
     Base::adjust_scores(tile, first, count, scores);
     if (!list && first == 0 && a.importance)
       for (int64_t k = tile.first < a.G ? a.G - tile.first : 0; k < tile.count; ++k)
-        a.importance[(b * a.H + h) * (a.Lq - a.G) + tile.first + k - a.G] = scores[k];
+        a.importance[(b * a.H + h) * (a.Lq - a.G) + this->token(tile.first + k) - a.G] = scores[k];
   }
   void adjust_grads(const Tile& tile, int64_t first, int64_t count, const float* grads) const {
     if (a.positions.table) this->accumulate_bias(tile, grads_of_bias(), first, count, grads);
@@ -116,12 +135,12 @@ struct EdgeQuery : EdgeBlock<T> {
   EdgeQuery(const EdgeSparseAttention& a, int64_t index, int64_t slice, int64_t query)
       : Base(a, index / a.units() / a.H, index / a.units() % a.H, index % a.units(), slice), query(query) {}
 
-  bool reads(int64_t key) const { return this->may_read(this->query_begin + query, key); }
+  bool reads(int64_t token) const { return this->may_read(this->token(this->query_begin + query), token); }
   template <class F>
   void each_piece(int64_t first, int64_t count, F f) const {
     Base::each_piece(first, count, [&](int64_t row, int64_t n, int64_t done) {
       for (int64_t i = 0; i < n; ++i)
-        if (reads(row + i)) f(row + i, 1, done + i);
+        if (reads(this->token(row + i))) f(row + i, 1, done + i);
     });
   }
   template <class Row>

@@ -28,30 +28,49 @@ struct Itinerary {
 };
 
 // Queries that are consecutive tokens of (B, H, Lq, D), from `query_begin` on, and keys that are tokens of
-// (B, H, Lk, D); T is the dtype of rows.
+// (B, H, Lk, D); T is the dtype of rows. Where `Args` may have an order of tokens, all of these are places in it.
 template <class T, class Args>
 struct TokenItinerary : Itinerary<Args> {
+  static constexpr bool MAY_HAVE_ORDER = requires(const Args& args) { args.tokens; };
   using Itinerary<Args>::a, Itinerary<Args>::b, Itinerary<Args>::h, Itinerary<Args>::head_dim;
   int64_t queries, query_begin = 0;
 
   TokenItinerary(const Args& a, int64_t b, int64_t h, int64_t queries) : Itinerary<Args>(a, b, h), queries(queries) {}
+
+  VATTN_INLINE bool has_order() const {
+    if constexpr (MAY_HAVE_ORDER) return a.tokens;
+    return false;
+  }
+  // The token at a place.
+  VATTN_INLINE int64_t token(int64_t place) const {
+    if constexpr (MAY_HAVE_ORDER)
+      if (a.tokens) return a.tokens[place];
+    return place;
+  }
+  // The row at a place, of which another one has been found.
+  template <class U>
+  VATTN_INLINE U* row_ahead(const Strided& x, U* row, int64_t place, int64_t ahead) const {
+    if constexpr (MAY_HAVE_ORDER)
+      if (a.tokens) return this->template at<U>(x, a.tokens[least(place + ahead, a.Lq - 1)]);
+    return row + ahead * x.inner;
+  }
 
   // Rows that are `ahead` of them are fetched.
   template <class Row>
   void load_rows(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times,
                  int64_t ahead = AHEAD) const {
     for (int64_t i = 0; i < count; ++i) {
-      const T* row = this->template at<const T>(x, first + i);
+      const T* row = this->template at<const T>(x, token(first + i));
       zero_end(rows + i * ld, ld);
-      prefetch(row + ahead * x.inner, head_dim);
+      prefetch(row_ahead(x, row, first + i, ahead), head_dim);
       copy(rows + i * ld, row, head_dim, times);
     }
   }
   template <class U>
   void store_rows(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
     for (int64_t i = 0; i < count; ++i) {
-      U* row = this->template at<U>(x, first + i);
-      prefetch_to_write(row + AHEAD * x.inner, head_dim);
+      U* row = this->template at<U>(x, token(first + i));
+      prefetch_to_write(row_ahead(x, row, first + i, AHEAD), head_dim);
       copy(row, rows + i * ld, head_dim, times);
     }
   }
@@ -79,14 +98,18 @@ struct TokenItinerary : Itinerary<Args> {
   }
 
   // Numbers lie in (B, H, Lq).
-  float* number(float* x, int64_t first) const { return x + (b * a.H + h) * a.Lq + query_begin + first; }
-  void load_numbers(float* x, int64_t first, int64_t count, float* to) const { copy(to, number(x, first), count); }
+  float* number(float* x, int64_t query) const { return x + (b * a.H + h) * a.Lq + token(query_begin + query); }
+  void load_numbers(float* x, int64_t first, int64_t count, float* to) const {
+    if (!has_order()) return copy(to, number(x, first), count);
+    for (int64_t i = 0; i < count; ++i) to[i] = *number(x, first + i);
+  }
   void store_numbers(float* x, int64_t first, int64_t count, const float* from) const {
-    copy(number(x, first), from, count);
+    if (!has_order()) return copy(number(x, first), from, count);
+    for (int64_t i = 0; i < count; ++i) *number(x, first + i) = from[i];
   }
 
   void query_tokens(int64_t first, int64_t count, uint32_t* tokens) const {
-    for (int64_t i = 0; i < count; ++i) tokens[i] = (uint32_t)(query_begin + first + i);
+    for (int64_t i = 0; i < count; ++i) tokens[i] = (uint32_t)token(query_begin + first + i);
   }
 };
 

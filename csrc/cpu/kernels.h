@@ -86,9 +86,16 @@ struct Positions {
 };
 
 // The components of a head share its keys: they are its units. Unit 0 is the global queries and reads all keys.
+//
+// With an order, a row of a tensor has a place besides: the global tokens come first, then those of block after block,
+// without gaps.
 struct EdgeSparseAttention : Attention, KeyTensors<Strided> {
-  int64_t Lq, G, block_size, blocks, layouts;  // Lq = G + N; layouts: 1, or one for each head
+  int64_t Lq, G, block_size, blocks;  // Lq = G + N
   const int32_t *row_offsets, *columns;
+  int64_t layout_batch, layout_head;    // from sample to sample and from head to head of row_offsets; 0 where shared
+  const int32_t* tokens = nullptr;      // (Lq), the token at each place; null without an order, as those below
+  const int32_t* begins = nullptr;      // (blocks + 1), the places where blocks begin, and where the last one ends
+  const int64_t* keys_before = nullptr;  // of each entry of columns, how many keys of blocks its row reads before
   Positions positions;
   float* importance;  // the scores (B, H, N) of the first global query, in units of log2, or null
   // Backward over `slices` shares of the units: gradients of keys then are float, and they and grad_bias have a
@@ -97,7 +104,9 @@ struct EdgeSparseAttention : Attention, KeyTensors<Strided> {
   float* grad_bias;
 
   int64_t units() const { return blocks + 1; }
+  int64_t begin(int64_t block) const { return begins ? begins[block] : G + block * block_size; }
   int64_t length(int64_t block) const {
+    if (begins) return begins[block + 1] - begins[block];
     int64_t rest = Lq - G - block * block_size;
     return rest < block_size ? rest : block_size;
   }

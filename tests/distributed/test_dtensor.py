@@ -41,11 +41,20 @@ def kept(batch: int, count: int, keys: int) -> Tensor:
     return torch.rand(batch, keys, generator=torch.Generator().manual_seed(5)).topk(count).indices
 
 
-def edge(q: Tensor, k: Tensor, v: Tensor, table: Tensor, positions: Tensor, **settings: Any) -> Any:
+ROWS = [[0, 1], [1], [2], [0], [1, 2], [2, 0], [0], [0, 1], []]
+PER_HEAD = layout_of(ROWS, 11, 4, 1, 3)
+PER_SAMPLE = layout_of(
+    [*ROWS, *ROWS[::-1], *ROWS[1:], []], 11, 4, 1, 3, 3, torch.tensor([4, 2, 10, -1, 0, 7, 9, 1, 3, 5, 6, 8])
+)  # and per head, with an order
+
+
+def edge(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, positions: Tensor, layout: vattn.BlockLayout = PER_HEAD,
+    **settings: Any,
+) -> Any:  # fmt: skip
     bias = vattn.RelativePositionBias3D((1, 3, 4), 3)
     del bias.table
     bias.table = table  # type: ignore[assignment]
-    layout = layout_of([[0, 1], [1], [2], [0], [1, 2], [2, 0], [0], [0, 1], []], 11, 4, 1, 3)
     return vattn.edge_sparse_attention(
         q, k, v, layout, position_bias=bias, positions=positions, causal=True, return_lse=True, return_importance=True,
         **settings,
@@ -95,6 +104,10 @@ CALLS = {
     ),
     "edge": Call(
         edge, [*[(3, 3, 12, 4)] * 3, (5 * 7 + 3, 3)], "BHLD BHLD BHLD RI", "BHLD BHL BN", positions,
+    ),
+    "edge per sample": Call(
+        functools.partial(edge, layout=PER_SAMPLE), [*[(3, 3, 12, 4)] * 3, (5 * 7 + 3, 3)], "BHLD BHLD BHLD RI",
+        "BHLD BHL BN", positions,
     ),
     "blocks": Call(
         blocks, [*[(3, 3, 12, 4)] * 3, (5 * 7, 3)], "BHLD BHLD BHLD RI", "BHLD BHL", tokens=["L", "LB", "HL"],

@@ -141,7 +141,7 @@ def shards(layout: BlockLayout, blocks: Sequence[int]) -> list[int]:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    layout = draw(layouts(heads=3, max_blocks=6, max_block_size=4), label="layout")
+    layout = draw(layouts(heads=3, max_blocks=6, max_block_size=4, samples=2), label="layout")
     size = draw(st.sampled_from(SIZES), label="ranks")
     cuts = sorted(draw(st.lists(st.integers(0, layout.num_blocks), min_size=size - 1, max_size=size - 1)))
     blocks = [b - a for a, b in zip([0, *cuts], [*cuts, layout.num_blocks], strict=True)]
@@ -308,6 +308,8 @@ def refused(world: World) -> dict[str, str]:
         "layout must be the same": of(x, layout if world.rank == 0 else other),
         "layout must be a BlockLayout": of(x, None),
         "layout must be for all heads": of(x[:, :1].expand(-1, 3, -1, -1), layout_of([[0]] * 12, 24, 4, 1, sets=2)),
+        "layout must be for all samples": of(x, layout_of([[0]] * 12, 24, 4, 1, samples=2)),
+        "layout must have blocks of consecutive tokens": of(x, layout_of([[0]] * 6, 24, 4, 1, order=torch.arange(24))),
         "the global tokens of layout": of(x[:, :, :0], layout),
         "positions must have shape": of(x, layout, positions=torch.arange(23)),
         "positions must be between 0 and 23": of(x, layout, positions=torch.arange(24) + 1, position_bias=bias),
@@ -391,13 +393,14 @@ def test_plans_of_ranks_fit_each_other(problem: Problem, apart: bool) -> None:
     plans = [make_plan(layout, lengths, rank, past_only=past_only, apart=apart) for rank in range(len(lengths))]
     assert len({plan.exchanges for plan in plans}) == 1
     assert plans[0].exchanges == any(sum(plan.sent) > 0 for plan in plans)
-    read = torch.zeros(layout.num_heads, layout.num_tokens, layout.num_tokens, dtype=torch.int64)
+    wanted = layout.token_counts()[..., G:, G:]
+    read = torch.zeros_like(wanted)
     for rank, plan in enumerate(plans):
         begin, end = problem.ends(rank)
         assert plan.received == [other.sent[rank] for other in plans]
         assert plan.sent[rank] == 0 and sum(plan.sent) == len(plan.sent_tokens)
         assert plan.local.num_global == G
-        read[:, begin:end, begin:end] += plan.local.token_counts()[:, G:, G:]
+        read[..., begin:end, begin:end] += plan.local.token_counts()[..., G:, G:]
         if plan.fetched is None:
             assert sum(plan.received) == 0
             continue
@@ -411,10 +414,10 @@ def test_plans_of_ranks_fit_each_other(problem: Problem, apart: bool) -> None:
         assert plan.key_tokens[plan.first_key :][: len(came)].tolist() == came
         assert plan.query_tokens[: end - begin].tolist() == list(range(begin, end))
         assert not apart or (plan.first_key >= end - begin and plan.fetched.num_tokens == plan.first_key + len(came))
-        counts = plan.fetched.token_counts()
-        assert counts[:, : end - begin].sum() == counts[:, : end - begin, plan.first_key :][:, :, : len(came)].sum()
-        read[:, begin:end, came] += counts[:, : end - begin, plan.first_key :][:, :, : len(came)]
-    wanted = layout.token_counts()[:, G:, G:]
+        counts = plan.fetched.token_counts()[..., : end - begin, :]
+        of_fetched = counts[..., plan.first_key :][..., : len(came)]
+        assert counts.sum() == of_fetched.sum()
+        read[..., begin:end, came] += of_fetched
     if past_only:
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         wanted = wanted * (owner[None, :] <= owner[:, None])

@@ -206,6 +206,7 @@ APART: dict[str, dict[str, Sizes]] = {
     "axial_attention": {"lines longer than any tile": {"line": 70, "inner": 2}},
     "edge_sparse_attention": {
         "blocks": {"rows": [[0], [1], [0, 2]], "block_size": 7, "N": 18, "G": 0, "window": (1, 1, 18)},
+        "order": {"rows": [[1], [0, 2], [1]], "blocks": [3, 4, 6], "block_size": 7, "N": 13, "G": 0, "window": ()},
     },
     "latent_attention": {"key lengths": {"B": 2, "queries": 5, "keys": (70,), "key_lengths": torch.tensor([67, 3])}},
     "leap_attention": {"leaps": {"T": 5, "N": 5, "leap": 2}},
@@ -216,6 +217,13 @@ IN_A_TILE: dict[str, dict[str, Sizes]] = {
     "edge_sparse_attention": {
         "causal": {"rows": [[0], [0, 1]], "block_size": 7, "N": 13, "causal": True},
         "causal without bias": {"rows": [[0, 0], [0, 1]], "block_size": 7, "N": 13, "causal": True, "window": ()},
+        "causal in an order": {
+            "rows": [[1, 0], [1], [0, 2]],
+            "blocks": [6, 3, 4],
+            "block_size": 7,
+            "N": 13,
+            "causal": True,
+        },
     },
 }
 

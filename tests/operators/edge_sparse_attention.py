@@ -14,7 +14,7 @@ from tests.kernels.attention import Attention, batch_heads, showing
 from tests.kernels.backends import CppLaunchers, Launchers
 from tests.kernels.cases import Case, Draw, Sizes, Tensors
 from tests.kernels.sizes import BLOCK_K, BLOCK_Q, LONG_EDGES, around, without
-from tests.layouts import bias_without_table, layout_of, layouts
+from tests.layouts import bias_without_table, layout_of, layouts, random_order
 from tests.utils import magnitude
 from vattn import BlockLayout, reference
 from vattn.position_bias import num_offsets
@@ -31,15 +31,19 @@ class EdgeSparseAttention(Attention):
         self, device: str, dtype: torch.dtype = torch.float32, *, rows: list[list[int]] | None = None,
         more: Sequence[list[list[int]]] = (), block_size: int = 5, B: int = 1, H: int = 1, G: int = 1, N: int = 4,
         D: int = 16, window: tuple[int, ...] = WINDOW, positions: Tensor | None = None, causal: bool = False,
-        deterministic: bool = False, layout: BlockLayout | None = None, **common: Any,
+        deterministic: bool = False, layout: BlockLayout | None = None, samples: int = 1,
+        blocks: Sequence[int] | None = None, **common: Any,
     ) -> Case:  # fmt: skip
         """`rows` are what the blocks of all heads read, or those of the first and `more`, or all is in `layout`.
 
-        No window means no bias.
+        Each of `samples` has as many of these lists. With `blocks` there is an order, of blocks of so many tokens. No
+        window means no bias.
         """
-        lists = [[0]] if rows is None else rows
+        lists = [[[0]] if rows is None else rows, *more]
         if layout is None:
-            layout = layout_of([*lists, *(row for head in more for row in head)], N, block_size, G, 1 + len(more))
+            order = None if blocks is None else random_order(blocks, block_size)
+            flat = [row for rows in lists for row in rows]
+            layout = layout_of(flat, N, block_size, G, len(lists) // samples, samples, order)
         G, N = layout.num_global, layout.num_tokens
         shapes = dict.fromkeys(("query", "key", "value"), (B, H, G + N, D))
         case = self.random(
@@ -57,8 +61,9 @@ class EdgeSparseAttention(Attention):
         tensors: list[Tensor | None] = [*case.tensors.values(), None]
         *tensors, table = tensors[:4]
         return tensors, [
-            layout.row_offsets, layout.columns, transposed.row_offsets, transposed.columns, layout.block_size,
-            layout.num_global, table, s["window"], s["positions"], s["causal"], s["dropout_p"], s["seed"], s["scale"],
+            layout.row_offsets, layout.columns, transposed.row_offsets, transposed.columns, layout.order,
+            layout.block_size, layout.num_global, table, s["window"], s["positions"], s["causal"], s["dropout_p"],
+            s["seed"], s["scale"],
         ]  # fmt: skip
 
     def forward(self, launchers: Launchers, case: Case) -> Tensors:
@@ -86,7 +91,7 @@ class EdgeSparseAttention(Attention):
         of_inputs, inputs = ([x[name] for name in ("query", "key", "value")] for x in (tangents, case.tensors))
         found = launchers.jvp(
             *of_inputs, tangents.get("table"), *inputs, results["out"], results["lse"],
-            layout.row_offsets, layout.columns, None, None, layout.block_size, layout.num_global,
+            layout.row_offsets, layout.columns, None, None, layout.order, layout.block_size, layout.num_global,
             case.tensors.get("table"), s["window"], s["positions"], s["causal"], s["dropout_p"], s["seed"], s["scale"],
             False,
         )  # fmt: skip
@@ -94,8 +99,9 @@ class EdgeSparseAttention(Attention):
 
     def draw(self, draw: Draw) -> Sizes:
         sizes = super().draw(draw)
+        largest = draw(st.sampled_from([3, 20, 70]), label="largest")
         layout = draw(
-            layouts(sizes["H"], max_block_size=draw(st.sampled_from([3, 20, 70]), label="largest")), label="layout"
+            layouts(sizes["H"], max_block_size=largest, samples=max(sizes["B"], 1), orders=True), label="layout"
         )
         B, N = sizes["B"], layout.num_tokens
         sizes |= {"layout": layout, "causal": draw(st.booleans(), label="causal")}
@@ -179,6 +185,9 @@ OPERATOR = EdgeSparseAttention(
     paths={
         "causal": {"rows": [[1, 0], [1]], "block_size": 7, "N": 13, "B": 2, "causal": True},
         "global tokens alone": {"rows": [[], []], "block_size": 7, "N": 13, "window": (1, 1, 13)},
+        "samples": {"rows": [[1, 0], [1]], "more": [[[], [0]]], "samples": 2, "B": 2, "block_size": 7, "N": 13},
+        "order": {"rows": [[2, 0, 3], [1, 1, 0], [0], [1, 3]], "blocks": [7, 3, 0, 3], "block_size": 7, "N": 13},
+        "full blocks in an order": {"rows": [[1, 0], [1]], "blocks": [9, 9], "block_size": 9, "N": 18, "causal": True},
         "splits": {"rows": [[], []], "G": 2, "window": (1, 9, 29), "block_size": LONG_EDGES - 20, "N": LONG_EDGES - 2},
     },
     lengths={f"blocks of {size}": ring_of_blocks(size) for size in around(BLOCK_Q, BLOCK_K) if size != 2},

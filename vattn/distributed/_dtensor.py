@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 import vattn
@@ -143,7 +144,7 @@ def edge_sparse_attention(
     placed = Placed("edge_sparse_attention", {"query": (query, rows), "key": (key, rows), "value": (value, rows)})
     # What is global lies on every rank, and a shard of a DTensor does not.
     dim = placed.tokens(*([] if layout.num_global else ["L"]))
-    layout = _of_heads(layout, *placed.part("H"))
+    layout = _part_of(layout, placed.part("B"), placed.part("H"))
     q, k, v = map(placed.local, ("query", "key", "value"))
     positions = placed.aside("positions", positions, "N" if positions is None or positions.dim() == 1 else "B N")
     bias = _local_bias(placed, position_bias)
@@ -255,16 +256,23 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     return placed.result(vattn.nearest_code(placed.local("x"), own), axes)
 
 
-def _of_heads(layout: BlockLayout, first: int, count: int) -> BlockLayout:
-    """The rows of so many heads."""
-    if layout.num_heads == 1 or count == layout.num_heads:
+def _part_of(layout: BlockLayout, samples: tuple[int, int], heads: tuple[int, int]) -> BlockLayout:
+    """The rows of so many samples and heads, from the first ones on."""
+    rows = layout.row_offsets.view(layout.num_samples, layout.num_heads, -1)
+    for axis, (first, count) in enumerate((samples, heads)):
+        if rows.shape[axis] > 1:  # a layout has the rows of a sample and a head, even where none is here
+            rows = rows.narrow(axis, min(first, rows.shape[axis] - 1), max(count, 1))
+    if rows.numel() == layout.row_offsets.numel():
         return layout
-    first = min(first, layout.num_heads - 1)  # a layout has the rows of a head, even where none is here
-    rows = layout.row_offsets[first : first + max(count, 1)]
-    begin, end = rows[0, 0], rows[-1, -1]
+    columns, offsets, before = [], [], torch.zeros_like(rows[0, 0, 0])
+    for of_sample in rows:
+        begin, end = of_sample[0, 0], of_sample[-1, -1]
+        columns.append(layout.columns[begin:end])
+        offsets.append(of_sample - begin + before)
+        before = before + end - begin
     return BlockLayout(
-        layout.num_tokens, layout.block_size, rows - begin, layout.columns[begin:end], num_global=layout.num_global,
-        check_values=False,
+        layout.num_tokens, layout.block_size, torch.stack(offsets), torch.cat(columns), num_global=layout.num_global,
+        order=layout.order, check_values=False,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ layout name, each of which comes once::
 
 import contextlib
 import dataclasses
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,11 +65,11 @@ def make_plan(
             rows, so that there are fewer.
         device: where the tensors of the plan go.
     """
-    size, M, L = layout.block_size, layout.num_blocks, layout.num_heads
+    size, M, sets = layout.block_size, layout.num_blocks, layout.row_offsets.shape[:-1]
     columns = layout.columns.long().cpu()
-    counts = layout.row_offsets.long().cpu().diff(dim=1).flatten()
-    rows = torch.arange(L * M).repeat_interleave(counts)  # of each entry, through all heads
-    heads, readers = rows // max(M, 1), rows % max(M, 1)
+    counts = layout.row_offsets.long().cpu().diff().flatten()
+    rows = torch.arange(len(counts)).repeat_interleave(counts)  # of each entry, through all samples and heads
+    of_sets, readers = rows // max(M, 1), rows % max(M, 1)
     sizes = (layout.num_tokens - torch.arange(M) * size).clamp(max=size)
     blocks = [-(-length // size) for length in lengths]
     owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(blocks))
@@ -76,7 +77,9 @@ def make_plan(
 
     own = (reads == rank) & (has == rank)
     first, mine = sum(blocks[:rank]), blocks[rank]
-    local = _layout(lengths[rank], size, layout.num_global, L, heads[own], readers[own] - first, columns[own] - first)
+    local = _layout(
+        lengths[rank], size, layout.num_global, sets, of_sets[own], readers[own] - first, columns[own] - first
+    )
 
     missing = (has < reads) if past_only else (has != reads)
     needed = torch.unique(reads[missing] * M + columns[missing])  # a block once for each rank, in that order
@@ -101,7 +104,7 @@ def make_plan(
     which = missing & (reads == rank)
     there = before + torch.searchsorted(fetched, columns[which])
     queries = torch.arange(first * size, first * size + lengths[rank])
-    plan.fetched = _layout(length, size, 0, L, heads[which], readers[which] - first, there).to(device)
+    plan.fetched = _layout(length, size, 0, sets, of_sets[which], readers[which] - first, there).to(device)
     plan.first_key = before * size
     plan.query_tokens = _padded(queries, 0, length).to(device)
     plan.key_tokens = _padded(tokens, plan.first_key, length).to(device)
@@ -109,12 +112,12 @@ def make_plan(
 
 
 def _layout(
-    num_tokens: int, size: int, num_global: int, heads: int, head: Tensor, row: Tensor, columns: Tensor
+    num_tokens: int, size: int, num_global: int, sets: Sequence[int], of_set: Tensor, row: Tensor, columns: Tensor
 ) -> BlockLayout:
-    """The layout of entries in the order of `head` and `row`."""
-    M = -(-num_tokens // size)
-    ends = torch.nn.functional.pad(torch.bincount(head * M + row, minlength=heads * M).cumsum(0), (1, 0))
-    offsets = ends[torch.arange(heads)[:, None] * M + torch.arange(M + 1)]
+    """The layout of entries in the order of `of_set`, their set of rows, and `row`; `sets` is (L,) or (S, L)."""
+    M, count = -(-num_tokens // size), math.prod(sets)
+    ends = torch.nn.functional.pad(torch.bincount(of_set * M + row, minlength=count * M).cumsum(0), (1, 0))
+    offsets = ends[torch.arange(count)[:, None] * M + torch.arange(M + 1)].view(*sets, M + 1)
     return BlockLayout(num_tokens, size, offsets, columns, num_global=num_global, check_values=False)
 
 

@@ -55,6 +55,8 @@ def edge_sparse_attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`vattn.edge_sparse_attention` with blocks that are sharded over the ranks of a process group.
 
+    Blocks are consecutive tokens: a layout with an order is refused.
+
     Each of the G global tokens is the same on every rank. Of the N others of all ranks, rank r has the next
     ``lengths[r]``: whole blocks of the layout, 0 too; only the last token of all may end a block early.
 
@@ -69,7 +71,8 @@ def edge_sparse_attention(
 
     Args:
         query, key, value: ``(B, H, G+N, D)``: the global tokens, then this rank's part of the others.
-        layout: of the blocks of all ranks, the same on every rank; on the CPU, or on the device of `query`.
+        layout: of the blocks of all ranks, the same on every rank; on the CPU, or on the device of `query`. Of a layout
+            per sample, a block is sent if any sample reads it.
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group. Shards lie in the order of
             ranks.
         grad: what gradients of global tokens and of the table are. "full": those of the global tokens' outputs must
@@ -277,6 +280,13 @@ def _check_tokens(layout: object, query: Tensor, position_bias: Any, positions: 
             f"{OP}: layout must be for all heads or for each of the {query.shape[1]} of query, "
             f"got layout.num_heads={layout.num_heads}"
         )
+    if layout.num_samples not in (1, query.shape[0]):
+        raise ValueError(
+            f"{OP}: layout must be for all samples or for each of the {query.shape[0]} of query, "
+            f"got layout.num_samples={layout.num_samples}"
+        )
+    if layout.order is not None:
+        raise ValueError(f"{OP}: layout must have blocks of consecutive tokens over ranks, got a layout with an order")
     if layout.device not in (query.device, torch.device("cpu")):
         raise ValueError(
             f"{OP}: layout must be on the CPU or on the device of query ({query.device}), "

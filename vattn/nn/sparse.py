@@ -112,6 +112,8 @@ class SparseSelfAttention(nn.Module, OverRanks):
             query, key, value, layout, position_bias=self.position_bias, positions=positions, return_lse=True,
             return_importance=return_importance, dropout_p=self.attn_drop.p if self.training else 0.0,
         )  # fmt: skip
+        if self.pad_keys == "zero" and layout.order is not None:
+            raise ValueError(f"SparseSelfAttention: pad_keys='zero' takes no layout with an order, got {layout}")
         if self.pad_keys == "zero" and layout.num_tokens % layout.block_size:
             out = out * self._share_of_tokens(lse, layout, begin).to(out.dtype)[..., None]
         out = self.proj_drop(self.proj(merge_heads(out)))
@@ -136,8 +138,8 @@ class SparseSelfAttention(nn.Module, OverRanks):
         """
         padding = -layout.num_tokens % layout.block_size
         times = layout.block_counts()[..., -1].repeat_interleave(layout.block_size, -1)
-        times = times[:, begin : begin + lse.shape[2] - self.num_global]
-        log_mass = (padding * times).to(lse.dtype).log()  # (L, N), -inf where the last block is not read
+        times = times[..., begin : begin + lse.shape[2] - self.num_global]
+        log_mass = (padding * times).to(lse.dtype).log()  # (..., L, N), -inf where the last block is not read
         if self.position_bias is not None:
             row = num_offsets(self.position_bias.window) + self.num_global
             log_mass = log_mass + self.position_bias(as_table=True)[row, :, None]

@@ -48,13 +48,15 @@ def edge_sparse_attention(
     """Attention of blocks of tokens to the blocks that `layout` lists for them, and to and from global tokens.
 
     The first G = ``layout.num_global`` tokens are global: they read all tokens, and all tokens read them. The other N
-    are cut into blocks of ``layout.block_size``, of which the last may be short; query block i reads the blocks in row
-    i of the layout, and one that is listed twice counts twice. A query that reads nothing gives 0 and an lse of -inf.
+    are cut into blocks of ``layout.block_size``, of which the last may be short, or lie in blocks as ``layout.order``
+    says, which moves none of them. Query block i reads the blocks in row i of the layout, and one that is listed twice
+    counts twice. A query that reads nothing gives 0 and an lse of -inf.
 
     Args:
         query, key, value: ``(B, H, G+N, D)``, float32, bfloat16, float16 or float64, any strides (a last axis that is
             not contiguous costs one copy). D is at most 256.
-        layout: who reads whom, on the device of `query`; for all heads, or one set of rows per head.
+        layout: who reads whom, on the device of `query`; for all samples and heads, or one set of rows per head, or
+            per sample.
         position_bias: a table of biases that is added to the scaled scores, looked up inside the kernel from the
             offset between two positions. Its gradient is computed there too, and is deterministic under
             ``torch.use_deterministic_algorithms(True)``.
@@ -147,7 +149,8 @@ def attend(
     out, lse, seen = _attend(
         query, key, value, layout.row_offsets, layout.columns,
         None if transposed is None else transposed.row_offsets, None if transposed is None else transposed.columns,
-        layout.block_size, layout.num_global, table, window, positions, causal, dropout_p, seed, scale, importance,
+        layout.order, layout.block_size, layout.num_global, table, window, positions, causal, dropout_p, seed, scale,
+        importance,
     )  # fmt: skip
     return out, lse, seen if importance else None
 
@@ -165,6 +168,11 @@ def _check_layout(op: str, layout: object, query: Tensor) -> None:
             f"{op}: layout must be for all heads or for each of the {query.shape[1]} of query, "
             f"got layout.num_heads={layout.num_heads}"
         )
+    if layout.num_samples not in (1, query.shape[0]):
+        raise ValueError(
+            f"{op}: layout must be for all samples or for each of the {query.shape[0]} of query, "
+            f"got layout.num_samples={layout.num_samples}"
+        )
     if layout.device != query.device:
         raise ValueError(
             f"{op}: layout must be on the device of query ({query.device}), got layout.device={layout.device}"
@@ -179,7 +187,7 @@ def _backward_reads_transposed(query: Tensor, *inputs: Tensor | None) -> bool:
 
 
 def _fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    num_global, importance = others[7], others[-1]
+    num_global, importance = others[8], others[-1]
     B, _, length, _ = query.shape
     return (
         empty_rows(query),
@@ -188,35 +196,48 @@ def _fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _pairs(query: Tensor, columns: Tensor, row_offsets: Tensor, block_size: int, num_global: int, **others: Any) -> int:
+def _pairs(
+    query: Tensor, columns: Tensor, row_offsets: Tensor, order: Tensor | None, block_size: int, num_global: int,
+    **others: Any,
+) -> int:  # fmt: skip
     B, H, length, _ = query.shape
-    blocks = columns.numel() * block_size**2 - _missing(columns, row_offsets, block_size, length - num_global)
-    return B * (H * blocks // row_offsets.shape[0] + H * num_global * (2 * length - num_global))
+    of_sets, sets = _listed_pairs(columns, row_offsets, order, block_size, length - num_global), row_offsets[..., 0]
+    return B * H * of_sets // sets.numel() + B * H * num_global * (2 * length - num_global)
 
 
-def _missing(columns: Tensor, row_offsets: Tensor, block_size: int, num_tokens: int) -> int:
-    """How many pairs the last block lacks, as queries and as keys; none where a layout holds no values."""
-    lacks = -num_tokens % block_size
-    if lacks == 0 or values(columns) is None:
-        return 0
-    last = row_offsets.shape[1] - 2
-    ends = row_offsets[:, -2:]
-    as_keys = columns == last
-    as_queries = int(ends.diff().sum())
-    as_both = sum(int(as_keys[start:end].sum()) for start, end in ends.tolist())
-    return lacks * block_size * (as_queries + int(as_keys.sum())) - lacks**2 * as_both
+def _listed_pairs(
+    columns: Tensor, row_offsets: Tensor, order: Tensor | None, block_size: int, num_tokens: int
+) -> int:  # fmt: skip
+    """How many pairs the listed blocks have, of all sets of rows; where there are no values, as if none were short."""
+    if values(columns) is None:
+        return columns.numel() * block_size**2
+    blocks = row_offsets.shape[-1] - 1
+    if order is None:
+        sizes = (num_tokens - torch.arange(blocks, device=columns.device) * block_size).clamp(max=block_size)
+    else:
+        sizes = (order >= 0).view(blocks, -1).sum(1)
+    keys = torch.nn.functional.pad(sizes[columns.long()].cumsum(0), (1, 0))[row_offsets.long()].diff()
+    return int((keys * sizes).sum())
 
 
 def _check_blocks(
-    query: Tensor, row_offsets: Tensor, block_size: int, num_global: int, bias_table: Tensor | None,
-    window: Sequence[int], importance: bool, table_tangent: Tensor | None = None, **others: Any,
+    query: Tensor, row_offsets: Tensor, order: Tensor | None, block_size: int, num_global: int,
+    bias_table: Tensor | None, window: Sequence[int], importance: bool, table_tangent: Tensor | None = None,
+    **others: Any,
 ) -> None:  # fmt: skip
-    op = "edge_sparse_attention"
-    blocks = -(-(query.shape[2] - num_global) // block_size)
-    if row_offsets.shape[1] != blocks + 1:
+    op, num_tokens = "edge_sparse_attention", query.shape[2] - num_global
+    if block_size < 1:
+        raise ValueError(f"{op}: block_size must be at least 1, got block_size={block_size}")
+    blocks = -(-num_tokens // block_size)
+    if order is None and row_offsets.shape[-1] != blocks + 1:
         raise ValueError(
             f"{op}: row_offsets must have an entry for each of {blocks} blocks and one more, "
             f"got row_offsets.shape={tuple(row_offsets.shape)}"
+        )
+    if order is not None and not num_tokens <= order.numel() < 2**31:
+        raise ValueError(
+            f"{op}: order must have a slot for each of {num_tokens} tokens, and fewer than 2**31, "
+            f"got order.shape={tuple(order.shape)}"
         )
     check_table(op, bias_table, window, num_global)
     if table_tangent is not None and bias_table is None:
@@ -227,16 +248,17 @@ def _check_blocks(
 
 _attend = Attention(
     "edge_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor row_offsets, Tensor columns, "
-    "Tensor? column_offsets, Tensor? rows, SymInt block_size, SymInt num_global, Tensor? bias_table, int[] window, "
-    "Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
+    "Tensor? column_offsets, Tensor? rows, Tensor? order, SymInt block_size, SymInt num_global, Tensor? bias_table, "
+    "int[] window, Tensor? positions, bool causal, float dropout_p, Tensor? seed, float scale, bool importance) "
     "-> (Tensor out, Tensor lse, Tensor importance)",
     takes={
         **dict.fromkeys(("query", "key", "value"), "B H G+N D"),
-        "row_offsets": "1 M+1 | H M+1: int32",
+        "row_offsets": "1 M+1 | H M+1 | B 1 M+1 | B H M+1: int32",
         "columns": "nnz: int32",
-        "column_offsets": "1 M+1 | H M+1: int32",
+        "column_offsets": "1 M+1 | H M+1 | B 1 M+1 | B H M+1: int32",
         "rows": "nnz: int32",
-        "block_size": ">= 1",
+        "order": "M*S: int32",
+        "block_size": "S",
         "num_global": "G",
         "bias_table": "R H: float32",
         "window": ">= 1",
@@ -248,5 +270,5 @@ _attend = Attention(
     fake=_fake,
     pairs=_pairs,
     autocast=("query", "key", "value"),
-    shared=("row_offsets", "columns", "column_offsets", "rows", "bias_table"),
+    shared=("columns", "rows", "order", "bias_table"),
 )

@@ -34,7 +34,7 @@ def edge_sparse_attention(
     scale = D**-0.5 if scale is None else scale
     if positions is None:
         positions = torch.arange(layout.num_tokens, device=query.device)
-    counts = layout.token_counts()  # (L, G+N, G+N)
+    counts = layout.token_counts()  # (L, G+N, G+N) or (S, L, G+N, G+N)
     read, bias = counts > 0, counts.clamp(min=1).log().to(torch.promote_types(query.dtype, torch.float32))
     if position_bias is not None:
         bias = bias + dense_bias(position_bias, G, positions)
