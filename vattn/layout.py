@@ -21,13 +21,16 @@ lower two have two tokens and two slots without one::
 
 import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vattn import _layout_plot
 from vattn._layout_checks import blocks_of_order, check_order, check_rows, check_tensors, count_blocks
 from vattn._layout_patterns import Patterns
+from vattn._layout_tiles import row_starts
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -214,7 +217,7 @@ class BlockLayout(Patterns):
         """The layout of a bool ``(L, M, M)`` or ``(S, L, M, M)``: which block reads which, in ascending order."""
         *sets, M, _ = reads.shape
         ends = torch.nn.functional.pad(reads.sum(-1).view(-1).cumsum(0), (1, 0))
-        offsets = ends[_row_starts(math.prod(sets), M, reads.device)].view(*sets, M + 1)
+        offsets = ends[row_starts(math.prod(sets), M, reads.device)].view(*sets, M + 1)
         columns = reads.nonzero()[:, -1]
         return cls(num_tokens, block_size, offsets, columns, num_global=num_global, check_values=False)
 
@@ -266,7 +269,7 @@ class BlockLayout(Patterns):
         row = self._row_of_each_entry()
         first = row // max(M, 1) * M  # row of its sample and head
         keys, by_column = (first + self.columns).sort(stable=True)
-        starts = _row_starts(self.row_offsets.numel() // (M + 1), M, self.device).view_as(self.row_offsets)
+        starts = row_starts(self.row_offsets.numel() // (M + 1), M, self.device).view_as(self.row_offsets)
         return self._with_rows(torch.searchsorted(keys, starts), (row - first)[by_column], self.order)
 
     def to(self, device: torch.device | str) -> "BlockLayout":
@@ -311,33 +314,25 @@ class BlockLayout(Patterns):
         mask = self.token_counts() > 0
         return mask[0] if self.num_heads == self.num_samples == 1 else mask
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw who reads whom into the picture `path`, a panel per set of rows: samples below each other, heads beside.
+    def plot(
+        self, path: str | os.PathLike[str], *, grid: Sequence[int] | None = None, query: int | None = None
+    ) -> None:
+        """Draw who reads whom into the picture `path`. Needs matplotlib.
 
-        Tokens stand in the order of the layout. Needs matplotlib.
+        Without a `grid`, a panel per set of rows, samples below each other and heads beside; tokens stand in the order
+        of the layout. Of more than 512 blocks several share a cell, coloured by the mean.
+
+        With one, what the block of one query reads, in the first set of rows: a panel per frame and a cell per token,
+        dark in the block of the query, which has a dot. Global tokens are left out.
+
+        Args:
+            grid: the axes of the tokens, up to three: (T, H, W), (H, W) or (W,).
+            query: the raster index of the query in `grid`; None for the middle.
+
+        Raises:
+            TypeError, ValueError: a `grid` or a `query` that is not of the layout's tokens.
         """
-        from matplotlib.figure import Figure
-
-        S, L, M = self.num_samples, self.num_heads, self.num_blocks
-        sizes = self._block_sizes()
-        some = sizes > 0  # of a block without tokens there is nothing to draw
-        edges = [0, *(self.num_global + sizes[some].cumsum(0)).tolist()]
-        counts = self.block_counts().view(S, L, M, M)[:, :, some][..., some].cpu()
-        if self.num_global > 0:
-            counts, edges = torch.nn.functional.pad(counts, (1, 0, 1, 0), value=1), [0, self.num_global, *edges[1:]]
-        most = counts.max() if counts.numel() > 0 else 1
-        figure = Figure(figsize=(4 * L, 4 * S), layout="constrained")
-        for i, axes in enumerate(figure.subplots(S, L, squeeze=False).flat):
-            sample, head = divmod(i, L)
-            axes.pcolormesh(
-                edges, edges, counts[sample, head].numpy(), cmap="Blues", vmin=0, vmax=most, edgecolors="white",
-                linewidth=0.3,
-            )  # fmt: skip
-            titles = [f"sample {sample}"] * (S > 1) + [f"head {head}"] * (L > 1)
-            axes.set(xlabel="key", aspect="equal", title=", ".join(titles))
-            axes.invert_yaxis()
-            axes.set_ylabel("query" if head == 0 else "")
-        figure.savefig(path)
+        _layout_plot.plot(self, path, grid, query)
 
     def _block_sizes(self) -> Tensor:
         """``(M,)`` int64: how many tokens each block has."""
@@ -398,11 +393,6 @@ class BlockLayout(Patterns):
             "order": None if self.order is None else tuple(self.order.shape),
             "device": self.device,
         }
-
-
-def _row_starts(sets: int, blocks: int, device: torch.device) -> Tensor:
-    """``(sets, M + 1)``: the rows of each set, counted through all sets, and the one behind its last."""
-    return torch.arange(sets, device=device)[:, None] * blocks + torch.arange(blocks + 1, device=device)
 
 
 def _listed_blocks(counts: Tensor, indices: Tensor) -> Tensor:
