@@ -153,6 +153,26 @@ def runs_reference(x: Tensor, op: str | None = None) -> bool:
     return True
 
 
+def run_reference(definition: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+    """What `definition` gives, under autocast as the kernels: in the dtype of :func:`compute_dtype`.
+
+    `inputs` are cast, tensors and those in lists; `settings` are not.
+    """
+    first = next(x if isinstance(x, Tensor) else x[0] for x in inputs if isinstance(x, (Tensor, list, tuple)))
+    device_type = first.device.type
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+        return definition(*inputs, **settings)
+
+    def cast(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [cast(y) for y in x]
+        return x.to(compute_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    inputs = tuple(map(cast, inputs))
+    with torch.autocast(device_type, enabled=False):
+        return definition(*inputs, **settings)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the operator will run in: that of `x`, or autocast's."""
     device_type = x.device.type
