@@ -175,7 +175,7 @@ class TestWhereItCounts:
             with vattn.use_reference():
                 assert not is_of_kernels(self.attend, self.q)
             assert not is_of_kernels(self.attend, self.q)
-            with pytest.raises(ValueError, match="^leap_attention: leap must be at least 1, got leap=0$"):
+            with pytest.raises(ValueError, match=r"^leap_attention: leap must be at least 1, got leap=0$"):
                 with vattn.use_reference():
                     vattn.leap_attention(self.q, self.q, self.q, 0)
             assert not is_of_kernels(self.attend, self.q)
@@ -217,11 +217,11 @@ class TestWhereItCounts:
             pass
 
         function = {"a generator": numbers, "a coroutine": later, "a class": nn.Linear, "no function": 3}[kind]
-        with pytest.raises(TypeError, match="^use_reference: function must be .*, got function="):
+        with pytest.raises(TypeError, match=r"^use_reference: function must be .*, got function="):
             vattn.use_reference()(function)
 
     def test_activation_checkpointing(self):
-        """A decorated function runs the same way in backward; one that was entered for does not, and that is noticed."""
+        """A decorated function runs the same way in backward; one inside of a with does not, which is noticed."""
         x = self.q.clone().requires_grad_()
         decorated = vattn.use_reference()(self.attend)
         found = torch.autograd.grad(checkpoint(decorated, x, use_reentrant=False).sum(), x)
