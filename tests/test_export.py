@@ -1,6 +1,10 @@
 """``torch.export`` of every model, strict and not, with a batch of any size: what is saved and loaded is the model."""
 
 import io
+import json
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from tests import svitt_models as svitt
 from tests.model_zoo import MODELS
 from tests.programs import PROGRAMS, make
 from vattn import _library
+from vattn.models.laps import LapsViT
 
 pytestmark = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
 
@@ -71,3 +76,54 @@ def test_words_that_are_hidden():
     exported = torch.export.export(model, (words, mask), dynamic_shapes=({0: Dim("batch")},) * 2)
     mask[1, 3:] = 0
     torch.testing.assert_close(exported.module()(words, mask), model(words, mask))
+
+
+LOADED_ELSEWHERE = """
+import json, pathlib, sys, torch
+
+folder = pathlib.Path(sys.argv[1])
+loaders = {
+    "program.pt2": lambda path: torch.export.load(path).module(),
+    "package.pt2": torch._inductor.aoti_load_package,
+}
+found = {}
+for name, load in loaders.items():
+    try:
+        load(str(folder / name))
+    except RuntimeError as error:
+        found[name] = str(error)
+assert "vattn" not in sys.modules
+import vattn
+
+video, logits = torch.load(folder / "expected.pt")
+for name, load in loaders.items():
+    torch.testing.assert_close(load(str(folder / name))(video), logits, rtol=1e-5, atol=1e-5)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_files_in_another_process(tmp_path):
+    """A saved program, and one that AOTInductor compiled: without vattn they say what is missing; with it they run."""
+    torch.manual_seed(0)
+    model = LapsViT(
+        num_frames=2, levels=(1,), image_size=8, patch_size=4, num_classes=3, embed_dim=8, depth=1, num_heads=2
+    ).eval()
+    batch = {0: Dim("batch", min=1, max=64)}
+    exported = torch.export.export(model, (torch.randn(2, 2, 3, 8, 8),), dynamic_shapes=(batch,))
+    torch.export.save(exported, tmp_path / "program.pt2")
+    torch._inductor.aoti_compile_and_package(
+        exported,
+        package_path=str(tmp_path / "package.pt2"),
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+    )
+    video = torch.randn(5, 2, 3, 8, 8)
+    torch.save((video, model(video).detach()), tmp_path / "expected.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", LOADED_ELSEWHERE, tmp_path],
+        cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    errors = json.loads(run.stdout.splitlines()[-1])
+    assert "check the warnings above" in errors["program.pt2"]  # which say:
+    assert "failed to resolve torch.ops.vattn.leap_attention.default to an operator" in run.stderr
+    assert errors["package.pt2"] == "Could not find schema for vattn::leap_attention."
