@@ -230,6 +230,17 @@ class VideoGPT(PretrainedModel):
         x = self.attn_stack.step(self._embed(codes[:, None]), state)
         return self.fc_out(self.norm(x, state.classes))[:, 0]
 
+    def _usage(self) -> str:
+        lines, given = ["", "from vattn.models.videogpt import generate", ""], ["model", "1"]
+        if self.num_classes is not None:
+            lines.append("classes = torch.tensor([0])")
+            given.append("classes=classes")
+        if self.frame_shape is not None:
+            lines.append(f"frames = torch.rand(1, 3, {', '.join(map(str, self.frame_shape))}) - 0.5  # the first ones")
+            given.append("frames=frames")
+        codes = f"(1, {', '.join(map(str, self.grid))})"
+        return "\n".join([*lines, f"codes = generate({', '.join(given)})  # {codes}, for a tokenizer"])
+
     def extra_repr(self) -> str:
         return f"grid={self.grid}, num_classes={self.num_classes}, frame_shape={self.frame_shape}"
 

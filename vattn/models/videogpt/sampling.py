@@ -200,7 +200,7 @@ def _first_codes(model: VideoGPT, batch: int, grid: Sequence[int], first: Tensor
     is_whole = first.dim() == 1 + len(grid) and list(first.shape[2:]) == list(grid[1:])
     if len(first) != batch or not (is_whole or first.dim() == 2) or math.prod(first.shape[1:]) > math.prod(grid):
         raise ValueError(
-            f"generate: first must have shape ({batch}, t, {', '.join(map(str, grid[1:]))}) or ({batch}, n), at most the "
-            f"{math.prod(grid)} codes of a video, got first.shape={tuple(first.shape)}"
+            f"generate: first must have shape ({batch}, t, {', '.join(map(str, grid[1:]))}) or ({batch}, n), up to "
+            f"the {math.prod(grid)} codes of a video, got first.shape={tuple(first.shape)}"
         )
     return first.reshape(batch, math.prod(first.shape[1:]))
