@@ -527,7 +527,8 @@ class TestCards:
         assert_same(names["model"].state_dict(), model.state_dict())
         results = {"logits", "vector", "states", "similarity", "ranking", "codes", "features", "latents"}
         assert results & set(names)  # it is used, and not just loaded
-        assert json.loads(re.findall(r"```json\n(.*?)```", text, re.DOTALL)[0]) == model.config
+        settings = {key: json.loads(value) for key, value in re.findall(r"^- `(\w+)`: `(.*)`$", text, re.MULTILINE)}
+        assert settings == model.config
 
     def test_nothing_is_made_up(self, tmp_path: pathlib.Path) -> None:
         MODELS["LapsViT"].make().save_pretrained(tmp_path)

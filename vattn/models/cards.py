@@ -9,7 +9,7 @@ library_name: vattn        what the Hub knows: YAML, between two lines of dashes
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,11 +19,19 @@ from vattn._version import __version__
 CARD = "README.md"
 
 
-def card(model: nn.Module, name: str, usage: str, config: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+def card(
+    model: nn.Module,
+    name: str,
+    imports: Sequence[str],
+    usage: str,
+    config: Mapping[str, Any],
+    facts: Mapping[str, str],
+) -> str:
     """The card of `model`.
 
     Args:
         name: that it is loaded by.
+        imports: what `usage` needs of the package that the class is in.
         usage: lines of Python behind the one that loads it, in which `model` is used.
         config: its settings.
         facts: of the front matter, such as its license, by the names that the Hub has for them.
@@ -38,7 +46,8 @@ def card(model: nn.Module, name: str, usage: str, config: Mapping[str, Any], fac
     loaded = f"model = {kind.__name__}.from_pretrained({json.dumps(name)})"
     if dtypes not in ([], ["float32"]):
         loaded += f".float()  # saved as {', '.join(dtypes)}"
-    lines = ["import torch", "", f"from {'.'.join(parts[:3]) if ours else module} import {kind.__name__}"]
+    names = ", ".join([kind.__name__, *imports])
+    lines = ["import torch", "", f"from {'.'.join(parts[:3]) if ours else module} import {names}"]
     document = inspect.getdoc(kind) or ""
     summary = document.partition("\n\n")[0]
     source = re.search(r"^Source:\n((?:    .*\n?)+)", document, re.MULTILINE)
@@ -52,7 +61,7 @@ def card(model: nn.Module, name: str, usage: str, config: Mapping[str, Any], fac
         "```bash\npip install 'vattn[models]'\n```",
         "\n".join(["```python", *lines, "", loaded, *usage.splitlines(), "```"]),
         "## Settings",
-        f"```json\n{json.dumps(config, indent=2)}\n```",
+        "\n".join(f"- `{setting}`: `{json.dumps(value)}`" for setting, value in config.items()),
     ]
     if source is not None:
         paragraphs += ["## Source", inspect.cleandoc(source[1])]

@@ -142,9 +142,8 @@ class PretrainedModel(nn.Module):
             written = {name: weight.clone() for name, weight in written.items()}
         config = {"class": type(self).__name__, "vattn": __version__, "settings": settings}
         facts = {"license": license, "base_model": base_model or self._base_model}
-        text = card(
-            self, repository or where.resolve().name, self._usage(), settings, {x: y for x, y in facts.items() if y}
-        )
+        facts = {key: value for key, value in facts.items() if value}
+        text = card(self, repository or where.resolve().name, self._usage_imports, self._usage(), settings, facts)
         try:
             where.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -198,6 +197,9 @@ class PretrainedModel(nn.Module):
             model = _fill(empty, weights)
         model._base_model = None if pathlib.Path(folder).is_dir() else str(folder).partition("@")[0]
         return model
+
+    _usage_imports: tuple[str, ...] = ()
+    """What :meth:`_usage` uses of the package that the class is in."""
 
     def _usage(self) -> str:
         """Lines of Python that show how to use a `model` like this one, for its card; they may use `torch`."""

@@ -158,11 +158,10 @@ class VideoDiT(PretrainedModel):
         """
         return self.noising.scheduler_settings()
 
+    _usage_imports = ("generate",)
+
     def _usage(self) -> str:
-        return (
-            "\nfrom vattn.models.video_dit import generate\n\n"
-            f"latents = generate(model, 1, num_steps=50)  # (1, {', '.join(map(str, self.shape))})"
-        )
+        return f"latents = generate(model, 1, num_steps=50)  # (1, {', '.join(map(str, self.shape))})"
 
     def forward(
         self,

@@ -230,8 +230,10 @@ class VideoGPT(PretrainedModel):
         x = self.attn_stack.step(self._embed(codes[:, None]), state)
         return self.fc_out(self.norm(x, state.classes))[:, 0]
 
+    _usage_imports = ("generate",)
+
     def _usage(self) -> str:
-        lines, given = ["", "from vattn.models.videogpt import generate", ""], ["model", "1"]
+        lines, given = [], ["model", "1"]
         if self.num_classes is not None:
             lines.append("classes = torch.tensor([0])")
             given.append("classes=classes")
