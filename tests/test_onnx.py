@@ -1,5 +1,8 @@
 """ONNX: what ``torch.onnx.export`` writes inside of ``vattn.use_reference`` gives what the model gives."""
 
+import pathlib
+import re
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 import vattn
 from tests.programs import Program
-from vattn.models.laps import LapsVisformer, LapsViT
+from vattn.models.laps import LapsVisformer
 from vattn.models.vqvae import VQGAN, VQVAE
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
+ROOT = pathlib.Path(__file__).parents[1]
 LAPS: dict[str, Any] = {"num_frames": 2, "fold_div": 2, "num_classes": 3, "embed_dim": 8, "num_heads": 2}
 TOKENIZER: dict[str, Any] = {"num_codes": 300, "code_dim": 4, "hidden": 4, "downsample": (1, 2, 2)}
 
@@ -39,11 +43,6 @@ def decode(model: Any, x: Tensor) -> Any:
 
 
 PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], Callable[..., Any]]] = {
-    "LapsViT": (
-        lambda: LapsViT(**LAPS, levels=(1, None), image_size=(4, 8), patch_size=4, depth=2),
-        video(2, 3, 4, 8),
-        nn.Module.__call__,
-    ),
     "LapsVisformer": (
         lambda: LapsVisformer(**LAPS, levels=((1,), (None,)), image_size=32, stem_channels=4, depth=(1, 1, 1)),
         video(2, 3, 32, 32),
@@ -80,6 +79,21 @@ def test_models(name):
         assert len(found) == len(expected)
         for y, truth in zip(found, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(y), truth.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_page():
+    """A LapsViT, by the programs of docs/export.md, for another batch than that of the example."""
+    part = (ROOT / "docs" / "export.md").read_text().partition("## `.pt2`")[0]
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for program in re.findall(r"```py(?:thon)?\n(.*?)```", part, re.DOTALL):
+            exec(program, names)
+    shutil.rmtree(names["folder"])
+    x = torch.randn(2, 2, 3, 8, 8)
+    (found,) = names["session"].run(None, {names["session"].get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), names["model"](x).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_without_it_the_operator_is_named():
