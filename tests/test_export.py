@@ -1,6 +1,12 @@
 """``torch.export`` of every model, strict and not, with a batch of any size: what is saved and loaded is the model."""
 
 import io
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +21,7 @@ from tests.model_zoo import MODELS
 from tests.programs import PROGRAMS, make
 from vattn import _library
 
+ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
 
 
@@ -71,3 +78,52 @@ def test_words_that_are_hidden():
     exported = torch.export.export(model, (words, mask), dynamic_shapes=({0: Dim("batch")},) * 2)
     mask[1, 3:] = 0
     torch.testing.assert_close(exported.module()(words, mask), model(words, mask))
+
+
+LOADED_ELSEWHERE = """
+import json, pathlib, sys, torch
+
+folder = pathlib.Path(sys.argv[1])
+loaders = {
+    "model.pt2": lambda path: torch.export.load(path).module(),
+    "package.pt2": torch._inductor.aoti_load_package,
+}
+found = {}
+for name, load in loaders.items():
+    try:
+        load(str(folder / name))
+    except RuntimeError as error:
+        found[name] = str(error)
+assert "vattn" not in sys.modules
+import vattn
+
+video, logits = torch.load(folder / "expected.pt")
+for name, load in loaders.items():
+    torch.testing.assert_close(load(str(folder / name))(video), logits, rtol=1e-5, atol=1e-5)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_files_in_another_process():
+    """Those of docs/export.md. Without vattn they say what is missing; with it they run, for another batch."""
+    page = (ROOT / "docs" / "export.md").read_text()
+    before, _, compiled = page.partition("## AOTInductor")
+    programs = re.findall(r"```python\n(.*?)```", before, re.DOTALL)
+    programs += re.findall(r"```py\n(.*?)```", compiled, re.DOTALL)
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        for program in programs:
+            exec(program, names)
+    folder, video = names["folder"], torch.randn(3, 2, 3, 8, 8)
+    torch.save((video, names["model"](video).detach()), folder / "expected.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", LOADED_ELSEWHERE, folder], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    shutil.rmtree(folder)
+    errors = json.loads(run.stdout.splitlines()[-1])
+    for said in (errors["model.pt2"], errors["package.pt2"], "We failed to resolve torch.ops.vattn.leap_attention"):
+        assert said.strip() in " ".join(page.split())
+    assert "failed to resolve torch.ops.vattn.leap_attention.default to an operator" in run.stderr
+    assert "Please import the custom op to register it before deserializing" in run.stderr

@@ -14,10 +14,11 @@ if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "flash.py").
     __path__.append(str(_root.parent))
 
 from vattn import nn, ops, reference
+from vattn._library import use_reference
 from vattn._version import __version__
 from vattn.layout import BlockLayout
 from vattn.ops import *  # noqa: F403
 from vattn.position_bias import RelativePositionBias3D
 
-__all__ = ["BlockLayout", "RelativePositionBias3D", "__version__", "nn", "reference"]
+__all__ = ["BlockLayout", "RelativePositionBias3D", "__version__", "nn", "reference", "use_reference"]
 __all__ += ops.__all__

@@ -7,17 +7,20 @@ An operator is one ``torch.library`` schema. Its kernels hang on dispatch keys:
     Autocast*    casts to the autocast dtype, as PyTorch's own attention does
 
 so that choosing a backend is the dispatcher's business, not ours. Where there is no kernel (float64, a
-device without one, an install without a compiler) the public function runs the reference, under PyTorch's
-own autograd.
+device without one, an install without a compiler), and inside :class:`use_reference`, the public function
+runs the reference, under PyTorch's own autograd.
 """
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import pathlib
+import threading
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,8 +76,67 @@ def note_compiled_kernels(name: str, kinds: Iterable[str]) -> None:
         _with_cuda_cpp.add(name)
 
 
+class _Threads(threading.local):
+    """Of each thread: how many :class:`use_reference` it is inside of."""
+
+    depth = 0
+
+
+_threads = _Threads()
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class use_reference:
+    """Inside, every operator runs its definition in plain PyTorch: for other formats, and to compare with.
+
+    A context manager, and a decorator of functions. It counts for the thread that enters it, may be nested, and is seen
+    by ``torch.compile`` and ``torch.export``: what they trace inside holds PyTorch's own operators alone, so that
+    ``torch.onnx.export`` can translate it. Gradients, forward mode and ``torch.func`` are PyTorch's own.
+
+    A definition holds all scores in memory, and is slower than a kernel. Programs that were exported before, and calls
+    of ``torch.ops.vattn``, remain as they are.
+
+    A forward that activation checkpointing runs again, in backward, must run the same way both times: checkpoint a
+    function that is decorated, or call ``backward`` inside, too.
+
+    Raises:
+        TypeError: what it decorates is not a function, or gives a generator or a coroutine, which would run outside.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 4, 6, 8)
+        >>> with use_reference():
+        ...     expected = vattn.leap_attention(q, k, v, leap=2)
+        >>> torch.allclose(vattn.leap_attention(q, k, v, leap=2), expected, atol=1e-5)
+        True
+    """
+
+    def __enter__(self) -> None:
+        _threads.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        _threads.depth -= 1
+
+    def __call__(self, function: Function) -> Function:
+        if not callable(function) or isinstance(function, type):
+            raise TypeError(f"use_reference: function must be a function, got function={function!r}")
+        late = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        if any(runs_later(function) for runs_later in late):
+            raise TypeError(
+                f"use_reference: function must be neither a generator nor a coroutine, got function={function!r}"
+            )
+
+        @functools.wraps(function)
+        def decorated(*args: Any, **settings: Any) -> Any:
+            with use_reference():
+                return function(*args, **settings)
+
+        return decorated  # type: ignore[return-value]
+
+
 def runs_reference(x: Tensor, op: str | None = None) -> bool:
     """Whether operator `op` on `x` runs the reference rather than a kernel; said once if that is a surprise."""
+    if _threads.depth > 0:
+        return True
     if x.dtype == torch.float64:  # which autocast leaves alone
         return True
     if not x.is_cpu:
@@ -89,6 +151,26 @@ def runs_reference(x: Tensor, op: str | None = None) -> bool:
         stacklevel=1,
     )
     return True
+
+
+def run_reference(definition: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+    """What `definition` gives, under autocast as the kernels: in the dtype of :func:`compute_dtype`.
+
+    `inputs` are cast, tensors and those in lists; `settings` are not.
+    """
+    first = next(x if isinstance(x, Tensor) else x[0] for x in inputs if isinstance(x, (Tensor, list, tuple)))
+    device_type = first.device.type
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+        return definition(*inputs, **settings)
+
+    def cast(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [cast(y) for y in x]
+        return x.to(compute_dtype(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    inputs = tuple(map(cast, inputs))
+    with torch.autocast(device_type, enabled=False):
+        return definition(*inputs, **settings)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -434,8 +434,8 @@ def _check_direction(op: Operator, derivative: object, along: Sequence[Tensor | 
     """Raise unless `op` has this `derivative`, and for gradients, or tangents, such as these."""
     if derivative is None:
         raise RuntimeError(
-            f"{op.public_name}: second derivatives need float64 inputs, which run the reference; the kernels have "
-            "first derivatives only (a backward inside a dual level is a second derivative, too)"
+            f"{op.public_name}: second derivatives need float64 inputs or vattn.use_reference(), to run the reference; "
+            "the kernels have first derivatives only (a backward inside a dual level is a second derivative, too)"
         )
     if not op.has_lists or torch.compiler.is_compiling():  # which has no batched gradients
         return

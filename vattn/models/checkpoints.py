@@ -4,6 +4,7 @@
 
     folder/config.json          {"class": "LapsViT", "vattn": "0.1.0", "settings": {"num_frames": 8, ...}}
     folder/model.safetensors    every weight and buffer under its name, in its dtype
+    folder/README.md            the model card (:mod:`vattn.models.cards`)
 
 A model is its settings (:mod:`vattn.models.settings`) and its weights. Settings are recorded when it is made. Weights
 are never drawn only to be overwritten: a model is built without storage first, and then given its weights.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn._version import __version__
+from vattn.models.cards import CARD, card
 from vattn.models.settings import override, plain, require_numbers, require_settings, tuples
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -60,12 +62,13 @@ class PretrainedModel(nn.Module):
         ...     model.save_pretrained(folder)
         ...     print(sorted(os.listdir(folder)))
         ...     loaded = Classifier.from_pretrained(folder)
-        ['config.json', 'model.safetensors']
+        ['README.md', 'config.json', 'model.safetensors']
         >>> torch.equal(loaded.head.weight, model.head.weight), loaded.training
         (True, False)
     """
 
     _settings: dict[str, Any]
+    _base_model: str | None = None  # the repository that it was loaded from
     added_settings: frozenset[str] = frozenset()
     """Settings that folders of older versions do not have: their defaults are what there was before."""
 
@@ -89,20 +92,40 @@ class PretrainedModel(nn.Module):
         parts = {name: part.config for name, part in self.named_children() if isinstance(part, PretrainedModel)}
         return copy.deepcopy(self._settings) | {name: parts[name] for name in parts if name in self._settings}
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        repository: str | None = None,
+        license: str | None = None,
+        base_model: str | None = None,
+    ) -> None:
         """Write the model to `folder`, which is made if it does not exist; what it held of a model is replaced.
+
+        A model card is written, too, unless there is a ``README.md``, which may be somebody's own: delete it for a new
+        one. The folder is what the Hub has of a model: ``huggingface_hub.upload_folder`` puts it there.
 
         Weights are written in their own dtypes. What a checkpoint of training has besides, such as the state of an
         optimizer, is not there, nor whether a weight is trained, nor its memory format. A folder whose writing was
         interrupted has no ``config.json``, and does not load.
 
+        Args:
+            folder: where to.
+            repository: ``"owner/name"``, by which the card loads the model; None for the name of the folder.
+            license: of the weights, such as ``"apache-2.0"``; None for a card without one.
+            base_model: the repository of the model that this one was trained from; None for the one that it was loaded
+                from, if it was one.
+
         Raises:
             ValueError: the model is not what its settings make, such as one with a layer replaced, or has no storage.
             FileExistsError: `folder` is a file, or in one.
-            TypeError: `folder` is neither a string nor a path.
+            TypeError: `folder` is neither a string nor a path, or what the card says is no string.
             ImportError: safetensors is not installed.
         """
         op = f"{type(self).__name__}.save_pretrained"
+        for name, given in (("repository", repository), ("license", license), ("base_model", base_model)):
+            if not isinstance(given, str | None):
+                raise TypeError(f"{op}: {name} must be a string or None, got {name}={given!r}")
         save_file = _safetensors(op).torch.save_file
         where = _path(op, folder)
         settings = self.config
@@ -118,6 +141,9 @@ class PretrainedModel(nn.Module):
         if len(set(storages)) < len(storages):  # safetensors writes no views of one storage
             written = {name: weight.clone() for name, weight in written.items()}
         config = {"class": type(self).__name__, "vattn": __version__, "settings": settings}
+        facts = {"license": license, "base_model": base_model or self._base_model}
+        facts = {key: value for key, value in facts.items() if value}
+        text = card(self, repository or where.resolve().name, self._usage_imports, self._usage(), settings, facts)
         try:
             where.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -126,6 +152,9 @@ class PretrainedModel(nn.Module):
             new = pathlib.Path(part)
             save_file(written, new / WEIGHTS, metadata={"format": "pt"})
             (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (new / CARD).write_text(text, encoding="utf-8")
+            if not (where / CARD).exists():
+                os.replace(new / CARD, where / CARD)
             (where / CONFIG).unlink(missing_ok=True)  # old settings never meet new weights
             os.replace(new / WEIGHTS, where / WEIGHTS)
             os.replace(new / CONFIG, where / CONFIG)
@@ -165,7 +194,16 @@ class PretrainedModel(nn.Module):
                     f"{op}: settings must make a {cls.__name__}, got settings={settings}, which says: {error}"
                 ) from error
             _require_same_weights(op, empty, weights)
-            return _fill(empty, weights)
+            model = _fill(empty, weights)
+        model._base_model = None if pathlib.Path(folder).is_dir() else str(folder).partition("@")[0]
+        return model
+
+    _usage_imports: tuple[str, ...] = ()
+    """What :meth:`_usage` uses of the package that the class is in."""
+
+    def _usage(self) -> str:
+        """Lines of Python that show how to use a `model` like this one, for its card; they may use `torch`."""
+        return ""
 
     @classmethod
     def _renewed(cls, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._attention import Attention
-from vattn._library import runs_reference
+from vattn._library import run_reference, runs_reference
 from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
@@ -99,10 +99,10 @@ def attend(
             "axial_attention", query=query, key=key, value=value, dim=dim, dropout_p=dropout_p, seed=seed, scale=scale
         )
     if runs_reference(query, "axial_attention"):
-        out, lse = reference.axial_attention(
-            query, key, value, dim, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
-        )
-        return out, lse
+        return run_reference(
+            reference.axial_attention, query, key, value, dim, dropout_p=dropout_p, scale=scale, return_lse=True,
+            seed=seed,
+        )  # fmt: skip
     return _attend(query, key, value, int(dim) % (query.dim() - 3), dropout_p, seed, scale)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._flops import values
-from vattn._library import empty_rows, runs_reference
+from vattn._library import empty_rows, run_reference, runs_reference
 from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.layout import BlockLayout
@@ -139,9 +139,10 @@ def attend(
         if position_bias is not None and positions is not None:
             window = position_bias[1] if isinstance(position_bias, tuple) else position_bias.window
             _checks.in_range(op, "positions", positions, math.prod(window))
-        out, lse, *seen = reference.edge_sparse_attention(
-            query, key, value, layout, position_bias=position_bias, positions=positions, causal=causal,
-            dropout_p=dropout_p, scale=scale, return_lse=True, return_importance=importance, seed=seed,
+        out, lse, *seen = run_reference(
+            reference.edge_sparse_attention, query, key, value, layout, position_bias=position_bias,
+            positions=positions, causal=causal, dropout_p=dropout_p, scale=scale, return_lse=True,
+            return_importance=importance, seed=seed,
         )  # fmt: skip
         return out, lse, seen[0] if importance else None
     table, window = table_of(position_bias)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._flops import keys_read
-from vattn._library import runs_reference
+from vattn._library import run_reference, runs_reference
 from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
@@ -135,10 +135,10 @@ def attend(
             seed=seed, scale=scale,
         )  # fmt: skip
     if runs_reference(query, "latent_attention"):
-        out, lse = reference.latent_attention(
-            query, keys, values, key_lengths=key_lengths, dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed
-        )
-        return out, lse
+        return run_reference(
+            reference.latent_attention, query, keys, values, key_lengths=key_lengths, dropout_p=dropout_p, scale=scale,
+            return_lse=True, seed=seed,
+        )  # fmt: skip
     return _attend(query, keys, values, key_lengths, dropout_p, seed, scale)
 
 

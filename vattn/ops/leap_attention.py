@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._attention import Attention
-from vattn._library import runs_reference
+from vattn._library import run_reference, runs_reference
 from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
@@ -109,11 +109,10 @@ def attend(
     frames = max(query.shape[2], 1)
     leap, group_size = min(leap, frames), min(group_size, frames)
     if runs_reference(query, "leap_attention"):
-        out, lse = reference.leap_attention(
-            query, key, value, leap, group_size=group_size, fold_div=fold_div, dropout_p=dropout_p, scale=scale,
-            return_lse=True, seed=seed,
+        return run_reference(
+            reference.leap_attention, query, key, value, leap, group_size=group_size, fold_div=fold_div,
+            dropout_p=dropout_p, scale=scale, return_lse=True, seed=seed,
         )  # fmt: skip
-        return out, lse
     return _attend(query, key, value, leap, group_size, fold_div, dropout_p, seed, scale)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._attention import Attention
-from vattn._library import runs_reference
+from vattn._library import run_reference, runs_reference
 from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 
@@ -55,7 +55,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     if on_mesh(*outs, *lses):
         return over_mesh(op, outs=outs, lses=lses)
     if runs_reference(outs[0], op):
-        return reference.merge_attention(outs, lses)
+        return run_reference(reference.merge_attention, outs, lses=lses)
     return _merge(outs, lses)
 
 

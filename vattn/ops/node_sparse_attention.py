@@ -16,7 +16,7 @@ from torch import Tensor
 from vattn import _checks, reference
 from vattn._attention import Attention
 from vattn._flops import keys_read
-from vattn._library import runs_reference
+from vattn._library import run_reference, runs_reference
 from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn.reference.dropout import random_seed
@@ -106,11 +106,10 @@ def attend(
         )  # fmt: skip
     if runs_reference(query, "node_sparse_attention"):
         _check_range(kept, kept_lengths, key.shape[2])
-        out, lse = reference.node_sparse_attention(
-            query, key, value, kept, kept_lengths=kept_lengths, dropout_p=dropout_p, scale=scale, return_lse=True,
-            seed=seed,
+        return run_reference(
+            reference.node_sparse_attention, query, key, value, kept, kept_lengths=kept_lengths, dropout_p=dropout_p,
+            scale=scale, return_lse=True, seed=seed,
         )  # fmt: skip
-        return out, lse
     return _attend(query, key, value, kept, kept_lengths, dropout_p, seed, scale)
 
 

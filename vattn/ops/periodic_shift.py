@@ -11,7 +11,7 @@ on the periodic shift.
 from torch import Tensor
 
 from vattn import _checks, reference
-from vattn._library import empty_rows, runs_reference
+from vattn._library import empty_rows, run_reference, runs_reference
 from vattn._meshes import on_mesh, over_mesh
 from vattn._operator import Operator
 
@@ -58,7 +58,7 @@ def periodic_shift(x: Tensor, fold_div: int) -> Tensor:
 def shift(x: Tensor, fold_div: int, transpose: bool = False) -> Tensor:
     """The shift of arguments that have been checked, or its transpose, which is its backward."""
     if runs_reference(x, "periodic_shift"):
-        return reference.periodic_shift(x, fold_div, transpose)
+        return run_reference(reference.periodic_shift, x, fold_div, transpose)
     return _shift(x, fold_div, transpose)
 
 

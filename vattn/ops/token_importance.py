@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vattn import _checks, reference
 from vattn._flops import keys_read
-from vattn._library import compute_dtype, runs_reference
+from vattn._library import compute_dtype, run_reference, runs_reference
 from vattn._looks import once
 from vattn._meshes import on_mesh, over_mesh
 from vattn._operator import Operator
@@ -78,9 +78,10 @@ def token_importance(
     if runs_reference(query, op):
         if position_bias is not None and positions is not None:
             _checks.in_range(op, "positions", positions, math.prod(position_bias.window))
-        return reference.token_importance(
-            query, key, position_bias=position_bias, positions=positions, key_lengths=key_lengths, lse=lse, scale=scale
-        )
+        return run_reference(
+            reference.token_importance, query, key, position_bias=position_bias, positions=positions,
+            key_lengths=key_lengths, lse=lse, scale=scale,
+        )  # fmt: skip
     table, window = table_of(position_bias)
     table = None if table is None else table.detach()
     return _importance(query, key, table, window, num_global, positions, key_lengths, lse, scale)

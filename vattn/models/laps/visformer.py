@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vattn.models.batch_norm import BatchNorm2d
+from vattn.models.cards import random_video
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
 from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
 from vattn.models.layers import init_linear, named
@@ -207,6 +208,10 @@ class LapsVisformer(FrameModel, PretrainedModel):
                 settings["levels"] = (stages["stage2"], stages["stage3"])
         settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
         return cls._from_weights(weights, settings)
+
+    def _usage(self) -> str:
+        classes = self.config["num_classes"]
+        return f"{random_video(self.config)}\nlogits = model(video)  # (1, {classes})"
 
     def features(self, video: Tensor) -> Tensor:
         """``(B, T, 3, H, W)`` to the pooled map of every frame, ``(B, T, 2 * embed_dim)``."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vattn.models.cards import random_video
 from vattn.models.checkpoints import PretrainedModel, count_blocks, heads_or_default, official_weights
 from vattn.models.laps.frames import Block, FrameModel, Levels, hidden_size, layer_leaps, official_fold_div
 from vattn.models.layers import init_linear, named
@@ -134,6 +135,10 @@ class LapsViT(FrameModel, PretrainedModel):
             require_told(op, config, settings, num_frames="NUM_FRAMES", levels="S2_SKIP_LEVEL", fold_div="FOLD_DIV")
         settings["num_heads"] = heads_or_default(op, settings.get("num_heads"), embed_dim)
         return cls._from_weights(weights, settings)
+
+    def _usage(self) -> str:
+        classes = self.config["num_classes"]
+        return f"{random_video(self.config)}\nlogits = model(video)  # (1, {classes})"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, grid={self.grid}"

@@ -4,6 +4,7 @@
     masks.py     which tokens are known: schedules, and partitions of the positions of a video
     training.py  what a training step is given, and its loss
     sampling.py  MaskGIT, draft and revise; generation, continuation, interpolation, inpainting
+    longer.py    videos of any length, window by window
 
 Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-Efficient Bidirectional Transformers"
 (CVPR 2023).
@@ -12,6 +13,7 @@ Yoo et al., "Towards End-to-End Generative Modeling of Long Videos with Memory-E
 import torch
 
 from vattn.models.draws import Draws
+from vattn.models.mebt.longer import extend_video, stream_video
 from vattn.models.mebt.masks import (
     SCHEDULES,
     Partition,
@@ -60,6 +62,7 @@ __all__ = [
     "draft_and_revise",
     "draft_partitions",
     "draw_partition",
+    "extend_video",
     "frame_weights",
     "frames_of",
     "generate",
@@ -74,6 +77,7 @@ __all__ = [
     "revise_partitions",
     "sample_tokens",
     "split_positions",
+    "stream_video",
 ]
 
 torch.serialization.add_safe_globals([Sample])

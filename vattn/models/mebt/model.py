@@ -237,6 +237,11 @@ class MeBT(PretrainedModel, OverRanks):
         share = self.ranks.share(positions.shape[1])
         return positions[:, share.start : share.stop]
 
+    _usage_imports = ("generate",)
+
+    def _usage(self) -> str:
+        return f"codes = generate(model, 1, num_steps=8)  # (1, {', '.join(map(str, self.grid))}), for a tokenizer"
+
     def extra_repr(self) -> str:
         return f"grid={self.grid}"
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn.models.cards import random_video
 from vattn.models.checkpoints import PretrainedModel, official_weights
 from vattn.models.draws import Randomness
 from vattn.models.settings import Config
@@ -116,6 +117,15 @@ class VideoAnswers(PretrainedModel):
             "answer": text_settings(op, answer, of_text, overrides.get("answer")) | {"keep": 1.0, "causal": True},
         }
         return cls._from_weights(weights, settings, overrides)
+
+    def _usage(self) -> str:
+        words = self.question.word.num_embeddings
+        return (
+            f"{random_video(self.video.config)}\n"
+            f"question = torch.randint({words}, (1, 4))  # of words, from a tokenizer\n"
+            f"answers = torch.randint({self.answer.word.num_embeddings}, (3, 4))\n"
+            "ranking, probabilities = model.rank(video, question, None, answers, None)"
+        )
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn.layout import BlockLayout
+from vattn.models.cards import random_video
 from vattn.models.checkpoints import PretrainedModel, official_weights
 from vattn.models.draws import Randomness
 from vattn.models.layers import init_linear
@@ -149,6 +150,15 @@ class SViTT(PretrainedModel):
             "predict_words": bool(head),
         }
         return cls._from_weights(weights, settings, overrides)
+
+    def _usage(self) -> str:
+        words = self.text.word.num_embeddings
+        return (
+            f"{random_video(self.video.config)}\n"
+            f"ids = torch.randint({words}, (1, 4))  # of words, from a tokenizer\n"
+            "seen, text = model.encode_video(video), model.text(ids)\n"
+            "similarity = model.similarity(seen.pooled, text[:, 0])  # of each video and each text"
+        )
 
     def forward(
         self,

@@ -155,6 +155,13 @@ class TextEncoder(PretrainedModel):
         weights = text_weights(op, state_dict)
         return cls._from_weights(weights, text_settings(op, weights, config, overrides))
 
+    def _usage(self) -> str:
+        words, dim = self.word.weight.shape
+        return (
+            f"ids = torch.randint({words}, (1, {min(8, self.position.num_embeddings)}))  # of words, from a tokenizer\n"
+            f"states = model(ids)  # (1, {min(8, self.position.num_embeddings)}, {dim})"
+        )
+
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         text, visible = self.embed(ids), self._visible(mask, ids)
         for layer in list(self.layers)[: self.fusion_layer]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vattn import _checks
 from vattn._over_ranks import OverRanks
 from vattn.layout import BlockLayout
+from vattn.models.cards import random_video
 from vattn.models.checkpoints import LARGEST, Model, PretrainedModel, count_blocks, heads_or_default
 from vattn.models.draws import Draws, Randomness
 from vattn.models.layers import init_linear, named
@@ -249,6 +250,10 @@ class VideoEncoder(PretrainedModel, OverRanks):
         cls._require_overrides(op, overrides)
         weights = video_weights(op, state_dict)
         return cls._from_weights(weights, video_settings(op, weights, config, overrides))
+
+    def _usage(self) -> str:
+        dim = self.cls_token.shape[2]
+        return f"{random_video(self.config)}\nvector = model(video).pooled  # (1, {dim})"
 
     def forward(
         self,

@@ -158,6 +158,11 @@ class VideoDiT(PretrainedModel):
         """
         return self.noising.scheduler_settings()
 
+    _usage_imports = ("generate",)
+
+    def _usage(self) -> str:
+        return f"latents = generate(model, 1, num_steps=50)  # (1, {', '.join(map(str, self.shape))})"
+
     def forward(
         self,
         latents: Tensor,

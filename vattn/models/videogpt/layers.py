@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vattn import _checks
@@ -152,13 +153,14 @@ class KeyValueCache:
     value: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Add those of one token, ``(B, H, 1, D)``."""
+        """Add those of the next tokens, ``(B, H, tokens, D)``."""
         if self.length == 0:
             B, H, _, D = key.shape
             self.key, self.value = (x.new_zeros(B, H, self.num_tokens, D) for x in (key, value))
-        self.key[:, :, self.length] = key[:, :, 0]
-        self.value[:, :, self.length] = value[:, :, 0]
-        self.length += 1
+        end = self.length + key.shape[2]
+        self.key[:, :, self.length : end] = key
+        self.value[:, :, self.length : end] = value
+        self.length = end
 
 
 class CausalAttention(MultiHeadAttention):
@@ -169,16 +171,18 @@ class CausalAttention(MultiHeadAttention):
         attn_drop: probability of dropping an attention weight, in training.
 
     Shape:
-        ``(B, N, C)`` to the same. `step` takes tokens one by one, ``(B, 1, C)``; `visible` ``(tokens,)`` int64 are
-        those that this one reads, None for all so far.
+        ``(B, N, C)`` to the same; a `cache` gets the keys and values of all. `step` takes tokens one by one,
+        ``(B, 1, C)``; `visible` ``(tokens,)`` int64 are those that this one reads, None for all so far.
     """
 
     def __init__(self, dim: int, num_heads: int, *, num_layers: int = 1, attn_drop: float = 0.0) -> None:
         super().__init__(dim, num_heads, num_layers=num_layers)
         self.attn_drop = nn.Dropout(attn_drop)
 
-    def forward(self, x: Tensor, layout: BlockLayout | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: BlockLayout | None = None, cache: KeyValueCache | None = None) -> Tensor:
         query, key, value = (self.heads(layer, x) for layer in (self.w_qs, self.w_ks, self.w_vs))
+        if cache is not None:
+            cache.append(key, value)
         dropout_p = self.attn_drop.p if self.training else 0.0
         if layout is None:
             return self.merge(scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True))
@@ -241,8 +245,19 @@ class AttentionBlock(nn.Module):
     def forward(
         self, x: Tensor, classes: Tensor | None, memory: Tensor | None, layout: BlockLayout | None = None
     ) -> Tensor:
-        x = x + self.drop(self.attn(self.pre_attn_norm(x, classes), layout))
-        return self._rest(x, classes, self.read(memory))
+        return self.prefill(x, classes, self.read(memory), None, layout)
+
+    def prefill(
+        self,
+        x: Tensor,
+        classes: Tensor | None,
+        memory: KeyValue | None,
+        cache: KeyValueCache | None,
+        layout: BlockLayout | None = None,
+    ) -> Tensor:
+        """All tokens at once, whose keys and values go into `cache`."""
+        x = x + self.drop(self.attn(self.pre_attn_norm(x, classes), layout, cache))
+        return self._rest(x, classes, memory)
 
     def step(
         self,
@@ -360,6 +375,27 @@ class AttentionStack(nn.Module):
         memories = [net.read(memory) for net in self._blocks]
         caches = [KeyValueCache(math.prod(self.grid)) for _ in self._blocks]
         return Decoding(0, classes, memories, caches)
+
+    def prefill(self, x: Tensor, state: Decoding) -> None:
+        """Read the first tokens of a video, ``(B, n, C)``, all at once, as `step` would one by one but for the last.
+
+        The last one is what the next `step` is given. A sparse stack computes all N rows for it.
+        """
+        length = x.shape[1]
+        if state.position > 0 or length > math.prod(self.grid):
+            raise ValueError(
+                f"AttentionStack.prefill: tokens must be the first of a video, at most {math.prod(self.grid)}, "
+                f"got {length} of them behind {state.position}"
+            )
+        if length == 0:
+            return
+        x, layout = self.right_shift(x) + self.pos_embd()[:length], None
+        if self._layout is not None:  # which is one of N rows: those behind the tokens are read by none of them
+            x, layout = F.pad(x, (0, 0, 0, math.prod(self.grid) - length)), self._layout.on(x.device)
+        for net, memory, cache in zip(self._blocks, state.memories, state.caches, strict=True):
+            x = net.prefill(x, state.classes, memory, cache, layout)
+            cache.length = length
+        state.position = length
 
     def step(self, x: Tensor, state: Decoding) -> Tensor:
         """The next row of the output, ``(B, 1, C)``, given the token before it; the first row does not depend on it."""

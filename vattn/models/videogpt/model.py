@@ -202,6 +202,20 @@ class VideoGPT(PretrainedModel):
         """Videos of which no code is known yet, for :meth:`step`."""
         return self.attn_stack.begin(*self._conditions(batch, classes, frames))
 
+    def prefill(self, codes: Tensor, state: Decoding) -> None:
+        """Read the first codes of each video, ``(B, n)``, all at once; :meth:`step` goes on with the last of them.
+
+        Raises:
+            ValueError: `state` is not that of :meth:`begin`, or they are more than a video has.
+
+        Example:
+            >>> model = VideoGPT(10, 4, grid=(2, 2, 2), dim=12, num_heads=2, num_layers=1).eval()
+            >>> first, state = torch.tensor([[3, 1, 4]]), model.begin(1)
+            >>> model.prefill(first, state)
+            >>> logits = model.step(first[:, -1], state)                # of the fourth code
+        """
+        self.attn_stack.prefill(self._embed(codes), state)
+
     def step(self, codes: Tensor, state: Decoding) -> Tensor:
         """The logits ``(B, num_codes)`` of the next code of each video, from the last one, ``(B,)``.
 
@@ -215,6 +229,19 @@ class VideoGPT(PretrainedModel):
         """
         x = self.attn_stack.step(self._embed(codes[:, None]), state)
         return self.fc_out(self.norm(x, state.classes))[:, 0]
+
+    _usage_imports = ("generate",)
+
+    def _usage(self) -> str:
+        lines, given = [], ["model", "1"]
+        if self.num_classes is not None:
+            lines.append("classes = torch.tensor([0])")
+            given.append("classes=classes")
+        if self.frame_shape is not None:
+            lines.append(f"frames = torch.rand(1, 3, {', '.join(map(str, self.frame_shape))}) - 0.5  # the first ones")
+            given.append("frames=frames")
+        codes = f"(1, {', '.join(map(str, self.grid))})"
+        return "\n".join([*lines, f"codes = generate({', '.join(given)})  # {codes}, for a tokenizer"])
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, num_classes={self.num_classes}, frame_shape={self.frame_shape}"

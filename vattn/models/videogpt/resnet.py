@@ -141,6 +141,13 @@ class ResNet3d(PretrainedModel):
             x = group(x)
         return x.movedim(1, -1)
 
+    def _usage(self) -> str:
+        frames, height, width = (max(2, factor) * 2 for factor in self.downsample)
+        return (
+            f"video = torch.rand(1, 3, {frames}, {height}, {width}) - 0.5  # (B, 3, T, H, W)\n"
+            f"features = model(video)  # (1, T', H', W', {self.dim})"
+        )
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, downsample={self.downsample}"
 

@@ -175,8 +175,9 @@ class Codebook(nn.Module):
             self.left_out = counts[-1]
         taken = counts[:-1].to(vectors.dtype)
         total = taken.sum()
-        frequencies = taken / total.clamp(min=1)
-        perplexity = torch.exp(-(frequencies * (frequencies + 1e-10).log()).sum())
+        some = total.clamp(min=1)
+        # Frequencies, and below frequencies + 1e-10, written so that optimizers of ONNX do not take 1e-10 for 0.
+        perplexity = torch.exp(-(taken / some * ((taken + 1e-10 * some) / some).log()).sum())
         codes = flat.view(z.shape[:1] + z.shape[2:])
         nearest = F.embedding(codes, embeddings).movedim(-1, 1)
         return _Found(codes, nearest, taken, torch.where(total > 0, perplexity, 0))

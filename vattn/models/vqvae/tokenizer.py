@@ -127,6 +127,14 @@ class Tokenizer(PretrainedModel):
         quantized = self.quantize(video, generator)
         return self.decoder(self.post_vq_conv(quantized.embeddings)), quantized
 
+    def _usage(self) -> str:
+        frames, height, width = (max(2, factor) * 2 for factor in self.downsample)
+        return (
+            f"video = torch.rand(1, {self.image_channels}, {frames}, {height}, {width}) - 0.5  # (B, C, T, H, W)\n"
+            "codes = model.encode(video)\n"
+            "reconstruction = model.decode(codes)"
+        )
+
     def extra_repr(self) -> str:
         return f"downsample={self.downsample}, image_channels={self.image_channels}"
 
