@@ -61,6 +61,7 @@ def attend_frames(
     *,
     num_frames: int,
     leap: int | None,
+    group_size: int = 2,
     fold_div: int = 0,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -72,7 +73,7 @@ def attend_frames(
         query, key, value: ``(B * num_frames, H, N, D)``, batch-major, then time; any strides.
         num_frames: frames of a video.
         leap: as in :func:`vattn.leap_attention`; None means attention within each frame.
-        fold_div, dropout_p, scale: as in :func:`vattn.leap_attention`.
+        group_size, fold_div, dropout_p, scale: as in :func:`vattn.leap_attention`.
         ranks: over which the frames of a video are spread; this one has its share of them.
 
     Returns:
@@ -92,8 +93,8 @@ def attend_frames(
 
         attend = partial(over_ranks, group=ranks, lengths=ranks.shares(num_frames))
     out = attend(
-        query, key, value, 1 if leap is None else leap, group_size=1 if leap is None else 2, fold_div=fold_div,
-        dropout_p=dropout_p, scale=scale,
+        query, key, value, 1 if leap is None else leap, group_size=1 if leap is None else group_size,
+        fold_div=fold_div, dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
     return merge_heads(cast(Tensor, out)).flatten(0, 1)
 
