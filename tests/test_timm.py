@@ -1,5 +1,7 @@
 """timm's own models with leap attention: `make test-timm` makes an environment in which timm imports."""
 
+import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -113,3 +115,13 @@ def test_other_models_are_refused(name: str, message: str) -> None:
         model = timm.create_model(name)
     with pytest.raises(ValueError, match=f"^(video_from_image|LeapAttention.from_attention): {message}"):
         video_from_image(model, 4, levels=(1,))
+
+
+def test_the_programs_of_the_page_run() -> None:
+    names: dict[str, Any] = {}
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "timm.md").read_text()
+    programs = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    for program in programs:
+        exec(compile(program, "timm.md", "exec"), names)
+    assert len(programs) == 3 and names["tokens"].shape == (16, 5, 192)
+    assert names["model"].forward_features(names["frames"]).shape == (16, 5, 192)
