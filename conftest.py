@@ -15,3 +15,6 @@ def _names_for_doctests(doctest_namespace: dict[str, Any], request: pytest.Fixtu
         from vattn.distributed._ranks import PaperRanks
 
         doctest_namespace["group"] = PaperRanks(rank=0, size=1)
+    if request.node.path.name == "timm.py":
+        reason = "timm needs torchvision, see `make test-timm`"
+        doctest_namespace["timm"] = pytest.importorskip("timm", reason=reason, exc_type=ImportError)

@@ -157,6 +157,15 @@ def test_from_attention_shares_the_layers(norm: type[nn.Module]) -> None:
     torch.testing.assert_close(ours(x), timm(x))
 
 
+def test_from_attention_refuses_rotary_positions() -> None:
+    class Rotary(TimmAttention):
+        def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match=r"^LeapAttention.from_attention: .* only, got Rotary with rope$"):
+        LeapAttention.from_attention(Rotary(), num_frames=4, leap=2)
+
+
 def test_from_attention_refuses_what_it_would_leave_out() -> None:
     biased = TimmAttention()
     biased.relative_position_bias_table = nn.Parameter(torch.zeros(9, 3))

@@ -12,6 +12,7 @@ The frames of a video lie behind each other in the batch, where an image model w
     leap = 2      A   B   A   B   C   D   C   D        who attends to whom
 """
 
+import inspect
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -61,6 +62,7 @@ def attend_frames(
     *,
     num_frames: int,
     leap: int | None,
+    group_size: int = 2,
     fold_div: int = 0,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -72,7 +74,7 @@ def attend_frames(
         query, key, value: ``(B * num_frames, H, N, D)``, batch-major, then time; any strides.
         num_frames: frames of a video.
         leap: as in :func:`vattn.leap_attention`; None means attention within each frame.
-        fold_div, dropout_p, scale: as in :func:`vattn.leap_attention`.
+        group_size, fold_div, dropout_p, scale: as in :func:`vattn.leap_attention`.
         ranks: over which the frames of a video are spread; this one has its share of them.
 
     Returns:
@@ -92,8 +94,8 @@ def attend_frames(
 
         attend = partial(over_ranks, group=ranks, lengths=ranks.shares(num_frames))
     out = attend(
-        query, key, value, 1 if leap is None else leap, group_size=1 if leap is None else 2, fold_div=fold_div,
-        dropout_p=dropout_p, scale=scale,
+        query, key, value, 1 if leap is None else leap, group_size=1 if leap is None else group_size,
+        fold_div=fold_div, dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
     return merge_heads(cast(Tensor, out)).flatten(0, 1)
 
@@ -188,7 +190,7 @@ class LeapAttention(nn.Module, OverRanks):
         Raises:
             TypeError: `attention` has no linear layers ``qkv`` and ``proj``.
             ValueError: `attention` has parameters or buffers that leap attention would not use, such as a
-                relative position bias.
+                relative position bias, or its forward takes more than a mask, such as rotary positions.
 
         Example:
             >>> attention = LeapAttention(dim=64, num_heads=4, num_frames=1, leap=None)    # or timm's Attention
@@ -203,6 +205,12 @@ class LeapAttention(nn.Module, OverRanks):
         _checks.integer(op, "num_heads", num_heads, least=1)
         layers = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
         require_only(op, attention, layers)
+        takes = list(inspect.signature(attention.forward).parameters)[1:]
+        if more := [name for name in takes if name not in ("attn_mask", "is_causal")]:
+            raise ValueError(
+                f"{op}: attention must take its input, attn_mask and is_causal only, "
+                f"got {type(attention).__name__} with {', '.join(more)}"
+            )
         with torch.device("meta"):  # every layer of it is replaced below
             new = cls(num_heads, num_heads, num_frames, leap, fold_div=fold_div)
         new.scale = getattr(attention, "scale", None)

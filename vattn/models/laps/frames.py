@@ -102,11 +102,13 @@ def hidden_size(dim: int, ratio: float) -> int:
     return int(dim * ratio + 1e-6)
 
 
-def layer_leaps(op: str, levels: Levels, depth: int, num_frames: int) -> Iterator[int | None]:
-    """The leap of each of `depth` layers, whose levels repeat, one after the other."""
+def layer_leaps(op: str, levels: Levels, depth: int | None, num_frames: int) -> Iterator[int | None]:
+    """The leap of each of `depth` layers, whose levels repeat, one after the other; None is a layer for each level."""
+    if isinstance(levels, str) or not isinstance(levels, Sequence):
+        raise TypeError(f"{op}: levels must be a list or tuple of ints or None, got levels={levels!r}")
     if not levels:
         raise ValueError(f"{op}: levels must have at least one element, got levels={levels!r}")
-    return (leap_of_level(levels[i % len(levels)], num_frames) for i in range(depth))
+    return (leap_of_level(levels[i % len(levels)], num_frames) for i in range(len(levels) if depth is None else depth))
 
 
 def official_fold_div(op: str, config: Config) -> dict[str, int]:

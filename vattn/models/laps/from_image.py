@@ -4,7 +4,8 @@
     video model    leap T // 2**levels[0]   leap T // 2**levels[1]   leap T // 2**levels[2]  ...
 
 LAPS: Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification" (ACM MM 2022).
-Neither transformers nor timm is imported: an attention is known by the names of its layers.
+A model of transformers leaps through its attention interface, see :mod:`vattn.integrations.transformers`. In any other
+model an attention is known by the names of its layers: those of timm, or of transformers. timm is not imported.
 """
 
 import copy
@@ -120,9 +121,9 @@ def video_from_image(
     """Turn an image ViT of transformers or timm into a video model, with zero new parameters.
 
     Args:
-        model: such as transformers' ``ViTModel``, ``ViTForImageClassification`` or timm's
-            ``VisionTransformer``. It stays an image model: the video model is new, but shares its parameters,
-            so that training one trains the other.
+        model: an image model of transformers that uses the attention interface, such as ``ViTForImageClassification``,
+            ``DINOv3ViTModel`` or ``SiglipVisionModel``, or timm's ``VisionTransformer``. It stays an image model: the
+            video model is new, but shares its parameters, so that training one trains the other.
         num_frames: T, frames of a video.
         levels: attention layer i, in the order of ``model.named_modules()``, has the level
             ``levels[i % len(levels)]``, see :func:`vattn.nn.leap_of_level`; None is attention within each frame.
@@ -134,8 +135,8 @@ def video_from_image(
         `forward_frames` gives them for every frame.
 
     Raises:
-        ValueError: `model` takes something else than images; it has no attention layer that is known, or one with
-            parameters that leap attention would leave out; a level that does not fit.
+        ValueError: `model` takes something else than images, or has relative positions or windows; it has no attention
+            layer that is known, or one with parameters that leap attention would leave out; a level that does not fit.
 
     Source:
         Zhang et al., "Long-term Leap Attention, Short-term Periodic Shift for Video Classification", on
@@ -149,48 +150,50 @@ def video_from_image(
         >>> video_model(torch.randn(2, 8, 3, 32, 32)).shape
         torch.Size([2, 5])
     """
-    _require_image_model(model)
+    op = "video_from_image"
+    require_pixels(op, model)
+    if sign := sign_of_video(model):
+        raise ValueError(f"{op}: model must be a model of images, got {type(model).__name__}, which has {sign}")
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     image_model = copy.deepcopy(model, cast("dict[int, Any]", shared))
+    if hasattr(image_model, "set_attn_implementation"):
+        from vattn.integrations.transformers import attention_layers, let_leap
+
+        if attention_layers(image_model):
+            let_leap(op, image_model, {"num_frames": num_frames, "levels": levels, "fold_div": fold_div})
+            return VideoFromImage(image_model, num_frames).train(model.training)
     found = {name: change for name, module in image_model.named_modules() if (change := _leaping(module))}
     if not found:
         raise ValueError(
-            "video_from_image: model must have attention layers with the names of timm (qkv, proj) or of transformers "
-            f"(query, key, value or q_proj, k_proj, v_proj, o_proj), got {_describe(model)}"
+            f"{op}: model must have attention layers that use transformers' attention interface, or with the names of "
+            f"timm (qkv, proj) or of transformers (query, key, value or q_proj, k_proj, v_proj, o_proj), got "
+            f"{_describe(model)}"
         )
-    leaps = layer_leaps("video_from_image", levels, len(found), num_frames)
+    leaps = layer_leaps(op, levels, len(found), num_frames)
     for (name, change), leap in zip(found.items(), leaps, strict=True):
         parent, _, child = name.rpartition(".")
         setattr(image_model.get_submodule(parent), child, change(num_frames, leap, fold_div))
-    config: Any = getattr(image_model, "config", None)
-    if hasattr(config, "_attn_implementation"):
-        # For an implementation that it knows, transformers makes a mask of ones while PyTorch traces, and for another
-        # one it leaves out the mask that somebody gives.
-        config._attn_implementation = "vattn"
-        image_model.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
     return VideoFromImage(image_model, num_frames).train(model.training)
 
 
-def _require_image_model(model: nn.Module) -> None:
-    """Raise for a model of text, sound, pairs or video, as far as it tells; a plain module does not."""
-    config = getattr(model, "config", None)
-    takes = getattr(model, "main_input_name", "pixel_values")
-    of_video = [name for name in ("num_frames", "tubelet_size", "frames_per_clip") if hasattr(config, name)]
-    of_video += [name for name, module in model.named_modules() if isinstance(module, nn.Conv3d)]
-    got = f"which has {of_video[0]}" if of_video else f"which takes {takes}"
-    if of_video or takes != "pixel_values":
-        raise ValueError(f"video_from_image: model must be a model of images, got {type(model).__name__}, {got}")
+def require_pixels(op: str, model: nn.Module) -> None:
+    """Raise for a model of text, sound or pairs, as far as it tells, and for relative positions and windows."""
+    kind, takes = type(model).__name__, getattr(model, "main_input_name", "pixel_values")
+    if takes != "pixel_values":
+        raise ValueError(f"{op}: model must be a model of images, got {kind}, which takes {takes}")
     biases = [name for name, _ in model.named_parameters() if "relative_position" in name]
     if biases:  # which transformers hands to its attentions as masks
-        raise ValueError(
-            f"video_from_image: leap attention has no relative positions, got {type(model).__name__}, "
-            f"which has {biases[0]}"
-        )
+        raise ValueError(f"{op}: leap attention has no relative positions, got {kind}, which has {biases[0]}")
+    if window := getattr(getattr(model, "config", None), "window_size", 0):
+        raise ValueError(f"{op}: leap attention has no windows within a frame, got {kind} with window_size={window}")
 
 
-def _refuse_mask(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    if options.get("attention_mask") is not None:
-        raise ValueError("video_from_image: leap attention has no masks, got attention_mask")
+def sign_of_video(model: nn.Module) -> str | None:
+    """What tells that a model takes videos; None of a model of images."""
+    config = getattr(model, "config", None)
+    signs = [name for name in ("num_frames", "tubelet_size", "frames_per_clip") if hasattr(config, name)]
+    signs += [name for name, module in model.named_modules() if isinstance(module, nn.Conv3d)]
+    return signs[0] if signs else None
 
 
 def _leaping(attention: nn.Module) -> Callable[[int, int | None, int], nn.Module] | None:
