@@ -412,6 +412,7 @@ def set_attention(
     blocks of frames, ``Dense`` and ``Sparse`` are, too; the others raise.
 
     Example:
+        >>> import math
         >>> from diffusers import WanTransformer3DModel
         >>> from vattn.integrations.diffusers import Leap, Sparse
         >>> model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
