@@ -88,6 +88,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, step in (("right.mp4", 1), ("left.mp4", -1)):
         frames = torch.full((128, 24, 32, 3), 40, dtype=torch.uint8)
         for number, frame in enumerate(frames):
-            frame[8:16].roll(step * number, 0)[:8] = 220
+            left = (12 + step * number) % 24
+            frame[8:16, left : left + 8] = 220
         write_video(folder / name, frames)
     return folder

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -47,7 +48,7 @@ CONTAINERS = {
     "a.mp4": {"codec": "libx264"},
     "b.mkv": {"codec": "libx264", "g": "10"},
     "c.avi": {"codec": "mpeg4", "g": "12", "bf": "2"},  # has no times of presentation
-    "d.webm": {"codec": "libvpx-vp9"},
+    "d.webm": {"codec": "libvpx-vp9", "rate": 30},  # rounds times to milliseconds
     "e.ts": {"codec": "libx264", "g": "10"},  # seeks too far
     "f.y4m": {"codec": "wrapped_avframe"},
     "g.mpg": {"codec": "mpeg2video", "rate": 25, "bf": "2"},
@@ -64,6 +65,7 @@ def test_containers(tmp_path, name):
     assert numbers(whole) == pytest.approx(range(40), abs=1)
     times = frame_times(tmp_path / name)
     assert times == pytest.approx([i / rate for i in range(40)], abs=1e-3)
+    assert VideoClips([tmp_path / name], 40, (16, 32), fps=rate)[0].equal(whole)  # as long as the video
     for first in (1, 17, 37):
         part = read_video(tmp_path / name, start=times[first], num_frames=3)
         assert torch.equal(part, whole[:, first : first + 3])
@@ -223,6 +225,7 @@ def test_clips_of_a_folder(tmp_path):
     seen = [numbers(clips[0]) for _ in range(60)]
     assert {first for first, *_ in seen} == {*range(9)}
     assert all(clip == pytest.approx([*range(clip[0], clip[0] + 4)], abs=1) for clip in seen)
+    assert pickle.loads(pickle.dumps(clips)).files == clips.files  # for workers that are spawned
     slower = VideoClips([tmp_path / "b.mp4"], 4, 8, fps=5)
     seen = [numbers(slower[0]) for _ in range(40)]
     assert {first for first, *_ in seen} == {*range(6)}

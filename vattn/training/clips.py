@@ -1,11 +1,12 @@
-"""Reading video files with PyAV: whole videos, and random clips of many, decoded when they are asked for.
+"""Reading video files with PyAV: whole videos, and random clips of many.
 
-file      |f0|f1|f2|f3|f4|f5|f6|f7|...      frames at the times that the file says
-fps=None      |f1|f2|f3|f4|                 the frames from `start` on, as they are
-fps=f         |f1|   |f3|   |f5|            those nearest to start, start + 1 / f, start + 2 / f, ...
+    file      |f0|f1|f2|f3|f4|f5|f6|f7|...      frames at the times that the file says
+    fps=None      |f1|f2|f3|f4|                 the frames from `start` on, as they are
+    fps=f         |f1|   |f3|   |f5|            those nearest to start, start + 1 / f, start + 2 / f, ...
+
+A clip is decoded when it is asked for, from the last keyframe before it on.
 """
 
-import functools
 import itertools
 import math
 import os
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset
 from vattn import _checks
 from vattn.models.settings import number
 
-Path = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
 Timed = tuple[float, "av.VideoFrame"]  # seconds since the first frame, and a frame
 
 SUFFIXES = (
@@ -31,11 +32,11 @@ SUFFIXES = (
 )  # fmt: skip
 """What the names of videos in a folder end with. A file that is named itself is read whatever its name ends with."""
 CROPS = ("centre", "random")
-ROUNDING = 1e-6  # seconds
+ROUNDING = 1e-3  # seconds, to which some containers round the times of frames
 LEAST_CROP = 0.8  # a random crop has at least this share of the height and the width of the largest one
 
 
-def video_files(folder: Path) -> list[pathlib.Path]:
+def video_files(folder: AnyPath) -> list[pathlib.Path]:
     """The videos of a folder and of the folders in it, by their :data:`SUFFIXES`, in alphabetical order.
 
     Raises:
@@ -58,7 +59,7 @@ def video_files(folder: Path) -> list[pathlib.Path]:
 
 
 def read_video(
-    path: Path,
+    path: AnyPath,
     *,
     size: int | Sequence[int] | None = None,
     fps: float | None = None,
@@ -152,7 +153,7 @@ class VideoClips(Dataset[Tensor]):
 
     def __init__(
         self,
-        videos: Path | Sequence[Path],
+        videos: AnyPath | Sequence[AnyPath],
         num_frames: int,
         size: int | Sequence[int],
         *,
@@ -168,19 +169,21 @@ class VideoClips(Dataset[Tensor]):
         if not self.files:
             raise ValueError(f"{op}: videos must be a folder or at least one file, got videos={videos!r}")
         self.num_frames, self.size, self.fps, self.crop = num_frames, size, fps, crop
-        self._times = functools.cache(frame_times)
+        self._times: dict[pathlib.Path, list[float]] = {}
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
         path = self.files[index]
-        times = self._times(path)
+        if path not in self._times:
+            self._times[path] = frame_times(path)
+        times = self._times[path]
         if self.fps is None:
             starts = len(times) - self.num_frames + 1
         else:
             span = (self.num_frames - 1) / self.fps
-            starts = sum(time + span <= times[-1] for time in times)
+            starts = sum(time + span <= times[-1] + ROUNDING for time in times)
         if starts < 1:
             rate = "" if self.fps is None else f" at fps={self.fps:g}"
             raise ValueError(
@@ -191,7 +194,7 @@ class VideoClips(Dataset[Tensor]):
         return read_video(path, size=self.size, fps=self.fps, start=start, num_frames=self.num_frames, crop=self.crop)
 
 
-def frame_times(path: Path) -> list[float]:
+def frame_times(path: AnyPath) -> list[float]:
     """When each frame of a video is shown, in seconds from the first one: read from the file without decoding it.
 
     Raises:
@@ -213,7 +216,7 @@ def frame_times(path: Path) -> list[float]:
         return sorted(float((stamp - first) * _tick(stream)) for stamp in stamps)
 
 
-def _open(path: Path) -> "av.container.InputContainer":
+def _open(path: AnyPath) -> "av.container.InputContainer":
     if not os.path.isfile(path):
         raise FileNotFoundError(f"read_video: path must be a file, got path={path}")
     try:
@@ -226,12 +229,12 @@ def _open(path: Path) -> "av.container.InputContainer":
     return container
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def _unreadable(path: AnyPath, error: Exception) -> ValueError:
     reason = getattr(error, "strerror", None) or error
     return ValueError(f"read_video: path must be a video that PyAV can read, got path={path} ({reason})")
 
 
-def _decode(path: Path, start: float) -> Iterator[Timed]:
+def _decode(path: AnyPath, start: float) -> Iterator[Timed]:
     """Frames and their seconds since the first one, from `start` on or a little before."""
     try:
         if start > 0:
@@ -274,18 +277,18 @@ def _from(frames: Iterator[Timed], start: float) -> "Iterator[av.VideoFrame]":
 
 def _at_rate(frames: Iterator[Timed], start: float, fps: float) -> "Iterator[av.VideoFrame]":
     """For each moment ``start + i / fps`` the frame nearest to it, up to the end of the last one."""
-    number, gap = 0, 1 / fps
+    count, gap = 0, 1 / fps
     previous: Timed | None = None
     for current in frames:
         if previous is not None:
             gap = current[0] - previous[0]
-            while start + number / fps < (previous[0] + current[0]) / 2:
+            while start + count / fps < (previous[0] + current[0]) / 2:
                 yield previous[1]
-                number += 1
+                count += 1
         previous = current
-    while previous is not None and start + number / fps < previous[0] + gap / 2:
+    while previous is not None and start + count / fps < previous[0] + gap / 2:
         yield previous[1]
-        number += 1
+        count += 1
 
 
 def _upright(frame: "av.VideoFrame") -> Tensor:
