@@ -149,7 +149,8 @@ def report(names: Sequence[str], videos: Sequence[Tensor], made: Tensor) -> bool
         made: a video of each of them, in the same order, ``(B, 3, frames, size, size)``.
     """
     real = [frame_statistics(video.transpose(0, 1)) for video in videos]
-    print(f"\n{'distance of frame statistics':<32}{'first frames':>14}{'last frames':>14}{'nearest other clip':>20}")
+    print("\nhow far frames of each generated video, and of other clips, are from those of its clip (lower is closer)")
+    print(f"{'distance of frame statistics':<32}{'first frames':>14}{'last frames':>14}{'nearest other clip':>20}")
     good = True
     for i, video in enumerate(made):
         ends = [

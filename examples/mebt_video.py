@@ -101,13 +101,13 @@ def copies(codes: Tensor, context: Tensor, otherwise: int) -> Tensor:
 def accuracies(
     model: MeBT, codes: Tensor, frequent: int, ratios: Sequence[float], generator: torch.Generator
 ) -> dict[str, float]:
-    """How often masked codes are found, by MeBT and by what has learned nothing.
+    """The share of masked codes that are predicted right, by MeBT and by baselines that learn nothing.
 
-    Of the codes ``(4, height, width)`` of each window, a share of `ratios` chosen at random is masked, one after the
-    other. Masked codes of the first frame are not counted, as there is no frame to copy from. MeBT says its most likely
-    code for each, all in one pass, from the codes that are not masked. The others say the code `frequent`; the last
-    code before that is known at the same place, and if there is none, `frequent`; and, which only who knows the answers
-    can do, the true code at the same place in the frame before, masked or not.
+    Of the codes ``(4, height, width)`` of each window, a share is masked at random, for one of `ratios` after the
+    other. Masked codes of the first frame are not counted, as there is no frame to copy from. MeBT predicts the most
+    likely code for each, all in one pass, from the codes that are not masked. The baselines predict the code
+    `frequent`; the last known code at the same place, and if there is none, `frequent`; and the true code at the same
+    place in the frame before, masked or not, which no model can see.
     """
     flat, frame = codes.flatten(1), codes[0, 0].numel()
     right = dict.fromkeys(ANSWERS, 0)
@@ -129,9 +129,9 @@ def accuracies(
 
 
 def report(model: MeBT, codes: Tensor, held_out: Tensor, seed: int) -> bool:
-    """Print how often masked codes are found; whether MeBT finds more than those that know no more than it does.
+    """Print how often masked codes are predicted right; whether MeBT beats the baselines that see what it sees.
 
-    The last row decides: it has the ratios of the training, in which all are as likely.
+    The last row decides: it has the ratios of the training, in which all are equally likely.
     """
     print("\nHow often masked codes are predicted right. MeBT sees the same codes as the two baselines beside it. The")
     print("true code before is no baseline: it reads masked codes, and says how often two successive frames are equal.")
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beaten = report(model, codes, held_out_codes, options.seed)
     print(f"wrote {', '.join(map(str, [*written, options.outputs / 'mebt_loss.png']))}")
     if not beaten:
-        print("FAILED: MeBT has not learned enough to beat those that have learned nothing", file=sys.stderr)
+        print("FAILED: MeBT has not learned enough to beat the baselines", file=sys.stderr)
     return int(not beaten)
 
 

@@ -199,13 +199,10 @@ def cost_of_step(run: Run, data: Pairs) -> str:
 
 def report(data: Pairs, runs: Sequence[Run], seed: int) -> dict[str, dict[str, Found]]:
     """Print what each run retrieves, beside chance, and what its steps cost; what it retrieves."""
-    print(
-        "\nR@k: how often a right answer is among the first k. Sparse settings read less of a clip than the dense one:"
-    )
-    print("they give up some recall for the time and the memory of a step.")
     guessed = by_chance(data)
     names = [f"R@{k}" for k in RECALLED]
-    print(f"\n{'held-out clips':<34}{'caption of clip':>18}{'clip of caption':>18}{'mean':>9}", end="")
+    print("\nR@k: how often a right answer is among the first k")
+    print(f"{'held-out clips':<34}{'caption of clip':>18}{'clip of caption':>18}{'mean':>9}", end="")
     print(f"{'the first caption is right about' if guessed.told else '':>40}")
     print(f"{'':<24}{'ranked by':<10}", *(f"{name:>5}" for name in 3 * names), end="  ")
     print("".join(f"{name:>10}" for name in guessed.told), f"{'step':>10}{'memory':>10}")
@@ -332,6 +329,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data: Pairs = OwnPairs(*own_pairs) if own else MadePairs(options.size)
 
     runs = train_settings(data, [SPARSEST] if own else [*SETTINGS], options)
+    if not own:
+        print(
+            "\nSparse settings read less of a clip than the dense one: they trade recall for time and memory of a step."
+        )
     found = report(data, runs, options.seed)
     missed = [] if own else failures(found, by_chance(data))
     stages = [] if own else train_stages(data, options)

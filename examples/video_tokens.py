@@ -95,6 +95,7 @@ def report_tokenizer(tokenizer: VQVAE, videos: Tensor, codes: Tensor) -> tuple[T
     """Print what becomes of held-out `videos`, whose codes are `codes`; it, and whether it beats the baselines."""
     with torch.no_grad():
         reconstruction = torch.cat([2 * tokenizer.decode(part) for part in codes.split(8)])
+    print("how close reconstructions are to the video (higher is closer), beside videos shrunk and enlarged again")
     print(f"{'':<24}{'PSNR':>10}{'SSIM':>8}")
     shown = {f"VQ-VAE, {codes[0].numel()} codes": reconstruction, **baselines(videos, codes[0].numel())}
     decibels = [peak_signal_to_noise(videos, video) for video in shown.values()]
