@@ -29,7 +29,7 @@ def parser(description: str, needs: Needs) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         description=description.partition("\n")[0],
         epilog=f"With the clips that come along it {needs.text(needs.steps)}; your own videos take more memory: "
-        "12 bytes for each pixel of a frame, of all their frames.",
+        "15 bytes for each pixel of a frame, of all frames.",
     )
     found.add_argument("--steps", type=int, default=needs.steps, help="of training; by default %(default)s")
     found.add_argument("--videos", type=pathlib.Path, help="a folder of videos to learn from, of any format PyAV reads")

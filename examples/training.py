@@ -13,7 +13,7 @@ from vattn.training import Training
 
 
 def new_training(name: str, model: nn.Module, steps: int, learning_rate: float, path: pathlib.Path) -> Training:
-    """Of a model with AdamW, as all examples train theirs."""
+    """A training with the optimizer of all examples."""
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     return Training(model, optimizer, path, steps=steps, name=name)
 

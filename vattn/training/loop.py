@@ -41,27 +41,27 @@ def warmup_cosine(step: int, steps: int) -> float:
 class Training:
     """A model in training, which writes checkpoints and can be resumed from them.
 
-    On a CPU a resumed training has the losses of an uninterrupted one bit for bit: the checkpoint holds the model, the
-    optimizer, the step, the random numbers of torch's generators (those of all GPUs among them), and the place in the
-    data. Random numbers of Python and NumPy are not in it. A checkpoint is written beside the last one and then takes
-    its place, and is read with ``weights_only=True``. Ctrl-C ends the step, writes a checkpoint, and raises
-    KeyboardInterrupt; a second one does so at once, and leaves the last checkpoint.
+    On a CPU a resumed training has the losses of an uninterrupted one bit for bit. The checkpoint holds the model, the
+    optimizer, the step, the states of torch's generators (those of the CPU and of each GPU), and the position in the
+    data, but not the random numbers of Python and NumPy. It is written to a file of its own, which then replaces the
+    last checkpoint, and is read with ``weights_only=True``. Ctrl-C finishes the step, writes a checkpoint, and raises
+    KeyboardInterrupt; a second Ctrl-C stops at once, and leaves the last checkpoint.
 
     Args:
-        model: is in training mode in :meth:`run`, and in evaluation mode after it.
-        optimizer: of its parameters. The learning rates that it is given with are the largest ones.
-        path: of the checkpoint; its folder is made.
-        steps: of the whole training.
-        schedule: ``schedule(step, steps)`` is what the learning rates are multiplied by in each step.
-        max_norm: of all gradients together, which are scaled down to it; None leaves them as they are.
-        save_every: steps from one checkpoint to the next. There is one at the end, too.
-        generators: whose states are saved as well, such as one that draws the data.
-        name: what the progress bar begins with.
-        progress: show a bar.
+        model: in training mode during :meth:`run`, and in evaluation mode after it.
+        optimizer: of the model's parameters, with the peak learning rate of each group.
+        path: where checkpoints are written; a missing folder is made.
+        steps: the number of steps of the whole training.
+        schedule: ``schedule(step, steps)`` is the factor of the learning rates in each step.
+        max_norm: the largest norm of all gradients together, to which they are clipped; None for no clipping.
+        save_every: steps between checkpoints. There is one at the end, too.
+        generators: further generators to save, such as one that draws the data.
+        name: the title of the progress bar.
+        progress: show a progress bar.
 
     Attributes:
-        step: how many steps are done.
-        losses: of each of them, a float.
+        step: the number of steps that are done.
+        losses: the loss of each of these steps.
 
     Raises:
         TypeError, ValueError: a setting that does not fit.
@@ -115,16 +115,15 @@ class Training:
         """Train up to step `until`, or to the last one, and write a checkpoint.
 
         Args:
-            batches: a ``DataLoader`` or whatever else can be iterated over again and again, an epoch each time: a
-                resumed training takes the batches of its epoch that are behind it once more, and drops them. Or an
-                endless iterator, which goes on from where it is: what it yields may depend on the generators alone.
-            loss_of: from a batch to the loss, a tensor with one number. It moves the batch to the device.
+            batches: a ``DataLoader``, or anything else that can be iterated over again and again, one epoch each time.
+                To find its position in an epoch, a resumed training takes the batches before it once more and drops
+                them. Or an endless iterator: what it yields may depend on the saved generators alone.
+            loss_of: computes the loss of a batch, a tensor with one number. It moves the batch to the device.
             until: the step to stop at, as if the program had ended there; None for the last one.
 
         Raises:
-            ValueError: an iterator ended, an iterable yields nothing, or a loss is not finite. The last checkpoint
-                stays as it was.
-            KeyboardInterrupt: Ctrl-C was pressed; the checkpoint is that of the last whole step.
+            ValueError: an iterator ended, an iterable is empty, or a loss is not finite. The last checkpoint stays.
+            KeyboardInterrupt: Ctrl-C was pressed. The checkpoint is that of the step that it finished.
         """
         end = self.steps if until is None else min(until, self.steps)
         self.model.train()
@@ -206,7 +205,7 @@ class Training:
         os.replace(unfinished, self.path)
 
     def resume(self) -> bool:
-        """Go on from the checkpoint, if there is one: whether there is.
+        """Load the checkpoint, if there is one; returns whether there is.
 
         Raises:
             ValueError: the file is no checkpoint of a Training, or one with other generators.
