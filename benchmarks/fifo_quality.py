@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
         "first": options.first,
         "last": options.last,
     }
-    trained, held_out = clips.split(options.size, NAMES)
+    trained, held_out = clips.split([*clips.load(options.size, names=NAMES).values()])
     real = [video.transpose(0, 1) for video in trained]
     store(options, [Line(**shared, training="none", seed=0, method="the clips", measures=measure(real, real))])
     rest = [video.transpose(0, 1) for video in held_out]

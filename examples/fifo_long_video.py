@@ -10,11 +10,10 @@ of the process at every frame.
 
     python -m examples.fifo_long_video
     python -m examples.fifo_long_video --resume            from the last checkpoint of a run with the same options
-    python -m examples.fifo_long_video --videos FOLDER     learns from your own
+    python -m examples.fifo_long_video --videos FOLDER     learns from your own, of 8 frames or more each
     python -m examples.fifo_long_video --short             a small model, and a shorter video, which may be a bad one
 """
 
-import argparse
 import pathlib
 import sys
 import time
@@ -28,10 +27,12 @@ from tqdm import tqdm
 
 from benchmarks.steps import resident
 from examples import clips, pictures
+from examples.options import Needs, parser, start
 from examples.quality import frame_statistics, frechet_distance, jumps
-from examples.training import Training, write_losses
+from examples.training import new_training, write_losses
 from vattn.models.fifo import FIFO
 from vattn.models.video_dit import VideoDiT, generate
+from vattn.training import Training
 
 NAMES = ("carphone_pristine", "bigbuckbunny")  # the third clip of `clips.NAMES` is one of many cuts
 WINDOW = 8  # frames
@@ -40,6 +41,7 @@ PATCH = 4  # pixels
 PARTITIONS = 4
 GUIDANCE = 3.0  # without any, frames that are there already win over a prompt that changes
 SHOWN = 3  # videos, and one more that goes through all of them
+NEEDS, SHORT_NEEDS = Needs(minutes=10, memory=1.0, steps=1500), Needs(minutes=1, memory=1.0, steps=400)
 
 
 class Size(NamedTuple):
@@ -77,10 +79,11 @@ def train(
     """A denoiser that has learned from windows of `videos` ``(T, 3, size, size)``, or that goes on to."""
     torch.manual_seed(seed)
     model = denoiser(len(videos), videos[0].shape[-1], of)
-    training = Training("denoiser", model, steps, 3e-3, path)
+    training = new_training("denoiser", model, steps, 3e-3, path)
     if resume:
         training.resume()
     training.run(batches(videos), lambda batch: model.training_loss(batch[0], classes=batch[1], per_frame=per_frame))
+    model.save_pretrained(path.with_suffix(""))
     return model, training
 
 
@@ -146,7 +149,8 @@ def report(names: Sequence[str], videos: Sequence[Tensor], made: Tensor) -> bool
         made: a video of each of them, in the same order, ``(B, 3, frames, size, size)``.
     """
     real = [frame_statistics(video.transpose(0, 1)) for video in videos]
-    print(f"\n{'distance of frame statistics':<32}{'first frames':>14}{'last frames':>14}{'nearest other clip':>20}")
+    print("\nhow far frames of each generated video, and of other clips, are from those of its clip (lower is closer)")
+    print(f"{'distance of frame statistics':<32}{'first frames':>14}{'last frames':>14}{'nearest other clip':>20}")
     good = True
     for i, video in enumerate(made):
         ends = [
@@ -162,22 +166,16 @@ def report(names: Sequence[str], videos: Sequence[Tensor], made: Tensor) -> bool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500, help="of training")
-    parser.add_argument("--frames", type=int, default=16 * WINDOW, help=f"of a video; {WINDOW} are those of training")
-    parser.add_argument("--size", type=int, default=32, help=f"of a frame in pixels, a multiple of {PATCH}")
-    parser.add_argument("--videos", type=pathlib.Path, help="a folder of videos to learn from")
-    parser.add_argument("--short", action="store_true", help="a small model, two partitions; any video is good enough")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the outputs")
-    parser.add_argument("--outputs", type=pathlib.Path, default=pathlib.Path("outputs"))
-    options = parser.parse_args(arguments)
-    options.outputs.mkdir(parents=True, exist_ok=True)
+    of_all = parser(__doc__, NEEDS)
+    of_all.add_argument("--frames", type=int, default=16 * WINDOW, help=f"of a video; {WINDOW} are those of training")
+    of_all.add_argument("--size", type=int, default=32, help=f"of a frame in pixels, a multiple of {PATCH}")
+    of_all.add_argument("--short", action="store_true", help="a small model, two partitions; any video is good enough")
+    of_all.add_argument("--resume", action="store_true", help="go on from the checkpoint in the outputs")
+    options = of_all.parse_args(arguments)
+    start(__doc__, options, SHORT_NEEDS if options.short else NEEDS)
 
-    if options.videos is None:
-        videos = {name: clips.to_model(clips.decode(name, options.size)) for name in NAMES}
-    else:
-        videos = clips.of_folder(options.videos, options.size, WINDOW)
+    loaded = clips.load(options.size, options.videos, fps=options.fps, num_frames=WINDOW, names=NAMES)
+    videos = {name: clips.to_model(video) for name, video in loaded.items()}
     real = [*videos.values()]
     path, partitions = options.outputs / "fifo_denoiser.pt", PARTITIONS // 2 if options.short else PARTITIONS
     of = SMALLER if options.short else SMALL
@@ -186,13 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generator = torch.Generator().manual_seed(options.seed)
     names = [*videos][:SHOWN]
     made = stream(model, torch.arange(len(names)), options.frames, partitions, generator)
-    written = [options.outputs / f"fifo_{name}" for name in ("videos.gif", "queue.png", "memory.png", "loss.png")]
+    written = [options.outputs / f"fifo_{name}.png" for name in ("queue", "memory", "loss")]
     pixels = made.videos.float() / 127.5 - 1
     columns = dict(zip([*names, "one after another"], pixels[:, None], strict=True))
-    pictures.gif(columns, written[0])
-    pictures.queue(dict(zip(columns, made.latents, strict=True)), made.levels, WINDOW, written[1])
-    pictures.memory(made.memory, WINDOW, written[2])
-    write_losses([training], ["squared error of the flow"], written[3])
+    pictures.queue(dict(zip(columns, made.latents, strict=True)), made.levels, WINDOW, written[0])
+    pictures.memory(made.memory, WINDOW, written[1])
+    write_losses([training], ["squared error of the flow"], written[2])
+    written += pictures.side_by_side(columns, options.outputs / "fifo_videos.gif")
 
     good = report(names, real, pixels[: len(names)])
     print(f"\n{options.frames} frames, {options.frames / WINDOW:.3g} times the length of training")

@@ -1,18 +1,19 @@
-"""Video from codes: a small 3D VQGAN makes codes of real clips, and a small MeBT learns to find those that are masked.
+"""Video from codes: a small 3D VQGAN makes codes of real clips, and a small MeBT learns to predict masked ones.
 
     video (16 frames)  ->  codes (4, size / 4, size / 4)  ->  MeBT: masked codes from known ones  ->  video
 
 Both train one after the other, from checkpoints where there are any. The last quarter of each clip is held out: on its
 windows of 16 frames, the example prints how close the tokenizer comes to the pixels, and how often MeBT is right about
 masked codes, beside answers that take no learning: the most frequent code, the last one known at the same place, and,
-as if nothing were masked, the one before. It fails if MeBT does not beat the first two. GIFs show reconstruction,
-generation, continuation and inpainting next to the truth. Both models are saved as folders, for `from_pretrained`.
+as if nothing were masked, the one before. It fails if MeBT does not beat the first two. GIFs and MP4s show
+reconstruction, generation, continuation and inpainting next to the truth. Both models are saved as folders, for
+`from_pretrained`.
 
     python -m examples.mebt_video
-    python -m examples.mebt_video --resume      from the last checkpoint of a run with the same options
+    python -m examples.mebt_video --resume            from the last checkpoint of a run with the same options
+    python -m examples.mebt_video --videos FOLDER     learns from your own, of 64 frames or more each
 """
 
-import argparse
 import math
 import pathlib
 import sys
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import clips, pictures
+from examples.options import Needs, parser, start
 from examples.quality import peak_signal_to_noise
-from examples.training import Training, code_batches, encode, write_losses
+from examples.training import code_batches, encode, new_training, write_losses
 from vattn.models.mebt import MeBT, continue_video, generate, inpaint, split_positions
 from vattn.models.vqvae import VQGAN
 from vattn.nn import LatentAttention
@@ -37,6 +39,8 @@ NUM_WINDOWS = 1536  # of codes to train on
 MODES = ("latent_enc", "latent_enc", "latent_dec", "lt2l", "latent_dec")
 RATIOS = (0.25, 0.5, 0.75)  # of the codes of a window, masked in the evaluation
 EVALUATIONS = 8  # random masks for each window and ratio
+SHOWN = 3  # clips in a picture
+NEEDS = Needs(minutes=4, memory=1.0, steps=800)
 ANSWERS = ("MeBT", "most frequent code", "last known code", "true code before")
 SAMPLING: dict[str, Any] = {"num_steps": 12, "temperature": 0.9, "top_p": 0.95, "progress": True}
 
@@ -97,13 +101,13 @@ def copies(codes: Tensor, context: Tensor, otherwise: int) -> Tensor:
 def accuracies(
     model: MeBT, codes: Tensor, frequent: int, ratios: Sequence[float], generator: torch.Generator
 ) -> dict[str, float]:
-    """How often masked codes are found, by MeBT and by what has learned nothing.
+    """The share of masked codes that are predicted right, by MeBT and by baselines that learn nothing.
 
-    Of the codes ``(4, height, width)`` of each window, a share of `ratios` chosen at random is masked, one after the
-    other. Masked codes of the first frame are not counted, as there is no frame to copy from. MeBT says its most likely
-    code for each, all in one pass, from the codes that are not masked. The others say the code `frequent`; the last
-    code before that is known at the same place, and if there is none, `frequent`; and, which only who knows the answers
-    can do, the true code at the same place in the frame before, masked or not.
+    Of the codes ``(4, height, width)`` of each window, a share is masked at random, for one of `ratios` after the
+    other. Masked codes of the first frame are not counted, as there is no frame to copy from. MeBT predicts the most
+    likely code for each, all in one pass, from the codes that are not masked. The baselines predict the code
+    `frequent`; the last known code at the same place, and if there is none, `frequent`; and the true code at the same
+    place in the frame before, masked or not, which no model can see.
     """
     flat, frame = codes.flatten(1), codes[0, 0].numel()
     right = dict.fromkeys(ANSWERS, 0)
@@ -125,10 +129,12 @@ def accuracies(
 
 
 def report(model: MeBT, codes: Tensor, held_out: Tensor, seed: int) -> bool:
-    """Print how often masked codes are found; whether MeBT finds more than those that know no more than it does.
+    """Print how often masked codes are predicted right; whether MeBT beats the baselines that see what it sees.
 
-    The last row decides: it has the ratios of the training, in which all are as likely.
+    The last row decides: it has the ratios of the training, in which all are equally likely.
     """
+    print("\nHow often masked codes are predicted right. MeBT sees the same codes as the two baselines beside it. The")
+    print("true code before is no baseline: it reads masked codes, and says how often two successive frames are equal.")
     frequent = int(codes.flatten().mode().values)
     uniform = [(i + 0.5) / EVALUATIONS for i in range(EVALUATIONS)]
     print(f"{'masked':<8}", *(f"{name:>20}" for name in ANSWERS), f"{'MeBT, where trained':>20}")
@@ -164,45 +170,43 @@ def write_videos(tokenizer: VQGAN, model: MeBT, videos: Tensor, outputs: pathlib
     }
     paths = []
     for name, columns in shown.items():
-        paths.append(outputs / f"mebt_{name}.gif")
-        pictures.gif(columns, paths[-1])
+        paths += pictures.side_by_side(columns, outputs / f"mebt_{name}.gif")
     return paths
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=800, help="of training, for each of the two models")
-    parser.add_argument("--size", type=int, default=32, help="of a frame in pixels, a multiple of 4")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the outputs")
-    parser.add_argument("--outputs", type=pathlib.Path, default=pathlib.Path("outputs"))
-    options = parser.parse_args(arguments)
-    options.outputs.mkdir(parents=True, exist_ok=True)
+    of_all = parser(__doc__, NEEDS)
+    of_all.add_argument("--size", type=int, default=32, help="of a frame in pixels, a multiple of 4")
+    of_all.add_argument("--resume", action="store_true", help="go on from the checkpoints in the outputs")
+    options = of_all.parse_args(arguments)
+    start(__doc__, options, NEEDS)
 
-    margin = options.size // 8
-    train, held_out = clips.split(options.size + margin)
+    size = options.size + options.size // 8  # room for random crops
+    loaded = clips.load(size, options.videos, fps=options.fps, num_frames=clips.frames_to_split(WINDOW))
+    train, held_out = clips.split([*loaded.values()])
     torch.manual_seed(options.seed)
     tokenizer = VQGAN(NUM_CODES, code_dim=32, hidden=8, downsample=DOWNSAMPLE, groups=8)
-    first = Training("tokenizer", tokenizer, options.steps, 2e-3, options.outputs / "mebt_tokenizer.pt")
+    first = new_training("tokenizer", tokenizer, options.steps, 2e-3, options.outputs / "mebt_tokenizer.pt")
     resumed = options.resume and first.resume() and first.step >= first.steps
     videos = clips.varied_batches(train, WINDOW, options.size)
     first.run(videos, tokenizer.training_loss)
+    tokenizer.save_pretrained(options.outputs / "mebt_tokenizer")
 
-    seen = torch.cat([next(videos) for _ in range(NUM_WINDOWS // len(train))])
-    codes = encode(tokenizer, seen, "codes to train on")
-    tests = [clips.windows(clips.centre(video, options.size), WINDOW, every=4) for video in held_out]
+    codes = encode(tokenizer, clips.take(videos, NUM_WINDOWS), "codes to train on")
+    tests = clips.tested_windows(held_out, WINDOW, options.size)
     held_out_codes = encode(tokenizer, torch.cat(tests), "codes held out")
 
     torch.manual_seed(options.seed)
     model = small_mebt(NUM_CODES, (codes.shape[1], codes.shape[2], codes.shape[3]))
-    second = Training("MeBT", model, options.steps, 2e-3, options.outputs / "mebt_model.pt")
+    second = new_training("MeBT", model, options.steps, 2e-3, options.outputs / "mebt_model.pt")
     if resumed:  # otherwise its codes would be those of another tokenizer
         second.resume()
     second.run(code_batches(codes, 8), model.training_loss)
+    model.save_pretrained(options.outputs / "mebt_model")
 
     with torch.no_grad():
         reconstruction = tokenizer.decode(held_out_codes)
-        shown = torch.stack([test[0] for test in tests])
+        shown = torch.stack([test[0] for test in tests[:SHOWN]])
         written = write_videos(tokenizer, model, shown, options.outputs, options.seed)
     labels = ("mean absolute error + commitment", "cross-entropy of masked codes")
     write_losses((first, second), labels, options.outputs / "mebt_loss.png")
@@ -214,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beaten = report(model, codes, held_out_codes, options.seed)
     print(f"wrote {', '.join(map(str, [*written, options.outputs / 'mebt_loss.png']))}")
     if not beaten:
-        print("FAILED: MeBT has not learned enough to beat those that have learned nothing", file=sys.stderr)
+        print("FAILED: MeBT has not learned enough to beat the baselines", file=sys.stderr)
     return int(not beaten)
 
 

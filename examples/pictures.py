@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import vattn
+from vattn.training import write_video
 
 Heat = dict[int, Tensor]  # frame -> (rows, columns) of patches: the attention that each one gets
 
@@ -30,8 +32,12 @@ def loss_curves(losses: Mapping[str, Sequence[float]], path: pathlib.Path, title
     figure.savefig(path, dpi=120)
 
 
-def gif(columns: Mapping[str, Tensor], path: pathlib.Path) -> None:
-    """Videos ``(B, 3, T, H, W)`` in -1 to 1, side by side under their titles, the batch from top to bottom."""
+def side_by_side(columns: Mapping[str, Tensor], path: pathlib.Path) -> list[pathlib.Path]:
+    """Videos ``(B, 3, T, H, W)`` in -1 to 1, side by side under their titles, the batch from top to bottom.
+
+    Returns:
+        The files that were written: `path`, which ends with .gif, and an MP4 beside it.
+    """
     grid = torch.cat([torch.cat(list(videos), -2) for videos in columns.values()], -1)  # (3, T, B * H, columns * W)
     pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
     zoom, header = max(4, 128 * len(columns) // pixels.shape[2]), 14  # titles need room
@@ -42,8 +48,11 @@ def gif(columns: Mapping[str, Tensor], path: pathlib.Path) -> None:
         picture.paste(Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.NEAREST), (0, header))
         for column, title in enumerate(columns):
             ImageDraw.Draw(picture).text((column * width // len(columns) + 2, 1), title)
-        frames.append(picture)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+        frames.append(torch.from_numpy(np.array(picture)))
+    written = [path, path.with_suffix(".mp4")]
+    for file in written:
+        write_video(file, torch.stack(frames))
+    return written
 
 
 def smooth_losses(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, path: pathlib.Path) -> None:

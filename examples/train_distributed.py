@@ -6,12 +6,13 @@ Contexts and targets are spread over the processes (:func:`vattn.distributed.par
 optimizer's state (FSDP). The losses are those of one process: every run draws its curve beside those of other runs with
 the same options in the same outputs, and the program fails where they differ, or where the loss has not fallen. The
 checkpoint is torch's distributed one: another number of processes goes on from it. At the end the processes continue a
-held-out clip together, which is shown as a GIF.
+held-out clip together, which is shown as a GIF and an MP4.
 
     torchrun --nproc-per-node 2 -m examples.train_distributed
     python -m examples.train_distributed                                                one process, the same curve
     torchrun --nproc-per-node 2 -m examples.train_distributed --until 100               stops after step 100
     torchrun --nproc-per-node 4 -m examples.train_distributed --resume                  and goes on, with more processes
+    torchrun --nproc-per-node 2 -m examples.train_distributed --videos FOLDER           your own, of 128 frames or more
 """
 
 import argparse
@@ -36,10 +37,11 @@ from tqdm import tqdm
 
 import vattn
 from examples import clips, pictures
-from examples.mebt_video import NUM_CODES, small_mebt
-from examples.training import warm_and_cool
+from examples.mebt_video import NUM_CODES, NUM_WINDOWS, SHOWN, small_mebt
+from examples.options import Needs, parser, start
 from vattn.distributed import parallelize
 from vattn.models.mebt import MeBT, continue_video
+from vattn.training import warmup_cosine
 
 WINDOW = 32  # frames
 PATCH = 4  # frames, and pixels in height and width
@@ -48,6 +50,7 @@ LEARNING_RATE = 2e-3
 SAVE_EVERY = 100  # steps
 SAME = 1e-2
 """How far losses of two runs may be from each other: float32 sums in another order, after all steps."""
+NEEDS = Needs(minutes=5, memory=1.0, steps=400)
 FALLEN = 0.95
 """The last losses are at most this share of the first ones."""
 
@@ -104,7 +107,7 @@ class Run:
         bar = tqdm(range(first, until), "MeBT", self.steps, initial=first, unit="step", disable=dist.get_rank() > 0)
         for step in bar:
             for group in self.optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * warm_and_cool(step, self.steps)
+                group["lr"] = LEARNING_RATE * warmup_cosine(step, self.steps)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
             batch = codes[torch.randint(len(codes), (BATCH,), generator=generator)]
             loss = self.model.training_loss(batch, generator=generator)  # this rank's part
@@ -163,12 +166,15 @@ def train(options: argparse.Namespace) -> int:
     """Train over all ranks of the default group; whether it failed, on each of them."""
     # A block hands streams on that it does not change. Nothing works on them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    options.outputs.mkdir(parents=True, exist_ok=True)
     rank, size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        start(__doc__, options, NEEDS)
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("context",))
-    train_videos, held_out = clips.split(options.size)
-    windows = torch.cat([clips.windows(video, WINDOW, every=PATCH) for video in train_videos])
-    patches = cut(windows)
+    loaded = clips.load(
+        options.size, options.videos, fps=options.fps, num_frames=clips.frames_to_split(WINDOW), progress=rank == 0
+    )
+    train_videos, held_out = clips.split([*loaded.values()])
+    patches = cut(torch.cat(clips.some_windows(train_videos, WINDOW, every=PATCH, most=NUM_WINDOWS)))
     codebook = learn_codebook(patches, torch.Generator().manual_seed(options.seed))
     codes = vattn.nearest_code(patches, codebook)
 
@@ -188,7 +194,7 @@ def train(options: argparse.Namespace) -> int:
     path = options.outputs / "distributed_loss.json"
     failed = 0
     if rank == 0:
-        same = {"steps": options.steps, "size": options.size, "seed": options.seed}
+        same = {"steps": options.steps, "size": options.size, "seed": options.seed, "videos": str(options.videos)}
         apart = compare(path, name, run.losses, same)
         share = codes.shape[1:].numel() / size
         print(f"\n{name}: {codes.shape[1:].numel()} tokens a clip, {share:.0f} on each process; wrote {path}")
@@ -211,7 +217,9 @@ def train(options: argparse.Namespace) -> int:
 def write_continuation(model: MeBT, codebook: Tensor, held_out: Sequence[Tensor], options: argparse.Namespace) -> None:
     """The second half of held-out windows, found from the first half by all processes together."""
     model.eval()
-    truth = torch.cat([clips.windows(video, WINDOW, every=WINDOW)[:1] for video in held_out if len(video) >= WINDOW])
+    truth = torch.cat(
+        [clips.windows(video, WINDOW, every=WINDOW)[:1] for video in held_out if len(video) >= WINDOW][:SHOWN]
+    )
     codes = vattn.nearest_code(cut(truth), codebook)
     known = codes.shape[1] // 2
     generator = torch.Generator().manual_seed(options.seed)
@@ -221,19 +229,16 @@ def write_continuation(model: MeBT, codebook: Tensor, held_out: Sequence[Tensor]
     )  # fmt: skip
     if dist.get_rank() == 0:
         columns = {"truth": truth, "its codes": paste(codebook[codes]), "continuation": paste(codebook[found])}
-        pictures.gif(columns, options.outputs / "distributed_continuation.gif")
+        pictures.side_by_side(columns, options.outputs / "distributed_continuation.gif")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="of training")
-    parser.add_argument("--until", type=int, help="the step after which to stop; the last one by default")
-    parser.add_argument("--size", type=int, default=32, help="of a frame in pixels, a multiple of 4")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", action="store_true", help="few steps, of small frames")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the outputs")
-    parser.add_argument("--outputs", type=pathlib.Path, default=pathlib.Path("outputs"))
-    options = parser.parse_args(arguments)
+    of_all = parser(__doc__, NEEDS)
+    of_all.add_argument("--until", type=int, help="the step after which to stop; the last one by default")
+    of_all.add_argument("--size", type=int, default=32, help="of a frame in pixels, a multiple of 4")
+    of_all.add_argument("--short", action="store_true", help="few steps, of small frames")
+    of_all.add_argument("--resume", action="store_true", help="go on from the checkpoint in the outputs")
+    options = of_all.parse_args(arguments)
     if options.short:
         options.steps, options.size = min(options.steps, 40), min(options.size, 16)
     return options

@@ -6,16 +6,17 @@
 All three train one after the other, from checkpoints where there are any. The last quarter of each clip is held out: on
 its windows of 16 frames, the example prints how close the VQ-VAE comes to the pixels, beside videos that are shrunk to
 as many numbers as there are codes, and enlarged again; how many bits the codes are worth; and what a video costs each
-prior. It fails if the VQ-VAE does not come closer than these. GIFs show reconstructions and samples.
+prior. It fails if the VQ-VAE does not come closer than these. GIFs and MP4s show
+reconstructions and samples.
 
     python -m examples.video_tokens
-    python -m examples.video_tokens --resume      from the last checkpoint of a run with the same options
-    python -m examples.video_tokens --short       only the VQ-VAE, which need not come closer
+    python -m examples.video_tokens --resume            from the last checkpoint of a run with the same options
+    python -m examples.video_tokens --videos FOLDER     learns from your own, of 64 frames or more each
+    python -m examples.video_tokens --short             only the VQ-VAE, which need not come closer
 """
 
 import argparse
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,14 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import clips, pictures
-from examples.mebt_video import DOWNSAMPLE, NUM_WINDOWS, SAMPLING, WINDOW, small_mebt
+from examples.mebt_video import DOWNSAMPLE, NUM_WINDOWS, SAMPLING, SHOWN, WINDOW, small_mebt
+from examples.options import Needs, parser, start
 from examples.quality import peak_signal_to_noise, shrink_and_enlarge, structural_similarity
-from examples.training import Training, code_batches, encode, write_losses
+from examples.training import code_batches, encode, new_training, write_losses
 from vattn.models import mebt, videogpt
 from vattn.models.vqvae import VQVAE
+from vattn.training import Training
 
 NUM_CODES = 256
 CHANNELS = 3
+NEEDS, SHORT_NEEDS = Needs(minutes=6, memory=1.0, steps=600), Needs(minutes=1, memory=1.0, steps=400)
 
 
 def small_videogpt(tokenizer: VQVAE, grid: Sequence[int], attention: str) -> videogpt.VideoGPT:
@@ -91,6 +95,7 @@ def report_tokenizer(tokenizer: VQVAE, videos: Tensor, codes: Tensor) -> tuple[T
     """Print what becomes of held-out `videos`, whose codes are `codes`; it, and whether it beats the baselines."""
     with torch.no_grad():
         reconstruction = torch.cat([2 * tokenizer.decode(part) for part in codes.split(8)])
+    print("how close reconstructions are to the video (higher is closer), beside videos shrunk and enlarged again")
     print(f"{'':<24}{'PSNR':>10}{'SSIM':>8}")
     shown = {f"VQ-VAE, {codes[0].numel()} codes": reconstruction, **baselines(videos, codes[0].numel())}
     decibels = [peak_signal_to_noise(videos, video) for video in shown.values()]
@@ -134,45 +139,47 @@ def train_prior(
 ) -> Training:
     """To the last step, on random windows of `codes`."""
     name = type(prior).__name__
-    training = Training(name, prior, options.steps, rate, options.outputs / f"tokens_{name.lower()}.pt")
+    path = options.outputs / f"tokens_{name.lower()}.pt"
+    training = new_training(name, prior, options.steps, rate, path)
     if resume:
         training.resume()
     training.run(code_batches(codes, 8), prior.training_loss)
+    prior.save_pretrained(path.with_suffix(""))
     return training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="of training, for each model")
-    parser.add_argument("--size", type=int, default=32, help="of a frame in pixels, a multiple of 4")
-    parser.add_argument("--attention", choices=("full", "sparse"), default="full", help="of VideoGPT")
-    parser.add_argument("--short", action="store_true", help="only the VQ-VAE, which need not beat its baselines")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the outputs")
-    parser.add_argument("--outputs", type=pathlib.Path, default=pathlib.Path("outputs"))
-    options = parser.parse_args(arguments)
-    options.outputs.mkdir(parents=True, exist_ok=True)
+    of_all = parser(__doc__, NEEDS)
+    of_all.add_argument("--size", type=int, default=32, help="of a frame in pixels, a multiple of 4")
+    of_all.add_argument("--attention", choices=("full", "sparse"), default="full", help="of VideoGPT")
+    of_all.add_argument("--short", action="store_true", help="only the VQ-VAE, which need not beat its baselines")
+    of_all.add_argument("--resume", action="store_true", help="go on from the checkpoints in the outputs")
+    options = of_all.parse_args(arguments)
+    start(__doc__, options, SHORT_NEEDS if options.short else NEEDS)
 
-    train, held_out = clips.split(options.size + options.size // 8)
+    size = options.size + options.size // 8  # room for random crops
+    loaded = clips.load(size, options.videos, fps=options.fps, num_frames=clips.frames_to_split(WINDOW))
+    train, held_out = clips.split([*loaded.values()])
     torch.manual_seed(options.seed)
     tokenizer = VQVAE(NUM_CODES, code_dim=64, hidden=64, num_blocks=1, downsample=DOWNSAMPLE)
-    trainings = [Training("VQ-VAE", tokenizer, options.steps, 3e-3, options.outputs / "tokens_vqvae.pt")]
+    trainings = [new_training("VQ-VAE", tokenizer, options.steps, 3e-3, options.outputs / "tokens_vqvae.pt")]
     resumed = options.resume and trainings[0].resume() and trainings[0].step >= options.steps
     batches = clips.varied_batches(train, WINDOW, options.size)
     trainings[0].run(batches, lambda video: tokenizer.training_loss(video / 2))
+    tokenizer.save_pretrained(options.outputs / "tokens_vqvae")
 
-    tests = [clips.windows(clips.centre(video, options.size), WINDOW, every=4) for video in held_out]
+    tests = clips.tested_windows(held_out, WINDOW, options.size)
     videos = torch.cat(tests)
     held_out_codes = encode(tokenizer, videos / 2, "codes held out")
     print(f"\nheld out: the last {clips.HELD_OUT:.0%} of each clip, {len(videos)} windows of {WINDOW} frames")
     reconstruction, beaten = report_tokenizer(tokenizer, videos, held_out_codes)
-    firsts = torch.tensor([0, *map(len, tests[:-1])]).cumsum(0)  # a window of each clip
+    firsts = torch.tensor([0, *map(len, tests[:-1])]).cumsum(0)[:SHOWN]  # a window of each clip
     shown = {"truth": videos, "VQ-VAE": reconstruction, **baselines(videos, held_out_codes[0].numel())}
-    written = [options.outputs / "tokens_reconstruction.gif"]
-    pictures.gif({name: video[firsts] for name, video in shown.items()}, written[0])
+    columns = {name: video[firsts] for name, video in shown.items()}
+    written = pictures.side_by_side(columns, options.outputs / "tokens_reconstruction.gif")
 
     if not options.short:
-        codes = encode(tokenizer, torch.cat([next(batches) for _ in range(NUM_WINDOWS // len(train))]) / 2, "codes")
+        codes = encode(tokenizer, clips.take(batches, NUM_WINDOWS) / 2, "codes")
         torch.manual_seed(options.seed)
         grid = (codes.shape[1], codes.shape[2], codes.shape[3])
         gpt = small_videogpt(tokenizer, grid, options.attention)
@@ -180,11 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for prior, rate in ((gpt, 4e-3), (bidirectional, 2e-3)):
             # Priors resume only if the tokenizer was done: otherwise their codes were those of another one.
             trainings.append(train_prior(prior, rate, codes, options, resumed))
-        samples = report_priors(gpt, bidirectional, codes, held_out_codes, len(tests), options.seed)
+        samples = report_priors(gpt, bidirectional, codes, held_out_codes, len(firsts), options.seed)
         with torch.no_grad():
             generated = {name: 2 * tokenizer.decode(sample) for name, sample in samples.items()}
-        written.append(options.outputs / "tokens_samples.gif")
-        pictures.gif({"truth": videos[firsts], **generated}, written[-1])
+        columns = {"truth": videos[firsts], **generated}
+        written += pictures.side_by_side(columns, options.outputs / "tokens_samples.gif")
 
     labels = ("squared error + commitment", "cross-entropy of codes", "cross-entropy of masked codes")
     written.append(options.outputs / "tokens_loss.png")

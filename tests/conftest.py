@@ -8,6 +8,7 @@ touches little.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +77,18 @@ def _complete_interpreter() -> None:
     builder.create_dot, builder.cast_impl, interpreter._patch_lang = create_dot, cast_impl, patch_lang
     if not torch.cuda.is_available():
         interpreter.GridExecutor._restore_args_dev = lambda *args: None
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two short videos, in which a light square moves: one's own, for the examples."""
+    from vattn.training import write_video
+
+    folder = tmp_path_factory.mktemp("videos")
+    for name, step in (("right.mp4", 1), ("left.mp4", -1)):
+        frames = torch.full((128, 24, 32, 3), 40, dtype=torch.uint8)
+        for number, frame in enumerate(frames):
+            left = (12 + step * number) % 24
+            frame[8:16, left : left + 8] = 220
+        write_video(folder / name, frames)
+    return folder

@@ -1,7 +1,6 @@
 """The demo compares like with like, and notices what is off."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -19,6 +18,28 @@ def test_the_plain_formula_is_leap_attention(leap):
     settings = {"group_size": 2, "fold_div": 4, "scale": 0.3}
     expected = vattn.leap_attention(*inputs, leap, **settings)
     torch.testing.assert_close(demo.plain_leap_attention(*inputs, leap, **settings), expected)
+
+
+def test_runs_to_its_end_on_ones_own_videos(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "IMAGE_SIZE", 32)
+    monkeypatch.setattr(demo, "LOSS_TOLERANCE", 2.0)
+    assert demo.main(["--videos", str(videos), "--steps", "4", "--device", "cpu", "--outputs", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "training on (4, 8, 3, 32, 32)" in printed
+    for part in ("vattn ", "PyTorch ", "Same result: gradients differ by at most", "over plain PyTorch: "):
+        assert f"\n{part}" in printed or part in printed
+    assert all((tmp_path / f"demo_{name}.png").stat().st_size > 0 for name in ("loss", "attention"))
+
+
+@pytest.mark.parametrize(("seconds", "slower"), [((1.0, 1.5), False), ((1.5, 1.0), True)])
+def test_a_loss_in_speed_is_said(capsys, seconds, slower):
+    runs = [demo.Run(name, nn.Linear(1, 1), vattn.leap_attention) for name in ("vattn", "PyTorch")]
+    for run, taken in zip(runs, seconds, strict=True):
+        run.losses, run.seconds = [2.0, 1.0], [taken] * 4
+    demo.report(*runs, [2**20, 2**21], {"attention": 0.2, "linear layers": 0.8}, 1e-6)
+    printed = capsys.readouterr().out
+    assert f"over plain PyTorch: {seconds[1] / seconds[0]:.2f}x." in printed
+    assert ("So vattn is slower here." in printed) is slower
 
 
 class Classifier(nn.Linear):
@@ -42,10 +63,9 @@ def test_a_loss_that_does_not_fall_is_noticed(last, learned):
     assert run.learned() is learned
 
 
-def test_batches_play_both_ways(monkeypatch):
+def test_batches_play_both_ways():
     frames = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 2, 2)
-    monkeypatch.setattr(clips, "decode", functools.cache(lambda name, size: frames))
-    video, label = next(clips.batches(["a", "b"], 2, 3, 2, torch.Generator().manual_seed(0)))
+    video, label = next(clips.batches([frames, frames], 3, 2, torch.Generator().manual_seed(0)))
     assert video.shape == (4, 3, 3, 2, 2)
     assert label.tolist() == [0, 1, 2, 3]
     step = video[:, 1:, 0, 0, 0] - video[:, :-1, 0, 0, 0]

@@ -1,27 +1,29 @@
-"""The example of FIFO on video: it runs to its end and resumes, learns from a folder, and counts as it says."""
+"""The example of FIFO on video: it runs to its end and resumes, and counts as it says."""
 
-import av
 import pytest
 import torch
 from PIL import Image
 
-from examples import clips, fifo_long_video, quality
+from examples import fifo_long_video, quality
 from vattn.models.video_dit import VideoDiT
 
 
 @pytest.mark.slow
-def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
+def test_runs_to_its_end_on_ones_own_videos_and_resumes(videos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fifo_long_video, "SMALLER", fifo_long_video.Size(16, 1))
-    arguments = ["--steps", "2", "--size", "16", "--frames", "9", "--short", "--outputs", str(tmp_path)]
+    arguments = ["--videos", str(videos), "--fps", "5", "--steps", "2", "--size", "16", "--frames", "9"]
+    arguments += ["--short", "--outputs", str(tmp_path)]
     assert fifo_long_video.main(arguments) == 0
     with Image.open(tmp_path / "fifo_videos.gif") as picture:
         assert picture.n_frames == 9 and picture.width == 3 * 8 * 16
+    assert (tmp_path / "fifo_videos.mp4").stat().st_size > 0
     for name in ("queue", "memory", "loss"):
         assert (tmp_path / f"fifo_{name}.png").stat().st_size > 0
     printed = capsys.readouterr().out
     for part in (
         "distance of frame statistics",
-        "carphone_pristine ",
+        "read 2 videos with 128 frames",
+        "\nright.mp4 ",
         "9 frames, 1.12 times the length of training",
         "MiB at the first frame",
     ):
@@ -33,29 +35,6 @@ def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
 
     monkeypatch.delattr(VideoDiT, "training_loss")  # there is nothing left to train
     assert fifo_long_video.main([*arguments, "--resume"]) == 0
-
-
-def write_video(path, frames):
-    """A grey video, each frame a little lighter."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
-        for i in range(frames):
-            grey = torch.full((16, 32, 3), 20 * i, dtype=torch.uint8).numpy()
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-def test_videos_of_a_folder(tmp_path):
-    for name, frames in (("b.mp4", 9), ("a.MKV", 8), ("short.mp4", 7)):
-        write_video(tmp_path / name, frames)
-    (tmp_path / "notes.txt").write_text("no video")
-    videos = clips.of_folder(tmp_path, 8, 8)
-    assert {name: tuple(video.shape) for name, video in videos.items()} == {"a": (8, 3, 8, 8), "b": (9, 3, 8, 8)}
-    expected = torch.arange(9) * 20 / 127.5 - 1
-    torch.testing.assert_close(videos["b"].mean((1, 2, 3)), expected, atol=0.05, rtol=0)
-    with pytest.raises(FileNotFoundError, match=r"has no video of 10 frames or more, of \.avi, "):
-        clips.of_folder(tmp_path, 8, 10)
 
 
 def test_batches_are_windows_of_the_videos_that_they_name():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from examples import captions, svitt_retrieval
-from examples.captions import Caption, Clips, Words
+from examples.captions import Caption, Clips, MadePairs, Words
+from examples.pairs import OwnPairs
 from vattn.models.svitt import Ranking
 
 
@@ -26,8 +27,8 @@ def numbered(one_video):
 
 @pytest.mark.slow
 def test_runs_to_its_end_and_resumes(one_video, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(svitt_retrieval, "BATCH", 4)
-    monkeypatch.setattr(svitt_retrieval, "HELD_OUT_CLIPS", 2)
+    monkeypatch.setattr(captions, "BATCH", 4)
+    monkeypatch.setattr(captions, "HELD_OUT_CLIPS", 2)
     for name in ("edge-sparse", "node-sparse"):
         monkeypatch.delitem(svitt_retrieval.SETTINGS, name)
     monkeypatch.setattr(svitt_retrieval, "STAGES", ((2, 0.7), (4, 0.5)))
@@ -43,6 +44,75 @@ def test_runs_to_its_end_and_resumes(one_video, tmp_path, capsys, monkeypatch):
     assert stage["step"] == 1
     svitt_retrieval.main([*arguments, "--resume"])
     assert without_costs(capsys.readouterr().out) == without_costs(printed)
+
+
+CAPTIONS = """file,caption
+right.mp4,A square moves to the right.
+right.mp4,"to the right, again"
+left.mp4,A square moves to the left.
+"""
+
+
+@pytest.mark.slow
+def test_ones_own_videos_and_captions(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(svitt_retrieval, "TIMED_STEPS", 1)
+    table = tmp_path / "captions.csv"
+    table.write_text(CAPTIONS)
+    arguments = ["--videos", str(videos), "--captions", str(table), "--steps", "2", "--size", "16"]
+    arguments += ["--outputs", str(tmp_path)]
+    assert svitt_retrieval.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "\nedge- and node-sparse " in printed and "\ndense " not in printed and "6 clips were held out" in printed
+    assert svitt_retrieval.main([*arguments, "--resume", "--query", "the square, ten times"]) == 0
+    printed = capsys.readouterr().out
+    assert "no caption has these words, which are left out: ten, times\n" in printed
+    ranked = re.findall(r"^ +-?\d+\.\d\d +-?\d+\.\d\d  (.*)$", printed, re.MULTILINE)
+    assert sorted(ranked) == sorted(
+        f"{name}.mp4, frame {first}" for name in ("right", "left") for first in (96, 104, 112)
+    )
+
+
+class TestOwnPairs:
+    def test_pairs_of_a_batch_are_all_different(self, videos, tmp_path):
+        (tmp_path / "captions.csv").write_text(CAPTIONS)
+        data = OwnPairs(tmp_path / "captions.csv", videos, 16, None)
+        assert data.right.int().tolist() == [[1, 1, 0]] * 3 + [[0, 0, 1]] * 3
+        torch.manual_seed(0)
+        for batch in itertools.islice(data.batches(4), 5):
+            assert batch.video.shape == (2, 4, 3, 16, 16) and batch.pair_ids.tolist() == [0, 1]
+            texts = {tuple(row.tolist()) for row in batch.ids}
+            assert len(texts) == 2 and tuple(data.ids[2].tolist()) in texts
+        guessed = svitt_retrieval.by_chance(data)
+        assert guessed.captions == pytest.approx([(2 / 3 + 1 / 3) / 2, 1]) and guessed.told == {}
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            ("name,caption\n", r"must begin with the columns file,caption, got name,caption"),
+            ("", r"must begin with the columns file,caption, got $"),
+            ("file,caption\nright.mp4,\n", r"must have a file and a caption in each line, got .* in 2"),
+            ("file,caption\nright.mp4,a\nright.mp4,b\n", "two different videos .*, got 1 and 2"),
+            ("file,caption\nright.mp4,a\nleft.mp4,a\n", "two different captions, or more, got 2 and 1"),
+            ("file,caption\nnone.mp4,a\n", r"path must be a file, got path=.*none\.mp4"),
+        ],
+    )
+    def test_what_is_refused(self, videos, tmp_path, table, message):
+        (tmp_path / "captions.csv").write_text(table)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            OwnPairs(tmp_path / "captions.csv", videos, 16, None)
+
+
+def test_a_query_of_unknown_words_is_not_answered(capsys, videos, tmp_path):
+    (tmp_path / "captions.csv").write_text(CAPTIONS)
+    data = OwnPairs(tmp_path / "captions.csv", videos, 16, None)
+    svitt_retrieval.search(None, data, "ten times", seed=0)
+    assert capsys.readouterr().out == "\nno caption has these words, which are left out: ten, times\n"
+
+
+def test_videos_need_captions(videos, capsys):
+    with pytest.raises(SystemExit):
+        svitt_retrieval.main(["--videos", str(videos)])
+    assert "--videos needs --captions" in capsys.readouterr().err
 
 
 def without_costs(printed):
@@ -94,12 +164,12 @@ def test_chance():
 
 def test_a_perfect_model_is_right_about_everything(numbered, monkeypatch):
     """Where captions and clips are ranked by what they are, all numbers are 100 %."""
-    data = svitt_retrieval.Data(16)
-    right = torch.eye(len(data.captions)).repeat_interleave(svitt_retrieval.HELD_OUT_CLIPS, 0)
+    data = MadePairs(16)
+    right = data.right.float()
     for name, scores in (("rank_texts", right), ("rank_videos", right.T)):
         ranking = Ranking(scores.argsort(dim=1, descending=True, stable=True), scores, scores[:, :0])
         monkeypatch.setattr(svitt_retrieval, name, lambda *_, ranking=ranking, **__: ranking)
-    model = svitt_retrieval.new_model(16, len(data.words), 2, svitt_retrieval.DENSE).eval()
+    model = svitt_retrieval.new_model(16, data, 2, svitt_retrieval.DENSE).eval()
     found = svitt_retrieval.evaluate(svitt_retrieval.Run(None, model), data, seed=0)
     told = dict.fromkeys(("video", "part", "direction", "speed"), 1.0)
     assert found == dict.fromkeys(("similarity", "matching"), svitt_retrieval.Found([1.0] * 2, [1.0] * 2, told))
@@ -123,7 +193,7 @@ def test_margins(capsys):
     assert missed(dense=0.3, sparse=0.2) == []
     assert "-10.0 points from dense" in capsys.readouterr().out
     assert missed(dense=0.5, sparse=0.3) == ["sparse is more than 15 points behind dense"]
-    assert missed(dense=0.19, sparse=0.2) == ["dense finds 19.0%, less than 4 times as much as chance"]
+    assert missed(dense=0.19, sparse=0.2) == ["dense has 19.0%, less than 4 times as much as chance"]
 
 
 def test_changes():

@@ -31,15 +31,16 @@ def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
     assert strip_seconds(again) == strip_seconds(printed)
 
 
-def test_the_short_version_trains_no_priors_and_does_not_fail(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(clips, "NAMES", ("carphone_pristine",))
-    assert video_tokens.main(["--short", "--steps", "2", "--size", "16", "--outputs", str(tmp_path)]) == 0
+def test_the_short_version_trains_no_priors_and_does_not_fail(videos, tmp_path, capsys):
+    arguments = ["--short", "--videos", str(videos), "--steps", "2", "--size", "16", "--outputs", str(tmp_path)]
+    assert video_tokens.main(arguments) == 0
     printed, error = capsys.readouterr()
     assert "has not learned enough to beat both baselines, which takes more steps than these 2\n" in printed
     assert "FAILED" not in error and "VideoGPT" not in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "tokens_loss.png",
         "tokens_reconstruction.gif",
+        "tokens_reconstruction.mp4",
         "tokens_vqvae",
         "tokens_vqvae.pt",
     ]

@@ -71,6 +71,17 @@ def test_curves_are_those_of_one_process(outputs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ones_own_videos(videos: Path, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        run(tmp_path, "--videos", str(videos), "--steps", "2")
+    finally:
+        dist.destroy_process_group()
+    assert len(curves(tmp_path)["1 process"]) == 2
+    assert all((tmp_path / f"distributed_continuation.{suffix}").exists() for suffix in ("gif", "mp4"))
+
+
+@pytest.mark.slow
 def test_the_last_checkpoint_and_pictures_stay(outputs: Path) -> None:
     for folder, step in (("alone", 4), ("from two", 2), ("two to one", 4), ("from one", 4)):
         found = train_distributed.checkpoints(outputs / folder / "distributed_checkpoint")
