@@ -114,8 +114,8 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
         built = pathlib.Path(self.build_lib, "vattn")
         package = pathlib.Path("vattn") if self.inplace else built
         current = {pathlib.Path(self.get_ext_filename(extension.name)).name for extension in self.built}
-        for path in {*built.glob("_C*.so"), *package.glob("_C*.so")}:  # of an earlier build, for which Python may look first
-            if path.name not in current:
+        for path in {*built.glob("_C*.so"), *package.glob("_C*.so")}:
+            if path.name not in current:  # of an earlier build, under a name that Python may prefer
                 path.unlink()
         (package / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
