@@ -15,6 +15,9 @@
 #                   (qemu-user)
 #   make kernels    what the compiler makes of every Triton kernel, without a GPU; with another Triton than the installed
 #                   one, in an environment of its own: `make kernels TRITON=3.6.0 ARCHITECTURES="sm90 gfx942"`
+#   make wheel      the wheel and the source distribution: dist/ (two minutes of compiling, for any Python and torch)
+#   make test-wheel the wheel of dist/ in an environment without a compiler, whose torch is $(TORCH): `TORCH=2.14.1`
+#   make test-timm  the tests of timm's models, in an environment of torch $(TIMM_TORCH), torchvision and timm
 #   make lint       ruff and mypy
 #   make bench      timings, tables and plots of $(OPERATOR): benchmarks/results/
 #   make docs       API pages: docs/_build/
@@ -37,6 +40,11 @@ SANITIZE_TESTS ?= tests/kernels tests/test_direct_calls.py $(shell grep -l hypot
 	-k "(cpp or direct_calls or hypothesis) and not instruction_set"
 ARM64_CXX ?= aarch64-linux-gnu-g++
 ARM64_EMULATOR ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
+# By default the version that constraints.txt pins.
+TORCH ?= $(patsubst torch==%,%,$(shell cat constraints.txt))
+# torchvision is built for one version of torch, and PyPI's for its CUDA builds. There, the CPU build that $(TORCH) may be
+# does not import it.
+TIMM_TORCH ?= 2.14.1
 EXAMPLES ?= 10000
 OPERATORS ?=
 
@@ -57,7 +65,12 @@ BUILT := vattn/_build.json
 TORCHRUN = $(RUN) -m torch.distributed.run --standalone --nproc-per-node
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo video tokens fifo ranks retrieval test fuzz test-gpu sanitize arm64 kernels lint bench docs clean
+# Python, with no program beside it that a test might start: no compiler above all.
+WITHOUT_COMPILER = PATH="$(CURDIR)/$(WHEEL_VENV)/bin" $(CURDIR)/$(WHEEL_VENV)/bin/python
+WHEEL_VENV := .venv-wheel-$(TORCH)
+
+.PHONY: demo video tokens fifo ranks retrieval test fuzz test-gpu sanitize arm64 kernels wheel test-wheel test-timm lint \
+	bench docs clean
 
 # FIFO's tensors are so small here that a second thread gains little, and loses much where another program wants its core.
 demo: $(BUILT)
@@ -124,6 +137,32 @@ arm64: $(BUILT)
 kernels: $(COMPILER)
 	$(COMPILE) -m benchmarks.kernel_report --architectures $(ARCHITECTURES) $(if $(HEAD_DIMS),--head-dims $(HEAD_DIMS))
 
+# By way of the source distribution. The CUDA part would tie the wheel to one Python and one torch.
+wheel: $(INSTALLED)
+	rm -rf build/wheel dist
+	VATTN_BUILD_CPP=1 VATTN_BUILD_CUDA=0 $(RUN) -m build --no-isolation --outdir build/wheel
+	PATH="$(dir $(abspath $(RUN))):$$PATH" $(RUN) -m auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+		--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(RUN) -m abi3audit --strict dist/*.whl
+	$(RUN) -m tests.wheels dist/*.whl
+
+# The README's programs and the tests of the CPU kernels, away from the checkout.
+test-wheel: $(WHEEL_VENV)/.installed
+	$(WHEEL_VENV)/bin/python -m pip install --no-deps --force-reinstall dist/*.whl
+	$(WHEEL_VENV)/bin/python -m pip install "$$(ls dist/*.whl)[test]"
+	rm -rf build/test-wheel
+	mkdir -p build/test-wheel
+	cp -r tests benchmarks conftest.py pyproject.toml README.md build/test-wheel
+	cd build/test-wheel && $(WITHOUT_COMPILER) -m vattn.info
+	cd build/test-wheel && $(WITHOUT_COMPILER) -m pytest -q tests/test_documents.py -k "programs and README"
+	cd build/test-wheel && $(WITHOUT_COMPILER) -m pytest -q tests/kernels -k "cpp and not slow and not instruction_sets"
+	cd build/test-wheel && $(WITHOUT_COMPILER) -m pytest -q tests/test_direct_calls.py
+
+# The extension of the checkout is built for all versions of torch.
+test-timm: .venv-timm-$(TIMM_TORCH)/.installed $(BUILT)
+	OMP_WAIT_POLICY=PASSIVE .venv-timm-$(TIMM_TORCH)/bin/python -m pytest tests/test_timm.py
+
 lint: $(BUILT)
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
@@ -154,10 +193,24 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 		--editable '.[demo,test,dev]'
 	touch $@
 
-# One package of its own, and behind it those of $(RUN): no second torch.
+# Environments with packages of their own, and behind them those of $(RUN).
+BEHIND = $(RUN) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
+	> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+
+# One package: no second torch.
 .venv-triton-$(TRITON)/.installed: $(INSTALLED)
 	$(RUN) -m venv $(@D)
 	$(@D)/bin/python -m pip install --no-deps triton==$(TRITON)
-	$(RUN) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
-		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	$(BEHIND)
+	touch $@
+
+.venv-timm-$(TIMM_TORCH)/.installed: $(INSTALLED)
+	$(RUN) -m venv $(@D)
+	$(@D)/bin/python -m pip install $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch==$(TIMM_TORCH) torchvision timm
+	$(BEHIND)
+	touch $@
+
+$(WHEEL_VENV)/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch==$(TORCH)
 	touch $@

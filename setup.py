@@ -1,7 +1,7 @@
 """Builds `vattn` and, where a C++ compiler is at hand, its CPU kernels ``vattn._C``.
 
-They use PyTorch's stable ABI of TORCH_TARGET: built with one PyTorch, they load in later ones. Where torch has CUDA and
-nvcc works, ``vattn._C_cuda`` has the CUDA C++ kernels.
+They use PyTorch's stable ABI of TORCH_TARGET and Python's of PYTHON_TARGET: built with one PyTorch and one Python, they
+load in later ones. Where torch has CUDA and nvcc works, ``vattn._C_cuda`` has the CUDA C++ kernels.
 
 An install never fails for want of a compiler: it says why there are no compiled kernels, and writes the
 reason to ``vattn/_build.json``, where ``python -m vattn.info`` finds it. ``VATTN_BUILD_CPP=1`` makes a failure of the
@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from glob import glob
 from typing import Any
@@ -40,6 +41,8 @@ if SANITIZERS:
     FLAGS += [*SANITIZERS, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g1"]
 TORCH_TARGET = (2, 11)  # the oldest PyTorch that pyproject.toml promises
 STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
+PYTHON_TARGET = "cp311"  # the oldest Python, likewise: see csrc/bindings.cpp
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which has no stable ABI yet
 # To compile only: linked in, it might bring a second OpenMP beside the one that torch carries.
 OPENMP = ["-fopenmp"]
 
@@ -110,8 +113,9 @@ class BuildOrExplain(cpp_extension.BuildExtension if torch else build_ext):  # t
         super().run()
         built = pathlib.Path(self.build_lib, "vattn")
         package = pathlib.Path("vattn") if self.inplace else built
-        for error, outdated in (("error", "_C.*so"), ("cuda_error", "_C_cuda.*so")):
-            for path in {*built.glob(outdated), *package.glob(outdated)} if self.record[error] else ():
+        current = {pathlib.Path(self.get_ext_filename(extension.name)).name for extension in self.built}
+        for path in {*built.glob("_C*.so"), *package.glob("_C*.so")}:
+            if path.name not in current:  # of an earlier build, under a name that Python may prefer
                 path.unlink()
         (package / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
@@ -156,7 +160,8 @@ def extensions() -> list[Extension]:
         options |= {"library_dirs": cpp_extension.library_paths(), "libraries": ["torch_cpu"]}
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
     built = flags + OPENMP
-    found = [Extension("vattn._C", sources, extra_compile_args=built, extra_link_args=SANITIZERS, **options)]
+    linked: dict[str, Any] = {"extra_link_args": SANITIZERS, "py_limited_api": LIMITED_API}
+    found = [Extension("vattn._C", sources, extra_compile_args=built, **linked, **options)]
     if NO_CUDA is None:
         sources = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
         by_compiler = {"cxx": [*flags, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++20"]}
@@ -167,6 +172,8 @@ def extensions() -> list[Extension]:
 
 NO_CUDA = cuda_missing()
 EDITABLE = "editable_wheel" in sys.argv
+# The tag of a wheel. The CUDA part is for one version of Python and one of PyTorch.
+ONE_FOR_ALL = {"bdist_wheel": {"py_limited_api": PYTHON_TARGET}} if LIMITED_API and NO_CUDA else {}
 
 setup(
     # The kernels are vattn.kernels and not a top-level module: Hugging Face owns the name `kernels`.
@@ -177,4 +184,5 @@ setup(
     package_data={"vattn": ["py.typed", "*.pyi"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildOrExplain},
+    options=ONE_FOR_ALL,
 )

@@ -1,37 +1,76 @@
 // The Python module vattn._C. Importing it registers the CPU kernels with PyTorch's dispatcher (each operator's file
 // in csrc/cpu does so for itself); the schemas are defined in vattn/ops, where they exist without a compiler too.
-#undef TORCH_TARGET_VERSION  // of the stable ABI, which this file does not use: the pybind11 of PyTorch 2.11 refuses it
-#include <pybind11/pybind11.h>
+//
+// Of Python it uses the limited API of 3.11, so that one build serves every later version.
+#ifdef Py_LIMITED_API  // setup.py asks for it, PyTorch defines it to be the oldest that it supports itself
+#undef Py_LIMITED_API
+#define Py_LIMITED_API 0x030b0000
+#endif
+#include <Python.h>
 
+#include <exception>
 #include <string>
 
 #include "cpu/kernels.h"
 
 namespace vattn {
+namespace {
 
-// The one thing that the kernels need of Python: see cpu/host.h.
-[[noreturn]] void raise_type_error(const std::string& message) { throw pybind11::type_error(message); }
+PyObject* text(const std::string& x) { return PyUnicode_FromStringAndSize(x.data(), (Py_ssize_t)x.size()); }
 
+// What `make` returns, or a RuntimeError with the message of the exception that it throws.
+template <class Make>
+PyObject* guarded(Make make) {
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+PyObject* cpu_capability(PyObject*, PyObject*) {
+  return guarded([] { return text(kernels().name); });
+}
+
+PyObject* cpu_capabilities(PyObject*, PyObject*) {
+  return guarded([] {
+    PyObject* names = PyList_New(0);
+    for (const Kernels* kernels : available_kernels()) {
+      PyObject* name = names == nullptr ? nullptr : text(kernels->name);
+      if (name == nullptr || PyList_Append(names, name) != 0) Py_CLEAR(names);
+      Py_XDECREF(name);
+    }
+    return names;
+  });
+}
+
+PyObject* kinds_of_arguments(PyObject*, PyObject* name) {
+  return guarded([name]() -> PyObject* {
+    Py_ssize_t size;
+    const char* letters = PyUnicode_AsUTF8AndSize(name, &size);  // a TypeError where it is no text
+    if (letters == nullptr) return nullptr;
+    auto found = signatures().find(std::string(letters, (size_t)size));
+    return text(found == signatures().end() ? std::string() : found->second);
+  });
+}
+
+PyMethodDef METHODS[] = {
+    {"cpu_capability", cpu_capability, METH_NOARGS,
+     "cpu_capability()\n--\n\nThe instruction set that the CPU kernels use: amx, avx512, avx2 or generic."},
+    {"cpu_capabilities", cpu_capabilities, METH_NOARGS,
+     "cpu_capabilities()\n--\n\nThe instruction sets that they could use on this processor, the fastest first."},
+    {"kinds_of_arguments", kinds_of_arguments, METH_O,
+     "kinds_of_arguments(name, /)\n--\n\n"
+     "What an operator takes, such as \"Tensor, int\"; nothing for one that is not here."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT, "_C", "Compiled CPU kernels of vattn.", 0, METHODS, nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
 }  // namespace vattn
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled CPU kernels of vattn.";
-  m.def(
-      "cpu_capability", [] { return vattn::kernels().name; },
-      "The instruction set that the CPU kernels use: amx, avx512, avx2 or generic.");
-  m.def(
-      "cpu_capabilities",
-      [] {
-        pybind11::list names;
-        for (const vattn::Kernels* kernels : vattn::available_kernels()) names.append(kernels->name);
-        return names;
-      },
-      "The instruction sets that they could use on this processor, the fastest first.");
-  m.def(
-      "kinds_of_arguments",
-      [](const std::string& name) {
-        auto found = vattn::signatures().find(name);
-        return found == vattn::signatures().end() ? std::string() : found->second;
-      },
-      "What an operator takes, such as \"Tensor, int\"; nothing for one that is not here.");
-}
+PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&vattn::MODULE); }

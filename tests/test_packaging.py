@@ -1,5 +1,6 @@
 """What an install contains, what of PyTorch it relies on, and what it does where there is no compiler."""
 
+import ast
 import json
 import os
 import pathlib
@@ -8,15 +9,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import zipfile
 from typing import Any
 
 import pytest
+import torch
 
+from tests import wheels
 from vattn import _library
 
 ROOT = pathlib.Path(__file__).parents[1]
-SOURCES = ("csrc", "kernels", "vattn", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+SOURCES = ("csrc", "kernels", "vattn", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 
 
 def build_wheel(folder: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -79,14 +84,10 @@ def test_kernels_are_in_the_package_and_not_beside_it(without_compiler):
     assert pathlib.Path(imported.strip()) == installed / "vattn" / "kernels" / "flash.py"
 
 
-def test_every_module_and_the_type_marker_are_installed(without_compiler):
+def test_what_is_installed(without_compiler):
     installed, _ = without_compiler
-    for source, package in ((ROOT / "vattn", "vattn"), (ROOT / "kernels", "vattn/kernels")):
-        expected = {
-            path.relative_to(source) for pattern in ("*.py", "*.pyi", "py.typed") for path in source.rglob(pattern)
-        }
-        found = {path.relative_to(installed / package) for path in (installed / package).rglob("*")}
-        assert expected <= found
+    assert wheels.wrong_with_contents(installed) == []
+    assert wheels.wrong_with_metadata(installed) == []
 
 
 def test_the_extension_of_an_earlier_build_is_not_installed(without_compiler):
@@ -119,13 +120,55 @@ def test_info_explains_the_missing_kernels(without_compiler):
     assert re.search(r"leap_attention +cpu +reference: the C\+\+ compiler 'false' failed", printed)
 
 
-@pytest.mark.skipif(_library._C is None or shutil.which("nm") is None, reason="no extension, or no nm")
-def test_the_extension_relies_on_the_stable_abi_alone():
+def test_the_source_distribution_has_what_a_build_needs(tmp_path):
+    source = copy_sources(tmp_path / "source")
+    expected = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    program = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", program], cwd=source, capture_output=True, check=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        found = {pathlib.Path(*pathlib.Path(name).parts[1:]) for name in archive.getnames()}
+    assert expected <= found
+    assert {path.parts[0] for path in found if len(path.parts) > 1} == {"csrc", "kernels", "vattn", "vattn.egg-info"}
+
+
+@pytest.mark.skipif(_library._C is None, reason="the extension is not built")
+def test_the_extension_is_for_every_python_torch_and_system():
     """Of PyTorch it needs C functions and no C++ symbol, which another version might not have."""
-    command = ["nm", "--dynamic", "--undefined-only", _library._C.__file__]
-    needed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert "torch_library_impl" in needed
-    assert not [symbol for symbol in needed if re.match(r"_Z.*(2at|3c10|5torch)", symbol)]
+    assert wheels.wrong_with_extension(pathlib.Path(_library._C.__file__)) == []
+
+
+def test_an_extension_for_one_python_and_one_system(monkeypatch):
+    monkeypatch.setitem(wheels.MANYLINUX_2_28, "GLIBC", (2, 2, 4))
+    faults = "\n".join(wheels.wrong_with_extension(pathlib.Path(torch._C.__file__)))
+    assert "its name must end in .abi3.so" in faults
+    assert "registers no operator" in faults
+    assert re.search(r"GLIBC_2.2.5: newer than manylinux_2_28", faults)
+    assert "libtorch_python.so is linked with it" in faults
+
+
+# What an import is called where it is installed from, unless that is its name.
+DISTRIBUTIONS = {"PIL": "pillow"}
+IN_PYTHON_OR_HERE = {*sys.stdlib_module_names, "vattn"}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """The packages that a module imports, at any time."""
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_the_package_imports_what_its_metadata_name_and_nothing_of_the_checkout():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    development = {"docs", "test", "dev"}
+    extras = [x for name, xs in project["optional-dependencies"].items() if name not in development for x in xs]
+    named = {re.match(r"[\w-]+", requirement)[0] for requirement in [*project["dependencies"], *extras]}
+    found = set()
+    for path in [*(ROOT / "vattn").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        found |= imports(ast.parse(path.read_text()))
+    assert {"torch", "triton"} < found
+    assert {DISTRIBUTIONS.get(name, name) for name in found - IN_PYTHON_OR_HERE} <= named
 
 
 @pytest.mark.slow

@@ -6,5 +6,5 @@ def cpu_capability() -> str:
 def cpu_capabilities() -> list[str]:
     """The instruction sets that they could use on this processor, the fastest first."""
 
-def kinds_of_arguments(name: str) -> str:
+def kinds_of_arguments(name: str, /) -> str:
     """What an operator takes, such as "Tensor, int"; nothing for one that is not here."""

@@ -61,7 +61,7 @@ std::string text(const Parts&... parts) {
 }
 
 // What a caller must see to. The errors reach Python as a ValueError and a TypeError: PyTorch calls operators through
-// pybind11, which makes them of std::invalid_argument and of a type of its own, which the Python module registers.
+// pybind11, which makes them of std::invalid_argument and of an exception of its own: see type_error.cpp.
 [[noreturn]] void raise_type_error(const std::string& message);
 template <class... Parts>
 void check_value(bool holds, const Parts&... parts) {

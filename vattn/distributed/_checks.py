@@ -1,5 +1,6 @@
 """Checks that functions over ranks share, besides those of :mod:`vattn._checks`."""
 
+import ctypes
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -53,7 +54,8 @@ def values_of(x: Tensor | None) -> Any:
 def crc(x: Tensor) -> int:
     """A checksum of a tensor on the CPU."""
     with temporarily_clear_interpreter_stack():
-        return zlib.crc32(x.detach().contiguous().numpy().data)
+        x = x.detach().contiguous()
+        return zlib.crc32((ctypes.c_char * x.nbytes).from_address(x.data_ptr()))  # NumPy may not be installed
 
 
 def fingerprint(value: Any) -> int:
