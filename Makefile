@@ -17,7 +17,7 @@
 #                   one, in an environment of its own: `make kernels TRITON=3.6.0 ARCHITECTURES="sm90 gfx942"`
 #   make lint       ruff and mypy
 #   make bench      timings, tables and plots of $(OPERATOR): benchmarks/results/
-#   make docs       API pages: docs/_build/
+#   make docs       the site, with every page of docs/ and the API: docs/_build/index.html
 #   make clean      remove what was built, but not $(VENV)
 
 PYTHON ?= python3
@@ -133,8 +133,11 @@ bench: $(BUILT)
 	$(RUN) -m benchmarks $(OPERATOR) --backward
 	$(RUN) -m benchmarks plot $(OPERATOR)
 
-docs: $(BUILT)
-	$(RUN) -m pdoc --docformat google --output-directory docs/_build vattn vattn.models vattn.info
+# In an environment of its own, behind which are the packages of $(RUN). What a failed build leaves is not in docs/_build.
+docs: $(BUILT) .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$(CURDIR) .venv-docs/bin/python -m mkdocs build --strict
+	rm -rf docs/_build
+	mv build/docs docs/_build
 
 clean:
 	rm -rf build dist outputs docs/_build *.egg-info vattn/_C*.so $(BUILT)
@@ -152,6 +155,13 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 		torch setuptools ninja
 	VATTN_BUILD_CPP=0 $(RUN) -m pip install --constraint constraints.txt --no-build-isolation \
 		--editable '.[demo,test,dev]'
+	touch $@
+
+.venv-docs/.installed: docs/requirements.txt $(INSTALLED)
+	$(RUN) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --requirement docs/requirements.txt
+	$(RUN) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
+		> "$$(.venv-docs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
 	touch $@
 
 # One package of its own, and behind it those of $(RUN): no second torch.
