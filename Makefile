@@ -20,7 +20,7 @@
 #   make test-timm  the tests of timm's models, in an environment of torch $(TIMM_TORCH), torchvision and timm
 #   make lint       ruff and mypy
 #   make bench      timings, tables and plots of $(OPERATOR): benchmarks/results/
-#   make docs       API pages: docs/_build/
+#   make docs       the site, with every page of docs/ and the API: docs/_build/index.html
 #   make clean      remove what was built, but not $(VENV)
 
 PYTHON ?= python3
@@ -172,8 +172,11 @@ bench: $(BUILT)
 	$(RUN) -m benchmarks $(OPERATOR) --backward
 	$(RUN) -m benchmarks plot $(OPERATOR)
 
-docs: $(BUILT)
-	$(RUN) -m pdoc --docformat google --output-directory docs/_build vattn vattn.models vattn.info
+# In an environment of its own, behind which are the packages of $(RUN). What a failed build leaves is not in docs/_build.
+docs: $(BUILT) .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$(CURDIR) .venv-docs/bin/python -m mkdocs build --strict
+	rm -rf docs/_build
+	mv build/docs docs/_build
 
 clean:
 	rm -rf build dist outputs docs/_build *.egg-info vattn/_C*.so $(BUILT)
@@ -196,6 +199,12 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 # Environments with packages of their own, and behind them those of $(RUN).
 BEHIND = $(RUN) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
 	> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+
+.venv-docs/.installed: docs/requirements.txt $(INSTALLED)
+	$(RUN) -m venv $(@D)
+	$(@D)/bin/python -m pip install --requirement docs/requirements.txt
+	$(BEHIND)
+	touch $@
 
 # One package: no second torch.
 .venv-triton-$(TRITON)/.installed: $(INSTALLED)
