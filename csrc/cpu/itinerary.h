@@ -37,42 +37,39 @@ struct TokenItinerary : Itinerary<Args> {
 
   TokenItinerary(const Args& a, int64_t b, int64_t h, int64_t queries) : Itinerary<Args>(a, b, h), queries(queries) {}
 
-  VATTN_INLINE bool has_order() const {
+  // The token at each place; null where that is the place.
+  VATTN_INLINE const int32_t* order() const {
     if constexpr (MAY_HAVE_ORDER) return a.tokens;
-    return false;
+    return nullptr;
   }
-  // The token at a place.
-  VATTN_INLINE int64_t token(int64_t place) const {
-    if constexpr (MAY_HAVE_ORDER)
-      if (a.tokens) return a.tokens[place];
-    return place;
-  }
-  // The row at a place, of which another one has been found.
-  template <class U>
-  VATTN_INLINE U* row_ahead(const Strided& x, U* row, int64_t place, int64_t ahead) const {
-    if constexpr (MAY_HAVE_ORDER)
-      if (a.tokens) return this->template at<U>(x, a.tokens[least(place + ahead, a.Lq - 1)]);
-    return row + ahead * x.inner;
+  VATTN_INLINE int64_t token(int64_t place) const { return order() ? order()[place] : place; }
+
+  // Calls f(i, its row, the row `ahead` of it) for `count` places from `first` on.
+  template <class U, class F>
+  VATTN_INLINE void each_row(const Strided& x, int64_t first, int64_t count, int64_t ahead, F f) const {
+    const int32_t* const tokens = order();  // asked once
+    for (int64_t i = 0; i < count; ++i) {
+      U* row = this->template at<U>(x, tokens ? tokens[first + i] : first + i);
+      f(i, row, tokens ? this->template at<U>(x, tokens[least(first + i + ahead, a.Lq - 1)]) : row + ahead * x.inner);
+    }
   }
 
   // Rows that are `ahead` of them are fetched.
   template <class Row>
   void load_rows(const Strided& x, int64_t first, int64_t count, Row* rows, int64_t ld, float times,
                  int64_t ahead = AHEAD) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const T* row = this->template at<const T>(x, token(first + i));
+    each_row<const T>(x, first, count, ahead, [&](int64_t i, const T* row, const T* next) {
       zero_end(rows + i * ld, ld);
-      prefetch(row_ahead(x, row, first + i, ahead), head_dim);
+      prefetch(next, head_dim);
       copy(rows + i * ld, row, head_dim, times);
-    }
+    });
   }
   template <class U>
   void store_rows(const Strided& x, int64_t first, int64_t count, const float* rows, int64_t ld, float times) const {
-    for (int64_t i = 0; i < count; ++i) {
-      U* row = this->template at<U>(x, token(first + i));
-      prefetch_to_write(row_ahead(x, row, first + i, AHEAD), head_dim);
+    each_row<U>(x, first, count, AHEAD, [&](int64_t i, U* row, U* next) {
+      prefetch_to_write(next, head_dim);
       copy(row, rows + i * ld, head_dim, times);
-    }
+    });
   }
   // Into part `part` of several, each float and `step` behind the one before; if it is the only one, of dtype T.
   void store_part(Strided x, int64_t parts, int64_t part, int64_t step, int64_t first, int64_t count, const float* rows,
@@ -100,11 +97,11 @@ struct TokenItinerary : Itinerary<Args> {
   // Numbers lie in (B, H, Lq).
   float* number(float* x, int64_t query) const { return x + (b * a.H + h) * a.Lq + token(query_begin + query); }
   void load_numbers(float* x, int64_t first, int64_t count, float* to) const {
-    if (!has_order()) return copy(to, number(x, first), count);
+    if (!order()) return copy(to, number(x, first), count);
     for (int64_t i = 0; i < count; ++i) to[i] = *number(x, first + i);
   }
   void store_numbers(float* x, int64_t first, int64_t count, const float* from) const {
-    if (!has_order()) return copy(number(x, first), from, count);
+    if (!order()) return copy(number(x, first), from, count);
     for (int64_t i = 0; i < count; ++i) *number(x, first + i) = from[i];
   }
 
