@@ -99,7 +99,7 @@ def own_block_of_sample(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexp
 
 @triton.jit
 def own_slots(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
-    """Slots of a block, and ``group`` with the order behind it."""
+    """Slots of a block; ``group`` as :func:`own_consecutive` has it, and the order behind it."""
     sample_step, _, _, _, G, N, block_size, inverse = where[1]
     order_ptr = where[0].order
     pid = tl.program_id(0)
@@ -117,7 +117,7 @@ def own_slots(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
 
 @triton.jit
 def own_globals(where, H, heads, BLOCK: tl.constexpr, OTHER: tl.constexpr):
-    """Global tokens, and a split of what they read; ``group`` as :func:`own_block` has it."""
+    """Global tokens, and a split of what they read; ``group`` as :func:`own_consecutive` has it."""
     splits, _, _, _, G, N, block_size, inverse = where[1]
     tiles = tl.cdiv(G, BLOCK)
     component = tl.program_id(0) // tiles

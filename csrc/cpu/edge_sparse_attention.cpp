@@ -48,6 +48,7 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
     const Tensor order = contiguous(order_, ScalarType::Int);
     const int32_t* slots = order.const_data_ptr<int32_t>();
     std::vector<bool> seen(N);
+    tokens.reserve(a.Lq);
     for (int32_t token = 0; token < a.G; ++token) tokens.push_back(token);
     a.blocks = order.size(0) / block_size, a.block_size = std::min(block_size, std::max<int64_t>(N, 1));
     for (int64_t block = 0; block < a.blocks; ++block) {
@@ -78,8 +79,8 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
       int64_t keys = 0;
       for (int32_t entry = a.row_offsets[i]; entry < a.row_offsets[i + 1]; ++entry) {
         int64_t& before = keys_before[entry];
-        check_value(before < 0 || before == keys, op, ": rows must be the same or apart with an order, got column ", entry,
-                    " in two that begin apart");
+        check_value(before < 0 || before == keys, op, ": rows must be the same or apart with an order, got column ",
+                    entry, " in two that begin apart");
         before = keys, keys += a.length(a.columns[entry]);
       }
     });
