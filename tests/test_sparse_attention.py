@@ -11,6 +11,7 @@ from torch import Tensor
 import vattn
 from tests.layouts import bias_without_table, layout_of
 from vattn import BlockLayout, RelativePositionBias3D, _library
+from vattn.nn import SparseSelfAttention
 
 needs_kernels = pytest.mark.skipif("cpu" not in _library.KERNEL_DEVICES, reason="the extension is not built")
 WIDE = torch.float64
@@ -232,6 +233,17 @@ def test_blocks_of_an_order_move_no_bits_of_dropout():
         torch.testing.assert_close(out, results[0])
 
 
+def test_padding_of_zeros_of_layouts_per_sample():
+    """Each sample has the padding of its own rows; of an order no block is the last."""
+    attention = SparseSelfAttention(8, 2, num_global=2, pad_keys="zero", window=(1, 1, 7))
+    x = torch.randn(2, 9, 8)
+    alone = [layout_of(rows, 7, 3, num_global=2, sets=2) for rows in (ROWS, ROWS[::-1])]
+    expected = torch.cat([attention(x[i : i + 1], alone[i]) for i in range(2)])
+    torch.testing.assert_close(attention(x, PER_SAMPLE), expected)
+    with pytest.raises(ValueError, match=r"^SparseSelfAttention: pad_keys='zero' takes no layout with an order"):
+        attention(x, ORDERED)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
@@ -440,6 +452,12 @@ DTYPES = "float32, bfloat16, float16 or float64"
             ValueError,
             "layout must be for all heads or for each of the 2 of query",
             "layout.num_heads=3",
+        ),
+        (
+            {"layout": PER_SAMPLE},
+            ValueError,
+            "layout must be for all samples or for each of the 1 of query",
+            "layout.num_samples=2",
         ),
         (
             {"layout": SHARED.to("meta")},
