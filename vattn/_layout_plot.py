@@ -121,7 +121,7 @@ def _frames(layout: "BlockLayout", grid: Sequence[int], query: int) -> "Figure":
         axes.set_title(f"frame {frame}" if frames > 1 else "", fontsize=8)
         if query // (height * width) == frame:
             row, column = divmod(query % (height * width), width)
-            axes.plot(column + 0.5, row + 0.5, "o", color="tab:orange", markersize=4)
+            axes.plot(column + 0.5, row + 0.5, "o", color="tab:orange", markersize=6)
     return figure
 
 
