@@ -1,6 +1,7 @@
 """Nothing forgets an operator: all that there is one of for each, for all that ``vattn.ops`` lists."""
 
 import importlib.util
+import inspect
 import pathlib
 
 import pytest
@@ -16,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_the_list_is_that_of_the_public_functions():
-    public = {name for name in vattn.__all__ if callable(getattr(vattn, name)) and name.islower()}
+    public = {name for name in vattn.__all__ if inspect.isfunction(getattr(vattn, name))}
     assert public == set(vattn.ops.OPERATORS) == set(vattn.ops.__all__)
     assert set(info.collect()["operators"]) == public
 

@@ -29,7 +29,7 @@ def tiny_videogpt(**settings: Any) -> VideoGPT:
     return randomize(VideoGPT(**sizes | {"num_layers": 2} | settings))
 
 
-SYSTEMS = {"MeBT": (mebt, tiny_mebt, {"num_steps": 2}), "VideoGPT": (videogpt, tiny_videogpt, {})}
+SYSTEMS: dict[str, Any] = {"MeBT": (mebt, tiny_mebt, {"num_steps": 2}), "VideoGPT": (videogpt, tiny_videogpt, {})}
 
 
 @pytest.fixture(params=SYSTEMS)
@@ -74,6 +74,16 @@ class TestExtendVideo:
         assert torch.equal(by_hand, whole)
         windows = package.stream_video(model, codes, context_frames=2, generator=seeded(), **settings)
         assert torch.equal(torch.cat([codes, *itertools.islice(windows, 3)], 1), whole)
+
+    def test_what_is_yielded_may_be_changed(self, system):
+        package, model, settings = system
+        codes = torch.randint(7, (1, 2, 2, 2), generator=seeded(1))
+        expected = package.extend_video(model, codes, 8, generator=seeded(), **settings)[:, 2:]
+        windows = package.stream_video(model, codes, generator=seeded(), **settings)
+        for i, new in enumerate(itertools.islice(windows, 5)):
+            start = 0 if i == 0 else 1 + i
+            assert torch.equal(new, expected[:, start : start + new.shape[1]])
+            new.zero_()
 
     def test_a_shorter_window(self, system):
         """Positions are those of the first frames of the grid."""
@@ -186,7 +196,7 @@ class TestExtendVideo:
             videogpt.extend_video(tiny_videogpt(), codes[..., None].expand(1, 2, 2, 2), 3, frames=torch.zeros(1))
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "sparse": {"attention": "sparse", "block_size": 2, "num_local_blocks": 1},
     "class": {"num_classes": 3},

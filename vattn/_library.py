@@ -83,7 +83,7 @@ class _Threads(threading.local):
 
 
 _threads = _Threads()
-Function = TypeVar("Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class use_reference:
@@ -116,7 +116,7 @@ class use_reference:
     def __exit__(self, *error: object) -> None:
         _threads.depth -= 1
 
-    def __call__(self, function: Function) -> Function:
+    def __call__(self, function: _Function) -> _Function:
         if not callable(function) or isinstance(function, type):
             raise TypeError(f"use_reference: function must be a function, got function={function!r}")
         late = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)

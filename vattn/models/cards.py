@@ -1,9 +1,11 @@
 """Model cards: the README.md of a saved model, which the Hugging Face Hub shows, and reads for its search.
 
----
-library_name: vattn        what the Hub knows: YAML, between two lines of dashes
----
-# LapsViT                  what a person reads: what it is, how to use it, its settings
+    ---
+    library_name: vattn        what the Hub reads: YAML, between two lines of dashes
+    ---
+    # LapsViT                  what a person reads: what it is, how to use it, its settings
+
+The program in a card runs as it is.
 """
 
 import inspect

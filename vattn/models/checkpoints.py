@@ -141,8 +141,8 @@ class PretrainedModel(nn.Module):
         if len(set(storages)) < len(storages):  # safetensors writes no views of one storage
             written = {name: weight.clone() for name, weight in written.items()}
         config = {"class": type(self).__name__, "vattn": __version__, "settings": settings}
-        facts = {"license": license, "base_model": base_model or self._base_model}
-        facts = {key: value for key, value in facts.items() if value}
+        known = {"license": license, "base_model": base_model or self._base_model}
+        facts = {key: value for key, value in known.items() if value}
         text = card(self, repository or where.resolve().name, self._usage_imports, self._usage(), settings, facts)
         try:
             where.mkdir(parents=True, exist_ok=True)

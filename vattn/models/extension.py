@@ -58,8 +58,9 @@ def slide(codes: Tensor, context_frames: int, complete: Complete) -> Iterator[Te
     known = codes[:, max(codes.shape[1] - context_frames, 0) :]
     while True:
         video = complete(known)
-        yield video[:, known.shape[1] :]
-        known = video[:, video.shape[1] - context_frames :]
+        new = video[:, known.shape[1] :]
+        known = video[:, video.shape[1] - context_frames :].clone()  # whatever becomes of what is yielded
+        yield new
 
 
 def extend(
