@@ -5,10 +5,9 @@ The model is transformers' own, ``VideoMAEForVideoClassification``: `pixel_value
 is loaded again, and must give the same loss on held-out frames.
 
     python -m examples.hf_trainer
+    python -m examples.hf_trainer --videos FOLDER     which of your own it is, of 64 frames or more each
 """
 
-import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +19,12 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments, VideoMAEConfig, VideoMAEForVideoClassification
 
 from examples import clips
+from examples.options import Needs, parser, start
 from vattn.integrations.transformers import set_leap_attention
 
 NUM_FRAMES = 16  # 8 tubelets
 BATCH = 12
+NEEDS = Needs(minutes=0.3, memory=0.7, steps=100)
 TIMES_CHANCE = 2  # the accuracy on held-out frames must be so many times that of guessing
 
 
@@ -73,16 +74,15 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--size", type=int, default=64, help="pixels on a side, a multiple of 16")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--outputs", type=pathlib.Path, default=pathlib.Path("outputs"))
-    options = parser.parse_args(arguments)
+    of_all = parser(__doc__, NEEDS)
+    of_all.add_argument("--size", type=int, default=64, help="of a frame in pixels, a multiple of 16")
+    options = of_all.parse_args(arguments)
+    start(__doc__, options, NEEDS)
     torch.manual_seed(options.seed)
 
-    print(f"decoding {', '.join(clips.NAMES)}")
-    train, held_out = clips.split(options.size, clips.NAMES)
+    shortest = clips.frames_to_split(NUM_FRAMES)
+    videos = clips.load(options.size, options.videos, fps=options.fps, num_frames=shortest)
+    train, held_out = clips.split([*videos.values()])
     folder = options.outputs / "hf_trainer"
     settings = TrainingArguments(
         output_dir=str(folder),

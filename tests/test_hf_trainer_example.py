@@ -12,10 +12,9 @@ from vattn.integrations.transformers import LeapOfLayer
 
 
 @pytest.mark.slow
-def test_three_steps(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(hf_trainer.clips, "NAMES", ("bikes", "carphone_pristine"))
+def test_three_steps(videos, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(hf_trainer, "TIMES_CHANCE", 0)  # three steps are not enough
-    assert hf_trainer.main(["--steps", "3", "--size", "32", "--outputs", str(tmp_path)]) == 0
+    assert hf_trainer.main(["--videos", str(videos), "--steps", "3", "--size", "32", "--outputs", str(tmp_path)]) == 0
     assert "held-out windows" in capsys.readouterr().out
     config = json.loads((tmp_path / "hf_trainer" / "config.json").read_text())
     assert config["vattn_leap"] == {"num_frames": None, "levels": [1, 2, 3, 1], "group_size": 2, "fold_div": 4}
