@@ -1,14 +1,13 @@
-"""Hugging Face's Trainer and leap attention: a VideoMAE learns which clip it sees, and which way the clip runs.
+"""Hugging Face's Trainer and leap attention: a VideoMAE learns which clip a window of frames is from.
 
 The model is transformers' own, ``VideoMAEForVideoClassification``: `pixel_values` and `labels` in, loss and logits out.
 ``set_leap_attention`` lets its layers leap, and Trainer trains, evaluates and saves it as any other. The saved folder
-is loaded again, and must give the same loss on held-out frames. 400 steps take three minutes on two cores, and 1 GB.
+is loaded again, and must give the same loss on held-out frames.
 
     python -m examples.hf_trainer
+    python -m examples.hf_trainer --videos FOLDER     which of your own it is, of 64 frames or more each
 """
 
-import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,15 +19,17 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments, VideoMAEConfig, VideoMAEForVideoClassification
 
 from examples import clips
+from examples.options import Needs, parser, start
 from vattn.integrations.transformers import set_leap_attention
 
 NUM_FRAMES = 16  # 8 tubelets
 BATCH = 12
+NEEDS = Needs(minutes=0.3, memory=0.7, steps=100)
 TIMES_CHANCE = 2  # the accuracy on held-out frames must be so many times that of guessing
 
 
 class Windows(Dataset[dict[str, Any]]):
-    """Every window of each clip, played forwards and backwards; its label is ``2 * clip + backwards``.
+    """The windows of each clip; the label is the number of the clip.
 
     Args:
         videos: of each clip some frames ``(T, 3, size, size)``, normalised.
@@ -38,19 +39,17 @@ class Windows(Dataset[dict[str, Any]]):
     def __init__(self, videos: Sequence[Tensor], every: int) -> None:
         self.videos = videos
         self.windows = [
-            (number, start, flip)
+            (number, start)
             for number, video in enumerate(videos)
             for start in range(0, len(video) - NUM_FRAMES + 1, every)
-            for flip in (False, True)
         ]
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number, start, flip = self.windows[index]
-        frames = self.videos[number][start : start + NUM_FRAMES]
-        return {"pixel_values": frames.flip(0) if flip else frames, "labels": 2 * number + flip}
+        number, start = self.windows[index]
+        return {"pixel_values": self.videos[number][start : start + NUM_FRAMES], "labels": number}
 
 
 def video_model(size: int, num_labels: int) -> VideoMAEForVideoClassification:
@@ -75,17 +74,15 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--size", type=int, default=64, help="pixels on a side, a multiple of 16")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--outputs", type=pathlib.Path, default=pathlib.Path("outputs"))
-    options = parser.parse_args(arguments)
+    of_all = parser(__doc__, NEEDS)
+    of_all.add_argument("--size", type=int, default=64, help="of a frame in pixels, a multiple of 16")
+    options = of_all.parse_args(arguments)
+    start(__doc__, options, NEEDS)
     torch.manual_seed(options.seed)
 
-    print(f"decoding {', '.join(clips.NAMES)}")
-    train, held_out = clips.split(options.size, clips.NAMES)
-    classes = 2 * len(train)
+    shortest = clips.frames_to_split(NUM_FRAMES)
+    videos = clips.load(options.size, options.videos, fps=options.fps, num_frames=shortest)
+    train, held_out = clips.split([*videos.values()])
     folder = options.outputs / "hf_trainer"
     settings = TrainingArguments(
         output_dir=str(folder),
@@ -101,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=options.seed,
     )
     data: dict[str, Any] = {"eval_dataset": Windows(held_out, every=4), "compute_metrics": accuracy}
-    trainer = Trainer(video_model(options.size, classes), settings, train_dataset=Windows(train, every=1), **data)
+    trainer = Trainer(video_model(options.size, len(train)), settings, train_dataset=Windows(train, every=1), **data)
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -110,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_leap_attention(loaded)  # with the settings that were saved
     again = Trainer(loaded, settings, **data).evaluate()
 
-    found, chance = metrics["eval_accuracy"], 1 / classes
+    found, chance = metrics["eval_accuracy"], 1 / len(train)
     print(f"\naccuracy on {len(data['eval_dataset'])} held-out windows: {found:.0%}, by guessing {chance:.0%}")
     print(f"loss {metrics['eval_loss']:.4f}, after saving and loading {again['eval_loss']:.4f}")
     print(f"wrote {folder}")

@@ -7,17 +7,15 @@ import torch
 
 pytest.importorskip("accelerate", reason="Trainer of transformers needs accelerate")
 
-from examples import hf_trainer  # noqa: E402
-from vattn.integrations.transformers import LeapOfLayer  # noqa: E402
+from examples import hf_trainer
+from vattn.integrations.transformers import LeapOfLayer
 
 
 @pytest.mark.slow
-def test_three_steps(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(hf_trainer.clips, "NAMES", ("carphone_pristine",))
-    assert hf_trainer.main(["--steps", "3", "--size", "32", "--outputs", str(tmp_path)]) in (0, 1)
-    printed, error = capsys.readouterr()
-    assert "the loaded model has another loss" not in error
-    assert "held-out windows" in printed
+def test_three_steps(videos, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(hf_trainer, "TIMES_CHANCE", 0)  # three steps are not enough
+    assert hf_trainer.main(["--videos", str(videos), "--steps", "3", "--size", "32", "--outputs", str(tmp_path)]) == 0
+    assert "held-out windows" in capsys.readouterr().out
     config = json.loads((tmp_path / "hf_trainer" / "config.json").read_text())
     assert config["vattn_leap"] == {"num_frames": None, "levels": [1, 2, 3, 1], "group_size": 2, "fold_div": 4}
     assert (tmp_path / "hf_trainer" / "model.safetensors").stat().st_size > 0
@@ -26,7 +24,7 @@ def test_three_steps(monkeypatch, tmp_path, capsys):
 def test_windows():
     windows = hf_trainer.Windows([torch.arange(n).view(n, 1, 1, 1) for n in (16, 24)], every=4)
     assert [(w["labels"], w["pixel_values"][0].item()) for w in windows] == [
-        *[(0, 0), (1, 15)], *[(2, 0), (3, 15), (2, 4), (3, 19), (2, 8), (3, 23)],
+        (0, 0), (1, 0), (1, 4), (1, 8),
     ]  # fmt: skip
     assert windows[0]["pixel_values"].flatten().tolist() == list(range(16))
 

@@ -49,6 +49,17 @@ def test_leap_attention_is_timms_attention_within_a_frame(setting: dict[str, Any
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "works"), [("ParallelThingsBlock", True), ("ParallelScalingBlock", False)])
+def test_parallel_blocks(name: str, works: bool) -> None:
+    image, frames = vit(block_fn=getattr(timm.models.vision_transformer, name)), torch.randn(1, 4, 3, 8, 8)
+    if not works:
+        with pytest.raises(ValueError, match=r"^video_from_image: model must have attention layers"):
+            video_from_image(image, 4, levels=(None,), fold_div=0)
+        return
+    model = video_from_image(image, 4, levels=(None,), fold_div=0)
+    torch.testing.assert_close(model.forward_frames(frames)[0], image(frames[0]))
+
+
 class TestLeapBlocks:
     """`block_fn=leap_blocks(...)` makes the model that video_from_image makes."""
 
@@ -86,16 +97,10 @@ class TestLeapBlocks:
         with pytest.raises(error, match=f"^{message}"):
             leap_blocks(**settings)
 
-    @pytest.mark.parametrize(
-        ("settings", "error"),
-        [
-            ({"attn_layer": "diff"}, ValueError),
-            ({"attn_layer": timm.layers.AttentionRope}, ValueError),
-        ],
-    )
-    def test_other_attentions_are_refused(self, settings: dict[str, Any], error: type[Exception]) -> None:
-        with pytest.raises(error, match=r"^LeapAttention.from_attention: attention must "):
-            vit(block_fn=leap_blocks(2, levels=(1,)), **settings)
+    @pytest.mark.parametrize("attention", ["diff", timm.layers.AttentionRope])
+    def test_other_attentions_are_refused(self, attention: Any) -> None:
+        with pytest.raises(ValueError, match=r"^LeapAttention.from_attention: attention must "):
+            vit(block_fn=leap_blocks(2, levels=(1,)), attn_layer=attention)
         with pytest.raises(TypeError, match=r"^LeapAttention.from_attention: attention must have linear layers"):
             vit(block_fn=leap_blocks(2, levels=(1,), block_fn=timm.models.vision_transformer.ParallelThingsBlock))
 
