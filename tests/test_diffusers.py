@@ -99,10 +99,10 @@ def set_masks(name, model, pattern, mask_of, latents=None):
             module.set_processor(Masked(module.processor, mask[None, None] if name in WITH_HEADS else mask[None]))
 
 
-def output_and_gradients(case, model, **conditions):
+def output_and_gradients(case, model, latents=None, **conditions):
     """By the name of the parameter, and of what the model gives."""
     model.zero_grad()
-    out = call(case, model, **conditions)
+    out = call(case, model, latents, **conditions)
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     grads = {key: weight.grad for key, weight in model.named_parameters() if weight.grad is not None}
     return {"output": out.detach()} | copy.deepcopy(grads)
@@ -266,6 +266,21 @@ def test_a_copy_of_a_model_has_a_grid_of_its_own():
 
 
 # Training
+
+
+def test_a_layout_made_without_values_or_gradients_serves_later():
+    """An export has tensors without values, and what inference mode makes is refused by autograd."""
+    case = MODELS["Wan"]
+    expected = output_and_gradients(case, case.model())
+    arguments = {"hidden_states": video(), "timestep": torch.tensor([700.0, 12.0]), "return_dict": False}
+    model = case.model()
+    set_attention(model, Sparse(lambda grid: BlockLayout.dense(math.prod(grid), 3)))
+    program = torch.export.export(model, (), {**arguments, **case.conditions}, strict=False).module()
+    with torch.inference_mode():
+        call(case, model, video(height=6))
+    assert_same(output_and_gradients(case, model), expected)
+    assert_close(program(**arguments, **case.conditions)[0], expected["output"], 1e-5)
+    output_and_gradients(case, model, latents=video(height=6))
 
 
 @pytest.mark.parametrize("name", ["Wan", "LTX"])

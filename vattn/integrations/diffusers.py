@@ -21,6 +21,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vattn import _checks
 from vattn.layout import BlockLayout
@@ -144,12 +145,12 @@ def _make_layout(pattern: Sparse, grid: Grid, device: torch.device) -> str:
     """Where in `pattern` its layout for `grid` and `device` is: a trace runs this, and remembers the name."""
     name = f"{grid} on {device}"
     if not hasattr(pattern._made, name):
-        layout = pattern.layout
-        if not isinstance(layout, BlockLayout):
-            layout = layout(grid)
+        # It is for later calls, too: with values, though a trace or an export has none, and also for training.
+        with _disable_current_modes(), torch.inference_mode(False):
+            layout = pattern.layout if isinstance(pattern.layout, BlockLayout) else pattern.layout(grid)
             if not isinstance(layout, BlockLayout):
                 raise TypeError(f"Sparse: layout must return a BlockLayout, got layout{grid}={layout!r}")
-        setattr(pattern._made, name, layout.to(device))
+            setattr(pattern._made, name, layout.to(device))
     return name
 
 
