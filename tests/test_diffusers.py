@@ -36,6 +36,12 @@ def local(grid):
     return BlockLayout.local_random(math.prod(grid), 3, num_random=1, num_global=0, generator=generator)
 
 
+def tiles(grid):
+    """Tiles of up to 2 x 2 x 2 tokens, which are not consecutive: what windows of up to 3 x 3 x 3 touch."""
+    window, tile = (tuple(min(size, most) for size in grid) for most in (3, 2))
+    return BlockLayout.neighborhood(grid, window, tile=tile)
+
+
 def same_group(grid, pattern):
     """The frames of a leap group, by the formula of the paper."""
     stride = pattern.leap * pattern.group_size
@@ -59,6 +65,7 @@ PATTERNS = {
     "column": (Axial(1), same_line),
     "row": (Axial(2), same_line),
     "sparse": (Sparse(local), lambda grid, pattern: pattern.layout(grid).to_mask()),
+    "tiles": (Sparse(tiles), lambda grid, pattern: pattern.layout(grid).to_mask()),
 }
 
 
@@ -214,9 +221,12 @@ def test_skyreels_stays_causal_among_blocks_of_frames():
 
     frame = torch.arange(36) // 6
     past = frame[:, None] // 2 >= frame // 2
-    set_masks("SkyReels", reference, Sparse(local), lambda grid, pattern: past & local(grid).to_mask(), latents)
-    with set_attention(model, Sparse(local)):
-        assert_close(call(case, model, latents), call(case, reference, latents), 1e-5)
+    for layout in (local, tiles):
+        masked = copy.deepcopy(reference)
+        mask = past & layout((6, 2, 3)).to_mask()
+        set_masks("SkyReels", masked, None, lambda grid, _, mask=mask: mask, latents)
+        with set_attention(model, Sparse(layout)):
+            assert_close(call(case, model, latents), call(case, masked, latents), 1e-5)
     with set_attention(model, Leap(2)), pytest.raises(ValueError, match="got num_frame_per_block=2"):
         call(case, model, latents)
     with_global = Sparse(BlockLayout.dense(35, 5, num_global=1))
