@@ -353,7 +353,7 @@ def compiled(function, backend="eager"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [("SkyReels", "time"), ("LTX", "leap 2"), ("Latte", "sparse")])
+@pytest.mark.parametrize(("name", "kind"), [("SkyReels", "time"), ("LTX", "leap 2"), ("Latte", "tiles")])
 @torch.no_grad()
 def test_a_model_is_one_graph(name, kind):
     """With the code around it, too: the hook that reads the grid is traced."""
@@ -492,18 +492,18 @@ def test_what_is_no_pattern_is_refused(pattern, error, message):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "error", "message"),
+    ("pattern", "settings", "error", "message"),
     [
-        (lambda: Leap(0), ValueError, "Leap: leap must be at least 1, got leap=0"),
-        (lambda: Leap(2, 1.5), TypeError, "Leap: group_size must be an int"),
-        (lambda: Axial(3), ValueError, "got dim=3"),
-        (lambda: Axial("time"), TypeError, "Axial: dim must be an int"),
-        (lambda: Sparse(torch.ones(4, 4)), TypeError, "Sparse: layout must be a BlockLayout or a function"),
+        (Leap, (0,), ValueError, "Leap: leap must be at least 1, got leap=0"),
+        (Leap, (2, 1.5), TypeError, "Leap: group_size must be an int"),
+        (Axial, (3,), ValueError, "got dim=3"),
+        (Axial, ("time",), TypeError, "Axial: dim must be an int"),
+        (Sparse, (torch.ones(4, 4),), TypeError, "Sparse: layout must be a BlockLayout or a function"),
     ],
 )
-def test_settings_of_patterns_are_checked(pattern, error, message):
+def test_settings_of_patterns_are_checked(pattern, settings, error, message):
     with pytest.raises(error, match=message):
-        pattern()
+        pattern(*settings)
 
 
 def test_sizes_that_do_not_fit_are_refused():
