@@ -21,6 +21,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vattn import _checks
 from vattn.layout import BlockLayout
@@ -144,12 +145,12 @@ def _make_layout(pattern: Sparse, grid: Grid, device: torch.device) -> str:
     """Where in `pattern` its layout for `grid` and `device` is: a trace runs this, and remembers the name."""
     name = f"{grid} on {device}"
     if not hasattr(pattern._made, name):
-        layout = pattern.layout
-        if not isinstance(layout, BlockLayout):
-            layout = layout(grid)
+        # It is for later calls, too: with values, though a trace or an export has none, and also for training.
+        with _disable_current_modes(), torch.inference_mode(False):
+            layout = pattern.layout if isinstance(pattern.layout, BlockLayout) else pattern.layout(grid)
             if not isinstance(layout, BlockLayout):
                 raise TypeError(f"Sparse: layout must return a BlockLayout, got layout{grid}={layout!r}")
-        setattr(pattern._made, name, layout.to(device))
+            setattr(pattern._made, name, layout.to(device))
     return name
 
 
@@ -243,7 +244,7 @@ def _image_and_text(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The models with image conditioning append 512 tokens of text to those of the image."""
     if tokens.shape[1] < 512:
         raise ValueError(
-            f"encoder_hidden_states: there must be 512 tokens of text behind those of the image, "
+            f"{OP}: encoder_hidden_states must have 512 tokens of text behind those of the image, "
             f"got encoder_hidden_states.shape={tuple(tokens.shape)}"
         )
     return tokens[:, :-512], tokens[:, -512:]
@@ -401,11 +402,11 @@ def set_attention(
             tokens may be masked.
 
     Returns:
-        What was set, by the names of layers, which can be removed again.
+        What was set: its ``patterns`` by the names of layers, and ``remove()``, which undoes it.
 
     Raises:
         TypeError: `model` is of another class, or `pattern` is none.
-        ValueError: `pattern` names a layer that `model` has not.
+        ValueError: `pattern` names a layer that `model` does not have.
 
     When it is called, the model raises ValueError for a mask among tokens of the video or one of the text that is none
     of the above, for sizes that do not fit the tokens, and under context parallelism. Where SkyReels-V2 is causal among
