@@ -41,7 +41,7 @@ PATCH = 4  # pixels
 PARTITIONS = 4
 GUIDANCE = 3.0  # without any, frames that are there already win over a prompt that changes
 SHOWN = 3  # videos, and one more that goes through all of them
-NEEDS, SHORT_NEEDS = Needs(minutes=10, memory=1.0, steps=1500), Needs(minutes=1, memory=1.0, steps=400)
+NEEDS, SHORT_NEEDS = Needs(minutes=15, memory=1.1, steps=1500), Needs(minutes=1, memory=0.6, steps=400)
 
 
 class Size(NamedTuple):

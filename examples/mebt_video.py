@@ -40,7 +40,7 @@ MODES = ("latent_enc", "latent_enc", "latent_dec", "lt2l", "latent_dec")
 RATIOS = (0.25, 0.5, 0.75)  # of the codes of a window, masked in the evaluation
 EVALUATIONS = 8  # random masks for each window and ratio
 SHOWN = 3  # clips in a picture
-NEEDS = Needs(minutes=4, memory=1.0, steps=800)
+NEEDS = Needs(minutes=4, memory=1.2, steps=800)
 ANSWERS = ("MeBT", "most frequent code", "last known code", "true code before")
 SAMPLING: dict[str, Any] = {"num_steps": 12, "temperature": 0.9, "top_p": 0.95, "progress": True}
 

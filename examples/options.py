@@ -8,7 +8,7 @@ MACHINE = "one core of an Intel Xeon with AVX-512 and AMX"
 
 
 class Needs(NamedTuple):
-    """Of an example with the clips that come along, measured once on `MACHINE`.
+    """Of an example with the clips that come along, on `MACHINE`: measured, or estimated from fewer steps.
 
     Attributes:
         minutes: of processor time. memory: the most that it held, in GiB. steps: of training in these minutes.
@@ -21,7 +21,7 @@ class Needs(NamedTuple):
     def text(self, steps: int) -> str:
         """For another number of steps, to which the time is nearly proportional."""
         minutes = max(1, round(self.minutes * steps / self.steps))
-        return f"needs about {minutes} min and {self.memory:.1f} GiB of memory (measured on {MACHINE})"
+        return f"needs about {minutes} min and {self.memory:.1f} GiB of memory (on {MACHINE})"
 
 
 def parser(description: str, needs: Needs) -> argparse.ArgumentParser:

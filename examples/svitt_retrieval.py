@@ -58,7 +58,7 @@ RERANKED = 8  # captions of each clip, and clips of as many captions
 TIMED_STEPS = 7
 TIMES_CHANCE = 4.0  # the mean R@1 of every setting is at least this many times that of chance
 BEHIND_DENSE = 0.15  # and that of a sparse one at most this much below the dense one
-NEEDS, OWN_NEEDS = Needs(minutes=11, memory=1.0, steps=400), Needs(minutes=2, memory=1.0, steps=400)
+NEEDS, OWN_NEEDS = Needs(minutes=11, memory=0.9, steps=400), Needs(minutes=2, memory=0.9, steps=400)
 PRUNE_AFTER = (0, 2)
 DENSE = Sparsity(block_size=18, num_random=None, keep=1.0, prune_after=PRUNE_AFTER)
 SETTINGS = {

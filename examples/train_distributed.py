@@ -50,7 +50,7 @@ LEARNING_RATE = 2e-3
 SAVE_EVERY = 100  # steps
 SAME = 1e-2
 """How far losses of two runs may be from each other: float32 sums in another order, after all steps."""
-NEEDS = Needs(minutes=5, memory=1.0, steps=400)
+NEEDS = Needs(minutes=3, memory=1.0, steps=400)
 FALLEN = 0.95
 """The last losses are at most this share of the first ones."""
 

@@ -37,7 +37,7 @@ from vattn.training import Training
 
 NUM_CODES = 256
 CHANNELS = 3
-NEEDS, SHORT_NEEDS = Needs(minutes=6, memory=1.0, steps=600), Needs(minutes=1, memory=1.0, steps=400)
+NEEDS, SHORT_NEEDS = Needs(minutes=4, memory=1.2, steps=600), Needs(minutes=1, memory=0.6, steps=400)
 
 
 def small_videogpt(tokenizer: VQVAE, grid: Sequence[int], attention: str) -> videogpt.VideoGPT:

@@ -105,6 +105,7 @@ class TestOwnPairs:
 def test_a_query_of_unknown_words_is_not_answered(capsys, videos, tmp_path):
     (tmp_path / "captions.csv").write_text(CAPTIONS)
     data = OwnPairs(tmp_path / "captions.csv", videos, 16, None)
+    capsys.readouterr()
     svitt_retrieval.search(None, data, "ten times", seed=0)
     assert capsys.readouterr().out == "\nno caption has these words, which are left out: ten, times\n"
 
