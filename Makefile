@@ -174,7 +174,7 @@ bench: $(BUILT)
 
 # In an environment of its own, behind which are the packages of $(RUN). What a failed build leaves is not in docs/_build.
 docs: $(BUILT) .venv-docs/.installed
-	NO_MKDOCS_2_WARNING=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$(CURDIR) .venv-docs/bin/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-docs/bin/python -m mkdocs build --strict
 	rm -rf docs/_build
 	mv build/docs docs/_build
 

@@ -47,7 +47,7 @@ def public_names(module_name: str) -> list[str]:
     Classes come first and constants last; of `vattn` itself, the operators come first.
     """
     module = importlib.import_module(module_name)
-    names = SHARED.get(module_name) or getattr(module, "__all__", None)
+    names = SHARED.get(module_name, getattr(module, "__all__", None))
     if names is None:
         names = [
             name

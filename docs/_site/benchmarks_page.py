@@ -4,6 +4,7 @@ python -m docs._site.benchmarks_page        draws docs/pictures/speed.svg
 """
 
 import collections
+import math
 import pathlib
 import statistics
 from collections.abc import Iterable
@@ -130,36 +131,38 @@ quality](../benchmarks/results/fifo-quality-intel-r-xeon-r-processor.md) and the
 The geometric mean of the speedups, and in parentheses the least of them and how many cases there are."""
 
 
-def draw(machine: str = "Intel(R) Xeon(R) Processor", commit: str = "f75fab4") -> pathlib.Path:
-    """The plot of the README: every case that was measured on one machine at one commit, losses among them."""
+def draw(machine: str = "Intel(R) Xeon(R) Processor") -> pathlib.Path:
+    """The plot of the README: the last run of every attention and case on one machine, losses among them."""
     from matplotlib.figure import Figure
 
-    names, bars, shown = [], collections.defaultdict(list), []
+    names: list[str] = []
+    bars: dict[str, list[float]] = {"forward": [], "forward+backward": []}  # NaN where a pass was not measured
+    shown: list[Line] = []
     for (operator, where, dtype), panels in latest().items():
+        if where != machine or not operator.endswith("_attention"):
+            continue
         for case in dict.fromkeys(case for case, _ in panels):
-            pair = [speedups(panels.get((case, name), ())) for name in ("forward", "forward+backward")]
-            if where != machine or any(own is None or peer is None for own, peer in pair):
-                continue
-            lines = [line for measured in pair for line in measured if line is not None]
-            if not all(line.commit.startswith(commit) for line in lines):
-                continue
-            shown += lines
             names.append(f"{operator.removesuffix('_attention')}, {dtype}: {case}")
-            for name, (own, peer) in zip(("forward", "forward and backward"), pair, strict=True):
-                assert own is not None and peer is not None
-                bars[name].append(_median(peer) / _median(own))
-    figure = Figure(figsize=(10, 0.3 * len(names) + 1.2), layout="constrained")
+            for pass_name, values in bars.items():
+                own, peer = speedups(panels.get((case, pass_name), ()))
+                if own is None or peer is None:
+                    values.append(math.nan)
+                else:
+                    values.append(_median(peer) / _median(own))
+                    shown += [own, peer]
+    figure = Figure(figsize=(10, 0.28 * len(names) + 1.2), layout="constrained")
     axes = figure.subplots()
     for index, (name, values) in enumerate(bars.items()):
         places = [position + 0.36 * index for position in range(len(values))]
         container = axes.barh(places, values, 0.36, label=name, color=("#2e86ab", "#edae49")[index])
-        axes.bar_label(container, fmt="%.1f", fontsize=8, padding=2)
+        labels = ["" if math.isnan(value) else f"{value:.1f}" for value in values]
+        axes.bar_label(container, labels, fontsize=8, padding=2)
     axes.set_yticks([position + 0.18 for position in range(len(names))], names, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="#24292f", linewidth=1)
     axes.set_xlabel("speedup over the faster baseline (1: as fast)", fontsize=9)
     figure.suptitle(conditions(shown), fontsize=9)
-    axes.legend(fontsize=9, loc="lower right")
+    axes.legend(fontsize=9, loc="upper right")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return save(figure, "speed")

@@ -77,15 +77,14 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
         relative = posixpath.relpath(site, posixpath.dirname(page.file.src_uri) or ".")
         return match[1] + relative + (f"#{address.fragment}" if address.fragment else "") + match[3]
 
-    if not page.file.src_uri.startswith(("api/", "repository/CHANGELOG")):
-        markdown = "".join(_with_api_links(part) for part in FENCED.split(markdown))
-    return LINK.sub(moved, markdown)
+    has_api_links = not page.file.src_uri.startswith(("api/", "repository/CHANGELOG"))
+    parts = FENCED.split(markdown)
+    parts[::2] = [LINK.sub(moved, _with_api_links(part) if has_api_links else part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def _with_api_links(text: str) -> str:
     """Text in which public names in code, such as `vattn.leap_attention`, lead to their place in the API pages."""
-    if text.startswith("```"):
-        return text
     homes = set(api.homes().values())
     return NAME.sub(lambda match: f"[{match[0]}][{match[1]}]" if match[1] in homes else match[0], text)
 
@@ -99,6 +98,6 @@ def _repository_path(src_uri: str) -> str:
 def on_post_build(config: MkDocsConfig) -> None:
     """No page may load anything from another host."""
     for path in pathlib.Path(config.site_dir).rglob("*.html"):
-        found = [url for url in REQUEST.findall(path.read_text()) if url]
+        found = REQUEST.findall(path.read_text())
         if found:
             raise PluginError(f"{path.name}: a page must load nothing from the net, got {found[0]}")

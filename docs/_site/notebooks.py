@@ -19,7 +19,7 @@ def executed(path: pathlib.Path) -> dict[str, str | bytes]:
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     options = Config(KernelManager={"transport": "ipc"})  # no open port
     folder = {"metadata": {"path": str(path.parents[2])}}
-    NotebookClient(notebook, timeout=120, resources=folder, config=options).execute()
+    NotebookClient(notebook, timeout=600, resources=folder, config=options).execute()
     for cell in notebook.cells:  # of what libraries say to a terminal, nothing is of the notebook
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
