@@ -1,11 +1,11 @@
 # Everything runs in $(VENV), which the first call makes: Python, torch, the packages, the C++ extension.
 #
 #   make demo       the main job on real clips, and short versions of `make video`, `tokens`, `fifo` and `ranks`: outputs/
-#   make video      a tokenizer and a MeBT learn from real clips: outputs/mebt_*.gif
-#   make tokens     a VQ-VAE learns from real clips, VideoGPT and MeBT from its codes: outputs/tokens_*.gif
+#   make video      a tokenizer and a MeBT learn from real clips: outputs/mebt_*.gif, .mp4
+#   make tokens     a VQ-VAE learns from real clips, VideoGPT and MeBT from its codes: outputs/tokens_*.gif, .mp4
 #   make fifo       a denoiser learns from real clips, and FIFO-Diffusion makes long videos of it: outputs/fifo_*
 #   make ranks      a MeBT learns from real clips with the tokens of a video over $(RANKS) processes: outputs/distributed_*
-#   make retrieval  a SViTT learns to find clips by their captions: outputs/svitt_*.png
+#   make retrieval  a SViTT learns to retrieve clips by their captions: outputs/svitt_*.png
 #   make test       all tests and doctests, and which ten took longest
 #   make fuzz       $(EXAMPLES) random inputs for every operator (or OPERATORS="leap_attention or axial_attention"), others each time
 #   make test-gpu   the tests that need a GPU; `make test-gpu VENV= PYTHON=python3` for a Python with its own torch
