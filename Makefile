@@ -21,7 +21,7 @@
 #   make lint       ruff and mypy
 #   make bench      timings, tables and plots of $(OPERATOR): benchmarks/results/
 #   make docs       the site, with every page of docs/ and the API: docs/_build/index.html
-#   make clean      remove what was built, but not $(VENV)
+#   make clean      remove what was built, but not the environments: $(VENV), .venv-*
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -161,7 +161,7 @@ test-wheel: $(WHEEL_VENV)/.installed
 
 # The extension of the checkout is built for all versions of torch.
 test-timm: .venv-timm-$(TIMM_TORCH)/.installed $(BUILT)
-	OMP_WAIT_POLICY=PASSIVE .venv-timm-$(TIMM_TORCH)/bin/python -m pytest tests/test_timm.py
+	OMP_WAIT_POLICY=PASSIVE .venv-timm-$(TIMM_TORCH)/bin/python -m pytest tests/test_timm.py vattn/integrations/timm.py
 
 lint: $(BUILT)
 	$(RUN) -m ruff check

@@ -635,5 +635,5 @@ class TestRepositories:
         folder = folders("LapsViT")
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         LapsViT.from_pretrained(folder)
-        with pytest.raises(ImportError, match=r"pip install 'vattn\[models\]'$"):
+        with pytest.raises(ImportError, match=r"install vattn with the extra 'models'$"):
             LapsViT.from_pretrained("some/model")

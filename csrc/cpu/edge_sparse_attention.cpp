@@ -21,8 +21,9 @@ struct EdgeSparseCall : AttentionCall<EdgeSparseAttention> {
   // The transposed layout, which the backward on a GPU needs, is not looked at.
   EdgeSparseCall(const Tensor& query_, const Tensor& key, const Tensor& value, const Tensor& row_offsets_,
                  const Tensor& columns_, const MaybeTensor&, const MaybeTensor&, const MaybeTensor& order,
-                 int64_t block_size, int64_t num_global, const MaybeTensor& bias_table, const Ints& window, const MaybeTensor& positions_, bool causal,
-                 double dropout_p, const MaybeTensor& seed, double scale, bool importance)
+                 int64_t block_size, int64_t num_global, const MaybeTensor& bias_table, const Ints& window,
+                 const MaybeTensor& positions_, bool causal, double dropout_p, const MaybeTensor& seed, double scale,
+                 bool importance)
       : AttentionCall("edge_sparse_attention", kernels().edge_sparse_attention, 4, Tokens::OfQuery, query_, key, value,
                       dropout_p, seed, scale),
         N(other_tokens(op, query.size(2), num_global)),

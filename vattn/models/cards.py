@@ -60,7 +60,7 @@ def card(
         summary,
         f"A model of `vattn` {__version__}, with {number:,} parameters ({', '.join(dtypes) or 'none'}).",
         "## How to use it",
-        "```bash\npip install 'vattn[models]'\n```",
+        "Install `vattn` with the extra `models`.",
         "\n".join(["```python", *lines, "", loaded, *usage.splitlines(), "```"]),
         "## Settings",
         "\n".join(f"- `{setting}`: `{json.dumps(value)}`" for setting, value in config.items()),

@@ -359,7 +359,9 @@ def _find(op: str, folder: str | os.PathLike[str]) -> pathlib.Path:
         try:
             import huggingface_hub  # not needed otherwise
         except ImportError as error:
-            raise ImportError(f"{op}: a repository needs huggingface_hub: pip install 'vattn[models]'") from error
+            raise ImportError(
+                f"{op}: huggingface_hub is needed for a repository: install vattn with the extra 'models'"
+            ) from error
         try:
             where = pathlib.Path(
                 huggingface_hub.snapshot_download(name[1], revision=name[2], allow_patterns=[CONFIG, WEIGHTS])
@@ -442,5 +444,5 @@ def _safetensors(op: str) -> types.ModuleType:
     try:
         import safetensors.torch  # not needed otherwise
     except ImportError as error:
-        raise ImportError(f"{op}: safetensors is needed: pip install 'vattn[models]'") from error
+        raise ImportError(f"{op}: safetensors is needed: install vattn with the extra 'models'") from error
     return safetensors

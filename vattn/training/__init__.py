@@ -4,7 +4,8 @@ clips.py  reading: a whole video, or random clips of the videos in a folder, dec
 write.py  writing: MP4 and GIF
 loop.py   the loop: checkpoints, random numbers, learning rates
 
-It needs PyAV, Pillow and tqdm: ``pip install "vattn[training]"``. The page docs/training.md shows all of it together.
+It needs PyAV, NumPy, Pillow and tqdm: install vattn with the extra `training`. The page docs/training.md shows
+all of it together.
 """
 
 from vattn.training.clips import SUFFIXES, VideoClips, read_video, video_files

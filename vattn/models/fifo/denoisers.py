@@ -175,9 +175,8 @@ class Cosmos(Denoiser):
         super().__init__(model, timestep_scale)
         if self.module.config.concat_padding_mask and importlib.util.find_spec("torchvision") is None:
             raise ValueError(
-                f"adapt: {self.name} resizes its padding mask with torchvision, which must be installed: the build of "
-                f"it that goes with your torch, from the same index (https://download.pytorch.org/whl); PyPI's breaks "
-                f"beside the CPU build of torch; got concat_padding_mask=True"
+                f"adapt: {self.name} resizes its padding mask with torchvision, which must be installed, in the build "
+                f"that goes with your torch and from the index that torch is from, got concat_padding_mask=True"
             )
 
     def has_condition_mask(self) -> bool:
