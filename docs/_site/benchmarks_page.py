@@ -59,6 +59,12 @@ def conditions(lines: Iterable[Line]) -> str:
     return f"{where}; torch {first.versions['torch']}, Triton {first.versions['triton']}; {commits}"
 
 
+def peers(lines: Iterable[Line]) -> str:
+    """The names of the peers that were measured."""
+    names = (line.provider for line in lines if line.role == "peer" and line.measured is not None)
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(names))
+
+
 def page() -> str:
     """The page in Markdown: a summary, then a table for each operator, machine and dtype."""
     groups = latest()
@@ -85,12 +91,13 @@ def page() -> str:
             cells.append("" if extra is None else f"{extra / 2**20:.1f}")
             rows.append("| " + " | ".join(cells) + " |")
         means = " | ".join(_mean(ratios.get(pass_name, [])) for pass_name in ("forward", "forward+backward"))
+        stored = [line for lines in panels.values() for line in lines]
         summary.append(f"| `{operator}` | {machine} | {dtype} | {means} |")
         sections[operator] += [
             f"### {machine}, {dtype}",
-            conditions(line for lines in panels.values() for line in lines) + ".",
+            f"{conditions(stored)}. Peers: {peers(stored)}.",
             "\n".join([
-                "| case | pass | vattn | faster baseline | its time | speedup | extra memory, MiB |",
+                "| case | pass | vattn | fastest peer | its time | speedup | extra memory, MiB |",
                 "|---|---|---|---|---|---|---|",
                 *rows,
             ]),
@@ -113,16 +120,21 @@ INTRODUCTION = """\
 # Measured speed
 
 This page is made of the lines in `benchmarks/results/*.jsonl` when the site is built: of each operator, processor,
-dtype and case the last run counts. A **speedup** is the median time of the fastest baseline over that of vattn,
-measured side by side in one process, after the results were found to agree. Below 1, the baseline is faster.
+dtype and case the last run counts. The **speedup over the fastest peer** is the median time of that peer over
+that of vattn, measured side by side in one process, after the results were found to agree. Below 1, the peer is faster.
 
-Baselines are what one would write otherwise: scaled dot product attention with the permutes and the shift that it
-needs, FlexAttention where it runs, and the formula of the official code. **Extra memory** is the peak beyond the
-output, the log-sum-exp and, with a backward, the gradients.
+Peers are the alternatives in plain PyTorch. Each table says which ones its runs measured, and each row names the
+fastest: `sdpa` is scaled dot product attention with the permutes, gathers, mask and shift that it needs (`sdpa-flash`
+and `sdpa-cudnn`: by that backend), `official` the formula of the official code, `flex` compiled FlexAttention,
+`gather` keys and values copied together, `softmax` the plain formula. Earlier runs stored FlexAttention and SDPA on
+views beside the peers, and not as such: these lines are not compared here.
 
-`python -m benchmarks leap_attention --backward` measures on your machine and appends lines; `--help` says what there is
-to choose. Other programs measure [a training step of MeBT](../benchmarks/results/mebt-cost-amd-epyc-float32.md),
-[forward mode](../benchmarks/results/tangents-intel-xeon-float32.md), [FIFO-Diffusion's
+**Extra memory** is the peak beyond the output, the log-sum-exp and, with a backward, the gradients.
+
+In a checkout, `python -m benchmarks leap_attention --backward` measures on your machine and appends lines; `--help`
+says what there is to choose. Other programs measure
+[a training step of MeBT](../benchmarks/results/mebt-cost-amd-epyc-float32.md), [forward
+mode](../benchmarks/results/tangents-intel-xeon-float32.md), [FIFO-Diffusion's
 quality](../benchmarks/results/fifo-quality-intel-r-xeon-r-processor.md) and the [cost of a call](host-cost.md).
 [Measurements on an H200](../benchmarks/results/h200.md) have a page of their own.
 
@@ -132,7 +144,7 @@ The geometric mean of the speedups, and in parentheses the least of them and how
 
 
 def draw(machine: str = "Intel(R) Xeon(R) Processor") -> pathlib.Path:
-    """The plot of the README: the last run of every attention and case on one machine, losses among them."""
+    """The plot of the README: the latest run of every attention case measured on one machine, losses among them."""
     from matplotlib.figure import Figure
 
     names: list[str] = []
@@ -160,7 +172,7 @@ def draw(machine: str = "Intel(R) Xeon(R) Processor") -> pathlib.Path:
     axes.set_yticks([position + 0.18 for position in range(len(names))], names, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="#24292f", linewidth=1)
-    axes.set_xlabel("speedup over the faster baseline (1: as fast)", fontsize=9)
+    axes.set_xlabel("speedup over the fastest peer (1: as fast)", fontsize=9)
     figure.suptitle(conditions(shown), fontsize=9)
     axes.legend(fontsize=9, loc="upper right")
     for side in ("top", "right"):
