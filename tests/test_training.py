@@ -405,6 +405,13 @@ class TestCheckpoints:
 
 
 class TestInterrupted:
+    @pytest.fixture(autouse=True)
+    def in_the_foreground(self):
+        """A shell lets the programs that it starts in the background ignore Ctrl-C."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_ctrl_c_ends_the_step_and_saves(self, tmp_path):
         whole = small_training(tmp_path / "whole.pt")
         whole.run(endless(), square(whole))

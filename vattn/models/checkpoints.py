@@ -143,7 +143,9 @@ class PretrainedModel(nn.Module):
         config = {"class": type(self).__name__, "vattn": __version__, "settings": settings}
         known = {"license": license, "base_model": base_model or self._base_model}
         facts = {key: value for key, value in known.items() if value}
-        text = card(self, repository or where.resolve().name, self._usage_imports, self._usage(), settings, facts)
+        # A subclass of somebody else has settings and inputs of its own.
+        imports, usage = (self._usage_imports, self._usage()) if _is_ours(type(self)) else ((), "")
+        text = card(self, repository or where.resolve().name, imports, usage, settings, facts)
         try:
             where.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -446,3 +448,7 @@ def _safetensors(op: str) -> types.ModuleType:
     except ImportError as error:
         raise ImportError(f"{op}: safetensors is needed: install vattn with the extra 'models'") from error
     return safetensors
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.startswith("vattn.models.")
