@@ -231,7 +231,7 @@ def test_top_k(batch, heads, block_size, num_global, own, dtype, data):
         blocks = [list(block) for block in torch.arange(num_tokens).split(block_size)] if num_tokens else []
     shape = (batch, heads, num_global + num_tokens, 6)
     query, key = (torch.randn(shape).to(dtype) for _ in range(2))
-    k = data.draw(st.integers(0, len(blocks)), label="k")
+    k = data.draw(st.integers(int(own and len(blocks) > 0), len(blocks)), label="k")
 
     layout = BlockLayout.top_k(query, key, block_size, k, own=own, num_global=num_global, order=order)
     assert (layout.num_samples, layout.num_heads, layout.num_blocks) == (batch, heads, len(blocks))
@@ -244,6 +244,7 @@ def test_top_k(batch, heads, block_size, num_global, own, dtype, data):
     means = (x.detach()[:, :, num_global:].double() for x in (query, key))
     queries, keys = (torch.stack([x[:, :, block].sum(2) / max(1, len(block)) for block in blocks], 2) for x in means)
     scores = queries @ keys.mT
+    scores[..., [i for i, block in enumerate(blocks) if len(block) == 0]] = -math.inf
     if own:
         assert (reads.diagonal(dim1=-2, dim2=-1) == 1).all()
         scores.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
@@ -251,6 +252,16 @@ def test_top_k(batch, heads, block_size, num_global, own, dtype, data):
     most = scores.masked_fill(reads == 1, -math.inf).amax(-1)  # of the others
     assert (least >= most - 1e-5).all()
     check_that_rows_are_ascending(layout)
+
+
+@pytest.mark.parametrize("factor", [torch.nan, 1e20], ids=["nan", "overflow"])
+def test_top_k_has_its_own_block_whatever_the_scores_are(factor):
+    query = torch.randn(1, 1, 64, 8, generator=torch.Generator().manual_seed(0))
+    key = query.clone()
+    key[0, 0, 20] *= factor
+    assert BlockLayout.top_k(query * 1e20, key, 16, 1, own=True).columns.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"^BlockLayout.top_k: k must be at least 1, got k=0"):
+        BlockLayout.top_k(query, key, 16, 0, own=True)
 
 
 def test_top_k_in_pieces(monkeypatch):

@@ -568,3 +568,11 @@ KEPT = torch.tensor([[0, 3]])
 def test_errors_of_nodes(change, error, must, got):
     with pytest.raises(error, match=f"^node_sparse_attention: {re.escape(f'{must}, got {got}')}$"):
         vattn.node_sparse_attention(**{"query": Q, "key": Q, "value": Q, "kept": KEPT, **change})
+
+
+def test_a_layout_that_is_made_in_inference_mode_serves_in_training():
+    with torch.inference_mode():
+        layout = BlockLayout.sliding_tile((4, 4), (2, 2), (1, 1))
+    q, k, v = (torch.randn(1, 1, 16, 8, requires_grad=True) for _ in range(3))
+    vattn.edge_sparse_attention(q, k, v, layout).sum().backward()
+    assert q.grad.isfinite().all()

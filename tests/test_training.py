@@ -403,6 +403,20 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"path must be a checkpoint of Training, got path=.*x\.pt"):
             small_training(path).resume()
 
+    def test_damaged_weights_are_refused(self, tmp_path):
+        """PyTorch reads a checkpoint whose bytes changed on the disk, checksums or not."""
+        whole = small_training(tmp_path / "x.pt")
+        whole.run(endless(), square(whole))
+        data = bytearray(whole.path.read_bytes())
+        weight = next(iter(whole.model.parameters())).detach().numpy().tobytes()
+        at = bytes(data).index(weight)
+        data[at] ^= 1
+        whole.path.write_bytes(data)
+        fresh = small_training(tmp_path / "x.pt", seed=1)
+        with pytest.raises(ValueError, match=r"path must be a checkpoint of Training, got path=.*is damaged"):
+            fresh.resume()
+        assert fresh.step == 0
+
 
 class TestInterrupted:
     @pytest.fixture(autouse=True)

@@ -106,12 +106,13 @@ class Patterns(GridPatterns):
         """Each block of queries reads the k blocks of keys with the highest pooled score, per head and per sample.
 
         The score of two blocks is the product of the mean of the queries of the one with the mean of the keys of the
-        other, in float32. The choice has no gradient.
+        other, in float32. The choice has no gradient. A NaN ranks with the largest numbers, and a block without tokens
+        last.
 
         Args:
             query, key: ``(B, H, G+N, D)``, float32, bfloat16, float16 or float64, any strides.
             block_size: tokens per block.
-            k: how many blocks each reads, at most as many as there are.
+            k: how many blocks each reads, at most as many as there are; at least 1 with `own`.
             own: whether a block is always among those that it reads.
             num_global: G, how many of the first tokens are global, and in no block.
             order: ``(M * block_size,)`` int32 or int64 for blocks that are not consecutive tokens, as of a layout, such
@@ -156,11 +157,12 @@ class Patterns(GridPatterns):
                 )
             if check_values:
                 check_order(op, order, N, block_size)
-        _checks.integer(op, "k", k, least=0)
+        _checks.integer(op, "k", k, least=int(bool(own) and M > 0))
         if k > M:
             raise ValueError(f"{op}: k must be at most the number of blocks ({M}), got k={k}")
         queries, keys = (_pooled(x.detach()[:, :, num_global:], block_size, order) for x in (query, key))
-        columns = _highest(queries, keys, k, own)
+        empty = None if order is None else (order.view(-1, block_size) < 0).all(1)
+        columns = _highest(queries, keys, k, own, empty)
         offsets = (row_starts(B * H, M, query.device) * k).view(B, H, M + 1)
         return cls(N, block_size, offsets, columns.view(-1), num_global=num_global, order=order, check_values=False)
 
@@ -217,8 +219,11 @@ def _have_the_same_blocks(first: "BlockLayout", second: "BlockLayout") -> bool:
     return torch.equal(first.order, second.order)
 
 
-def _highest(queries: Tensor, keys: Tensor, k: int, own: bool) -> Tensor:
-    """``(B, H, M, k)``, ascending: for each of `queries` the k `keys` of highest product, both ``(B, H, M, D)``."""
+def _highest(queries: Tensor, keys: Tensor, k: int, own: bool, empty: Tensor | None) -> Tensor:
+    """``(B, H, M, k)``, ascending: for each of `queries` the k `keys` of highest product, both ``(B, H, M, D)``.
+
+    What is not finite ranks with the largest numbers, so that it is not hidden; `empty` blocks rank last.
+    """
     B, H, M, _ = queries.shape
     chosen = torch.empty(B, H, M, k, dtype=torch.int64, device=queries.device)
     at_once = max(1, AT_ONCE // max(1, B * H * M))
@@ -227,6 +232,10 @@ def _highest(queries: Tensor, keys: Tensor, k: int, own: bool) -> Tensor:
     with autocast:
         for first in range(0, M, at_once):
             scores = queries[:, :, first : first + at_once] @ keys.mT
+            most = torch.finfo(scores.dtype).max
+            scores = scores.nan_to_num(most, most, -most)
+            if empty is not None:
+                scores = scores.masked_fill(empty, -math.inf)
             if own:
                 scores.diagonal(first, -2, -1).fill_(math.inf)
             chosen[:, :, first : first + at_once] = scores.topk(k, sorted=False).indices.sort().values

@@ -122,6 +122,10 @@ class BlockLayout(Patterns):
         # What was checked must stay so, whatever the caller writes into the tensors later: hence the copy. What was not
         # must not wrap to a number that is right.
         def kept(x: Tensor, least: int) -> Tensor:
+            # A layout that is made there serves in training later.
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):
+                    return kept(x.clone(), least)
             return x.clamp(least, 2**31 - 1).to(torch.int32, copy=check_values).contiguous()
 
         for name, value in (

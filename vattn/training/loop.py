@@ -10,6 +10,7 @@ import pathlib
 import signal
 import threading
 import types
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -208,22 +209,26 @@ class Training:
         """Load the checkpoint, if there is one; returns whether there is.
 
         Raises:
-            ValueError: the file is no checkpoint of a Training, or one with other generators.
+            ValueError: the file is no checkpoint of a Training, is damaged, or has other generators.
             RuntimeError: PyTorch's own, if model or optimizer are others.
         """
         if not self.path.exists():
             return False
         try:
+            damaged = zipfile.ZipFile(self.path).testzip()  # torch.load does not look at checksums
+            if damaged is not None:
+                raise ValueError(f"{damaged} in it is damaged")
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             parts = [state[key] for key in ("model", "optimizer", "step", "losses", "random", "epoch")]
         except Exception as error:
             raise ValueError(
                 f"Training.resume: path must be a checkpoint of Training, got path={self.path} ({error})"
             ) from error
-        model, optimizer, self.step, self.losses, random, self._epoch = parts
+        model, optimizer, step, losses, random, epoch = parts
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
         self._set_random(random)
+        self.step, self.losses, self._epoch = step, losses, epoch
         return True
 
     def _all_generators(self) -> dict[str, torch.Generator]:

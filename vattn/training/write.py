@@ -23,7 +23,8 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, *, fps: float = 10
             of a GIF, which has up to 256 colours in a frame, and plays again and again.
         frames: RGB, ``(T, H, W, 3)`` or ``(3, T, H, W)``, all at least 1: uint8, or floating-point from 0 to 1. Where
             both shapes fit, it is the first one.
-        fps: frames per second; a GIF rounds the time of a frame to hundredths of a second.
+        fps: frames per second; a GIF rounds the time of a frame to hundredths of a second, and has one long frame for
+            equal ones that follow each other.
 
     Raises:
         TypeError: `frames` is no tensor of these dtypes.
