@@ -349,6 +349,8 @@ def _plain_overrides(op: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _path(op: str, folder: object) -> pathlib.Path:
     """`folder`, which must be a string or a path."""
     if isinstance(folder, str) or (isinstance(folder, os.PathLike) and isinstance(os.fspath(folder), str)):
+        if os.fspath(folder) == "":
+            raise ValueError(f"{op}: folder must not be empty, got folder=''")
         return pathlib.Path(folder)
     raise TypeError(f"{op}: folder must be a string or a path, got folder={folder!r}")
 
