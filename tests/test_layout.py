@@ -414,7 +414,7 @@ RANDOM = {"num_tokens": 7, "block_size": 4, "num_random": 1}
             "strided",
             {"grid": (2, 0), "block_size": 2},
             ValueError,
-            "an axis of grid must be at least 1, got an axis of grid=0",
+            "grid[1] must be at least 1, got grid[1]=0",
         ),
         (
             "strided",

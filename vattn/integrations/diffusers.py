@@ -216,12 +216,15 @@ class VideoAttnProcessor:
         """The grid of the `num_tokens` tokens of this layer."""
         setting = self.setting
         if setting.grid is None:
-            raise ValueError(f"{setting.name}: num_frames, height and width must be given for a pattern, got None")
+            raise ValueError(
+                f"{setting.name}: num_frames, height and width must be given for a pattern that needs the grid, "
+                "got grid=None"
+            )
         frames, height, width = (size if axis in self.axes else 1 for axis, size in enumerate(setting.grid))
         if frames * height * width != num_tokens:
             raise ValueError(
                 f"{setting.name}: hidden_states must have the tokens of the grid {(frames, height, width)}, "
-                f"got {num_tokens} tokens"
+                f"got hidden_states with tokens={num_tokens}"
             )
         return frames, height, width
 
@@ -452,7 +455,9 @@ def _by_layer(pattern: Any, names: Sequence[str]) -> dict[str, Pattern]:
     if isinstance(pattern, Mapping):
         unknown = [name for name in pattern if name not in names]
         if unknown:
-            raise ValueError(f"{OP}: pattern must name layers of the model ({', '.join(names)}), got {unknown[0]!r}")
+            raise ValueError(
+                f"{OP}: pattern must name layers of the model ({', '.join(names)}), got pattern={{{unknown[0]!r}: ...}}"
+            )
         chosen = dict(pattern)
     elif callable(pattern) and not isinstance(pattern, type):
         chosen = {name: pattern(name) for name in names}
@@ -463,5 +468,7 @@ def _by_layer(pattern: Any, names: Sequence[str]) -> dict[str, Pattern]:
         )
     for name, one in chosen.items():
         if one is not None and not isinstance(one, Pattern):
-            raise TypeError(f"{OP}: the pattern of {name} must be a Pattern such as Dense(), or None, got {one!r}")
+            raise TypeError(
+                f"{OP}: pattern must have a Pattern such as Dense(), or None, for each layer, got pattern[{name!r}]={one!r}"
+            )
     return {name: one for name, one in chosen.items() if one is not None}

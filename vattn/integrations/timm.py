@@ -16,6 +16,8 @@ from vattn import _checks
 from vattn.models.laps.frames import Levels, layer_leaps
 from vattn.nn import LeapAttention
 
+__all__ = ["leap_blocks"]
+
 
 def leap_blocks(
     num_frames: int,
@@ -30,7 +32,7 @@ def leap_blocks(
     each frame. Each frame has class and register tokens of its own, which leap like the others.
 
     Args:
-        num_frames: T, frames of a video.
+        num_frames: T, frames of a video; at least 8 for the default levels.
         levels: block i has the level ``levels[i % len(levels)]``, see :func:`vattn.nn.leap_of_level`; None is attention
             within each frame.
         fold_div: divisor of the periodic shift, 0 for none.
