@@ -490,7 +490,9 @@ def test_models_of_something_else_are_refused(name: str, settings: dict[str, Any
     transformers = pytest.importorskip("transformers")
     settings |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
-    with pytest.raises(ValueError, match=f"^video_from_image: model must be a model of images, got model={name}Model, {got}"):
+    with pytest.raises(
+        ValueError, match=f"^video_from_image: model must be a model of images, got model={name}Model, {got}"
+    ):
         video_from_image(model, 4, levels=(1,))
 
 
@@ -502,7 +504,9 @@ def test_relative_positions_are_refused(shared: bool) -> None:
         image_size=32, patch_size=16, use_relative_position_bias=not shared,
         use_shared_relative_position_bias=shared, **size,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"^video_from_image: .*, got BeitModel, which has .*relative_position_bias"):
+    with pytest.raises(
+        ValueError, match=r"^video_from_image: .*, got model=BeitModel, which has .*relative_position_bias"
+    ):
         video_from_image(transformers.BeitModel(config), 2, levels=(1,))
 
 

@@ -109,7 +109,7 @@ class TestDense:
         found = outputs_and_gradients(call, tokens, attention_mask=mask)
         torch.testing.assert_close(found, stock, rtol=1e-5, atol=1e-5)
         if compiled:
-            with pytest.raises(RuntimeError, match=r"vattn: attention_mask must be ones, then zeros"):
+            with pytest.raises(RuntimeError, match=r"^Runtime assertion failed for expression"):
                 call(tokens, attention_mask=mask.flip(1))
 
     def test_causal_text_with_padding_at_the_end(self) -> None:
@@ -168,7 +168,7 @@ class TestDenseRefuses:
             ("BertModel", {}, {"attention_mask": LEFT}, "attention_mask must be ones, then zeros"),
             ("LlamaModel", {}, {"attention_mask": LEFT}, "attention_mask must be ones, then zeros"),
             ("BertModel", {}, {"attention_mask": torch.ones(2, 1, 4, 4)}, r"attention_mask must .*\(2, 1, 4, 4\)$"),
-            ("MistralModel", {"sliding_window": 2}, {}, "mask_function must be causal, or of padding, .*got mask_function="),
+            ("MistralModel", {"sliding_window": 2}, {}, "mask_function must be causal, .*got mask_function="),
             ("BertModel", {}, {"output_attentions": True}, "got output_attentions=True$"),
         ],
     )  # fmt: skip
@@ -186,7 +186,7 @@ class TestDenseRefuses:
         with pytest.raises(ValueError, match=f"{message}q_length=4, kv_length=6$"):
             model.generate(tokens, max_new_tokens=3, cache_implementation="static")
         cache = model(tokens, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=f"{message}2 queries and 6 keys$"):
+        with pytest.raises(ValueError, match=f"{message}q_length=2, kv_length=6$"):
             model(tokens[:, :2], past_key_values=cache)
 
     def test_operator(self) -> None:
@@ -293,8 +293,8 @@ class TestLeapRefuses:
         [
             ("BertModel", TEXT, "model must be a model of images, got model=BertModel, which takes input_ids$"),
             ("TimesformerModel", SIZE | IMAGE, "model must have attention layers that use .*TimesformerModel with 0 "),
-            ("BeitModel", SIZE | IMAGE | {"use_relative_position_bias": True}, "leap attention has no relative pos"),
-            ("SwinModel", {"embed_dim": 16, "depths": [1], "num_heads": [2]} | IMAGE, "leap attention has no relative"),
+            ("BeitModel", SIZE | IMAGE | {"use_relative_position_bias": True}, "model must have no relative pos"),
+            ("SwinModel", {"embed_dim": 16, "depths": [1], "num_heads": [2]} | IMAGE, "model must have no relative"),
             ("CLIPModel", {"vision_config": SIZE | IMAGE, "text_config": TEXT},
              "model must be a model of images, got model=CLIPModel, which takes input_ids$"),
             ("XCLIPVisionModel", SIZE | IMAGE | {"mit_hidden_size": 16, "mit_num_attention_heads": 2},
@@ -346,7 +346,8 @@ class TestLeapRefuses:
         set_leap_attention(model, levels=(1,))
         some = (torch.arange(24) % 2 == 1).expand(2, 24)
         with pytest.raises(
-            ValueError, match=r"^vattn_leap: query must have 24 tokens, 0 global ones and 6 frames of 4, got query.shape"
+            ValueError,
+            match=r"^vattn_leap: query must have 24 tokens, 0 global ones and 6 frames of 4, got query.shape",
         ):
             model(clip("VideoMAE"), bool_masked_pos=some)
         image = IMAGES["ViT"]()

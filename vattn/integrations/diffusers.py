@@ -11,6 +11,7 @@ An attention layer of these models is five steps. All are kept but the fourth, w
 Patterns need the grid (T, H, W) of the tokens. A forward pre-hook reads it from the arguments of each call.
 """
 
+import importlib
 import inspect
 import operator
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn.layout import BlockLayout
 from vattn.models.fifo.diffusers_models import known_class, unwrapped
 from vattn.nn.heads import merge_heads
@@ -408,6 +410,7 @@ def set_attention(
         What was set: its ``patterns`` by the names of layers, and ``remove()``, which undoes it.
 
     Raises:
+        ImportError: diffusers is not installed.
         TypeError: `model` is of another class, or `pattern` is none.
         ValueError: `pattern` names a layer that `model` does not have.
 
@@ -436,6 +439,8 @@ def set_attention(
     module = unwrapped(model)
     known = known_class(module, MODELS)
     if known is None:
+        with needs(OP, "diffusers"):
+            importlib.import_module("diffusers")
         got = type(module).__name__
         if isinstance(getattr(module, "transformer", None), nn.Module):
             got += ", a pipeline: give set_attention its transformer"
@@ -469,6 +474,7 @@ def _by_layer(pattern: Any, names: Sequence[str]) -> dict[str, Pattern]:
     for name, one in chosen.items():
         if one is not None and not isinstance(one, Pattern):
             raise TypeError(
-                f"{OP}: pattern must have a Pattern such as Dense(), or None, for each layer, got pattern[{name!r}]={one!r}"
+                f"{OP}: pattern must have a Pattern such as Dense(), or None, for each layer, "
+                f"got pattern[{name!r}]={one!r}"
             )
     return {name: one for name, one in chosen.items() if one is not None}

@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn.models.laps.frames import Levels, layer_leaps
 from vattn.nn import LeapAttention
 
@@ -39,6 +40,7 @@ def leap_blocks(
         block_fn: timm's block to begin with, such as ``ParallelThingsBlock``; None is ``Block``.
 
     Raises:
+        ImportError: timm is not installed, and `block_fn` is None.
         TypeError: a setting of the wrong type; later, in the model, a block without an attention ``attn`` that has
             linear layers ``qkv`` and ``proj``.
         ValueError: a setting that does not fit; later, in the model, an attention with other parameters than timm's
@@ -58,8 +60,10 @@ def leap_blocks(
     _checks.integer(op, "fold_div", fold_div, least=0)
     leaps = list(layer_leaps(op, levels, None, num_frames))
 
+    make = block_fn or _block(op)
+
     def leap_block(*, depth: int, **settings: Any) -> nn.Module:
-        block: Any = (block_fn or _block())(depth=depth, **settings)
+        block: Any = make(depth=depth, **settings)
         attention = getattr(block, "attn", nn.Identity())
         block.attn = LeapAttention.from_attention(attention, num_frames, leaps[depth % len(leaps)], fold_div=fold_div)
         return block
@@ -67,7 +71,8 @@ def leap_blocks(
     return leap_block
 
 
-def _block() -> Callable[..., nn.Module]:
-    from timm.models.vision_transformer import Block
+def _block(op: str) -> Callable[..., nn.Module]:
+    with needs(op, "timm"):
+        from timm.models.vision_transformer import Block
 
     return cast("Callable[..., nn.Module]", Block)

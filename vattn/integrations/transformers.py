@@ -19,11 +19,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-from transformers.utils.import_utils import torch_compilable_check
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn._over_ranks import OverRanks
 from vattn.layout import BlockLayout
 from vattn.models.laps.frames import Levels, layer_leaps
@@ -34,6 +32,11 @@ from vattn.ops.edge_sparse_attention import edge_sparse_attention
 from vattn.ops.latent_attention import latent_attention
 from vattn.ops.leap_attention import leap_attention
 from vattn.ops.periodic_shift import periodic_shift
+
+with needs("vattn.integrations.transformers", "transformers"):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+    from transformers.utils.import_utils import torch_compilable_check
 
 __all__ = ["register", "set_leap_attention"]
 

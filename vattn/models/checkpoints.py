@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn._version import __version__
 from vattn.models.cards import CARD, card
 from vattn.models.settings import override, plain, require_numbers, require_settings, tuples
@@ -358,12 +359,8 @@ def _find(op: str, folder: str | os.PathLike[str]) -> pathlib.Path:
     where = _path(op, folder)
     name = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", folder) if isinstance(folder, str) else None
     if not where.is_dir() and name is not None:
-        try:
+        with needs(op, "models"):
             import huggingface_hub  # not needed otherwise
-        except ImportError as error:
-            raise ImportError(
-                f"{op}: huggingface_hub is needed for a repository: install vattn with the extra 'models'"
-            ) from error
         try:
             where = pathlib.Path(
                 huggingface_hub.snapshot_download(name[1], revision=name[2], allow_patterns=[CONFIG, WEIGHTS])
@@ -443,10 +440,8 @@ def _require_same_weights(op: str, model: nn.Module, weights: Mapping[str, Tenso
 
 
 def _safetensors(op: str) -> types.ModuleType:
-    try:
+    with needs(op, "models"):
         import safetensors.torch  # not needed otherwise
-    except ImportError as error:
-        raise ImportError(f"{op}: safetensors is needed: install vattn with the extra 'models'") from error
     return safetensors
 
 

@@ -54,9 +54,7 @@ def leap_for(op: str, level: int | None, num_frames: int) -> int | None:
     _checks.integer(op, "level", level, least=0)
     leap = num_frames >> level
     if leap == 0:
-        raise ValueError(
-            f"{op}: num_frames // 2**level must be at least 1, got level={level}, num_frames={num_frames}"
-        )
+        raise ValueError(f"{op}: num_frames // 2**level must be at least 1, got level={level}, num_frames={num_frames}")
     return leap
 
 
