@@ -428,6 +428,8 @@ ONE = BlockLayout.dense(8, 4)
             "query must have samples and heads, got query.shape=(0, 3, 11, 8)",
         ),
         ("top_k", TOP | {"k": 4}, ValueError, "k must be at most the number of blocks (3), got k=4"),
+        ("top_k", TOP | {"own": 2}, TypeError, "own must be a bool, got own=2"),
+        ("radial", RADIAL | {"sink": "no"}, TypeError, "sink must be a bool, got sink='no'"),
         ("top_k", TOP | {"k": -1}, ValueError, "k must be at least 0, got k=-1"),
         (
             "top_k",
