@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
             "--provider",
             action="append",
             metavar="FILE.py:FUNCTION",
-            help="also measure this: FUNCTION(case, device) returns run(*leaves) -> output; may be repeated",
+            help="also measure this: FUNCTION(case, device) returns run(*leaves) -> output, of the shapes below; may "
+            "be repeated",
         )
         command.add_argument("--backward", action="store_true", help="measure forward+backward too")
         command.add_argument("--rounds", type=int, default=15, help="how often the providers take turns; default: 15")
@@ -118,7 +119,14 @@ def _measure(
 
 def _explanation(operator: Operator[Any]) -> str:
     """What the cases, the providers and the columns of the table are."""
-    lines = [f"sizes of a case: {operator.cases['default'][0].name}", "", "cases:"]
+    first = operator.cases["default"][0]
+    lines = [
+        f"sizes of a case: {first.name}",
+        f"  run(*leaves) is then given {', '.join(map(str, first.leaf_shapes))}",
+        f"  and returns {first.output_shape}",
+        "",
+        "cases:",
+    ]
     lines += [f"  {name}: {len(cases)}, first {cases[0].name}" for name, cases in operator.cases.items()]
     roles = {
         "peer": "peers, what one would write instead (the fastest one is the best peer)",

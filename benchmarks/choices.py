@@ -9,12 +9,15 @@ from typing import Any, get_type_hints
 
 from benchmarks.registry import Case, Operator, Provider
 
+LEAST = {"dim": 0, "fold_div": 0, "num_random": 0}
+"""What numbers of a case must be at least, where it is not 1."""
+
 
 def case_of(operator: Operator[Any], text: str) -> Case:
     """The case of ``N=197,T=16``: sizes that are not named are those of the first default case.
 
     Raises:
-        ValueError: a name that the operator's cases do not have, or a value of another type.
+        ValueError: a name that the operator's cases do not have, or a value that does not fit.
     """
     first = operator.cases["default"][0]
     types = get_type_hints(type(first))
@@ -32,12 +35,17 @@ def _parsed(name: str, value: str, wanted: Any) -> Any:
     """A number, a word, or numbers joined by "+" where a case has a tuple of them."""
     try:
         if wanted is int or wanted is float:
-            return wanted(value)
-        if wanted is str:
+            parsed = wanted(value)
+        elif wanted is str:
             return value
-        return tuple(int(part) for part in value.split("+"))
+        else:
+            parsed = tuple(int(part) for part in value.split("+"))
     except ValueError:
         raise ValueError(f"--case: {name} must be {getattr(wanted, '__name__', wanted)}, got {value!r}") from None
+    least = LEAST.get(name, 1)
+    if min(parsed if isinstance(parsed, tuple) else (parsed,)) < least:
+        raise ValueError(f"--case: {name} must be at least {least}, got {name}={value}")
+    return parsed
 
 
 def provider_of(text: str) -> Provider[Any]:

@@ -27,7 +27,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import vattn
 from benchmarks.measure import peak_memory
 from examples import clips, pictures
-from examples.options import Needs, parser, start
+from examples.options import Needs, parser, start, verdict
 from vattn.models.laps import VideoFromImage, video_from_image
 
 NUM_FRAMES = 8
@@ -177,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of_all = parser(__doc__, NEEDS)
     of_all.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = of_all.parse_args(arguments)
+    if options.steps <= WARMUP:
+        of_all.error(f"--steps must be at least {WARMUP + 1}, as {WARMUP} are not timed, got --steps {options.steps}")
     start(__doc__, options, NEEDS)
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
@@ -213,12 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report(ours, plain, memory, shares, difference)
     print(f"wrote {curves} and {attended}")
 
-    failures = [f"the loss of {run.name} did not fall" for run in runs if not run.learned()]
     if not difference <= GRADIENT_TOLERANCE:
-        failures.append(f"the gradients differ by {difference:.1e}, more than {GRADIENT_TOLERANCE:.0e}")
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return bool(failures)
+        print(f"FAILED: the gradients differ by {difference:.1e}, more than {GRADIENT_TOLERANCE:.0e}", file=sys.stderr)
+        return 1
+    return verdict([f"the loss of {run.name} did not fall" for run in runs if not run.learned()], options, NEEDS.steps)
 
 
 if __name__ == "__main__":

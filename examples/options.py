@@ -2,6 +2,8 @@
 
 import argparse
 import pathlib
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 MACHINE = "one core of an Intel Xeon with AVX-512 and AMX"
@@ -43,3 +45,18 @@ def start(description: str, options: argparse.Namespace, needs: Needs) -> None:
     """Say what a run does and needs, and make the folder for its results."""
     print(f"{description.partition(chr(10))[0]}\n{options.steps} steps: {needs.text(options.steps)}", flush=True)
     options.outputs.mkdir(parents=True, exist_ok=True)
+
+
+def verdict(shortfalls: Sequence[str], options: argparse.Namespace, steps: int) -> int:
+    """Say in what a run is not good enough; the exit status.
+
+    It fails only with the clips that come along, and at least `steps` steps: what videos of one's own need, nobody
+    knows beforehand.
+    """
+    judged = options.videos is None and options.steps >= steps
+    for shortfall in shortfalls:
+        if judged:
+            print(f"FAILED: {shortfall}", file=sys.stderr)
+        else:
+            print(f"{shortfall}; a run fails for that only with the clips that come along and {steps} steps or more")
+    return int(judged and len(shortfalls) > 0)

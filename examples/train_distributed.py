@@ -38,7 +38,7 @@ from tqdm import tqdm
 import vattn
 from examples import clips, pictures
 from examples.mebt_video import NUM_CODES, NUM_WINDOWS, SHOWN, small_mebt
-from examples.options import Needs, parser, start
+from examples.options import Needs, parser, start, verdict
 from vattn.distributed import parallelize
 from vattn.models.mebt import MeBT, continue_video
 from vattn.training import warmup_cosine
@@ -205,13 +205,12 @@ def train(options: argparse.Namespace) -> int:
             failed = 1
             print(f"FAILED: losses must be within {SAME} of those of other runs", file=sys.stderr)
         elif until == options.steps and not sum(run.losses[-few:]) <= FALLEN * sum(run.losses[:few]):
-            failed = 1
-            print("FAILED: the loss has not fallen", file=sys.stderr)
+            failed = verdict(["the loss has not fallen"], options, 0)
     if until == options.steps:
         write_continuation(run.model, codebook, held_out, options)
-    verdict = torch.tensor(failed)
-    dist.broadcast(verdict, 0)
-    return int(verdict)
+    result = torch.tensor(failed)
+    dist.broadcast(result, 0)
+    return int(result)
 
 
 def write_continuation(model: MeBT, codebook: Tensor, held_out: Sequence[Tensor], options: argparse.Namespace) -> None:

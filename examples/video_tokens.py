@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from examples import clips, pictures
 from examples.mebt_video import DOWNSAMPLE, NUM_WINDOWS, SAMPLING, SHOWN, WINDOW, small_mebt
-from examples.options import Needs, parser, start
+from examples.options import Needs, parser, start, verdict
 from examples.quality import peak_signal_to_noise, shrink_and_enlarge, structural_similarity
 from examples.training import code_batches, encode, new_training, write_losses
 from vattn.models import mebt, videogpt
@@ -203,8 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.short:
         print(f"{failure}, which takes more steps than these {options.steps}")
         return 0
-    print(f"FAILED: {failure}", file=sys.stderr)
-    return 1
+    return verdict([failure], options, NEEDS.steps)
 
 
 if __name__ == "__main__":

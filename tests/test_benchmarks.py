@@ -403,6 +403,8 @@ def test_a_case_and_a_provider_of_ones_own(tmp_path, capsys):
     [
         pytest.param(["--case", "X=3"], "sizes of latent_attention are mode, B, .*, got 'X=3'", id="size"),
         pytest.param(["--case", "B=x"], "B must be int, got 'x'", id="value"),
+        pytest.param(["--case", "H=0"], "--case: H must be at least 1, got H=0", id="no heads"),
+        pytest.param(["--case", "Lk=8+0"], "--case: Lk must be at least 1, got Lk=8\\+0", id="no keys"),
         pytest.param(["--case", "Lk=8+y"], "Lk must be .*, got '8\\+y'", id="tuple"),
         pytest.param(["--provider", "nowhere.py:f"], "must be file.py:function, with a file that exists", id="file"),
         pytest.param(["--provider", f"{__file__}:nothing"], "has no function 'nothing'", id="function"),
@@ -412,6 +414,28 @@ def test_the_command_line_refuses_what_it_does_not_know(arguments, message, caps
     with pytest.raises(SystemExit):
         main(["latent_attention", "--device", "cpu", *arguments])
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_no_shift_is_a_case_of_leap_attention_only(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--rounds", "1", "--no-store", "--case"]
+    names = ["vattn", "sdpa", "official"]
+    assert main(["leap_attention", *arguments, "T=4,N=5,H=1,D=8,leap=2,fold_div=0", "--providers", *names]) == 0
+    assert "Error" not in capsys.readouterr().out
+    for operator, case, message in (
+        ("periodic_shift", "fold_div=0", "ShiftCase: fold_div must be at least 1, got fold_div=0"),
+        ("leap_attention", "fold_div=-1", "--case: fold_div must be at least 0, got fold_div=-1"),
+        ("axial_attention", "dim=3", "AxialCase: dim must be 0, 1 or 2, got dim=3"),
+    ):
+        with pytest.raises(SystemExit):
+            main([operator, *arguments, case])
+        assert message in capsys.readouterr().err
+
+
+def test_help_says_what_a_provider_is_given(capsys):
+    with pytest.raises(SystemExit):
+        main(["leap_attention", "--help"])
+    printed = capsys.readouterr().out
+    assert "run(*leaves) is then given (1, 8, 197, 3, 12, 64)\n  and returns (1, 8, 197, 768)" in printed
 
 
 def test_every_column_of_the_table_is_explained():

@@ -469,6 +469,8 @@ def test_what_is_no_folder(folder: Any) -> None:
     for method in (LapsViT.from_pretrained, MODELS["LapsViT"].make().save_pretrained):
         with pytest.raises(TypeError, match=rf"^LapsViT.{method.__name__}: folder must be a string or a path, got fol"):
             method(folder)
+        with pytest.raises(ValueError, match=rf"^LapsViT.{method.__name__}: folder must not be empty, got folder=''"):
+            method("")
 
 
 @pytest.mark.parametrize("inside", ["", "inside"])

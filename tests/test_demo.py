@@ -9,6 +9,7 @@ from torch import nn
 
 import vattn
 from examples import clips, demo
+from examples.options import parser, verdict
 
 
 @pytest.mark.parametrize("leap", [1, 2, 4])
@@ -22,13 +23,29 @@ def test_the_plain_formula_is_leap_attention(leap):
 
 def test_runs_to_its_end_on_ones_own_videos(videos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "IMAGE_SIZE", 32)
-    monkeypatch.setattr(demo, "LOSS_TOLERANCE", 2.0)
     assert demo.main(["--videos", str(videos), "--steps", "4", "--device", "cpu", "--outputs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "training on (4, 8, 3, 32, 32)" in printed
     for part in ("vattn ", "PyTorch ", "Same result: gradients differ by at most", "over plain PyTorch: "):
         assert f"\n{part}" in printed or part in printed
     assert all((tmp_path / f"demo_{name}.png").stat().st_size > 0 for name in ("loss", "attention"))
+
+
+def test_a_run_must_have_steps_that_are_timed(capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--steps", "2"])
+    assert "--steps must be at least 3, as 2 are not timed, got --steps 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "failed"), [([], True), (["--steps", "29"], False), (["--videos", "x", "--steps", "90"], False)]
+)
+def test_only_the_clips_that_come_along_must_be_learned(capsys, given, failed):
+    options = parser("", demo.NEEDS).parse_args(given)
+    assert verdict([], options, demo.NEEDS.steps) == 0
+    assert verdict(["too bad"], options, demo.NEEDS.steps) == int(failed)
+    printed, error = capsys.readouterr()
+    assert ("FAILED: too bad\n" == error and not printed) if failed else ("too bad; " in printed and not error)
 
 
 @pytest.mark.parametrize(("seconds", "slower"), [((1.0, 1.5), False), ((1.5, 1.0), True)])

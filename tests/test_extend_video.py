@@ -167,6 +167,7 @@ class TestExtendVideo:
             ),
             ({"codes": torch.zeros(1, 2, 2, 2)}, TypeError, "codes must be an int64 tensor, got codes.dtype=.*"),
             ({"codes": [1]}, TypeError, "codes must be an int64 tensor, got codes=list"),
+            ({"foo": 1}, TypeError, "settings must be among .*temperature, .*, got foo=1"),
         ],
         ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """The example with Hugging Face's Trainer trains, saves, loads and evaluates a model whose attention leaps."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,13 +13,19 @@ from vattn.integrations.transformers import LeapOfLayer
 
 
 @pytest.mark.slow
-def test_three_steps(videos, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(hf_trainer, "TIMES_CHANCE", 0)  # three steps are not enough
+def test_three_steps(videos, tmp_path, capsys):
     assert hf_trainer.main(["--videos", str(videos), "--steps", "3", "--size", "32", "--outputs", str(tmp_path)]) == 0
     assert "held-out windows" in capsys.readouterr().out
     config = json.loads((tmp_path / "hf_trainer" / "config.json").read_text())
     assert config["vattn_leap"] == {"num_frames": None, "levels": [1, 2, 3, 1], "group_size": 2, "fold_div": 4}
     assert (tmp_path / "hf_trainer" / "model.safetensors").stat().st_size > 0
+
+
+def test_one_video_is_refused(videos, tmp_path, capsys):
+    shutil.copy(videos / "left.mp4", tmp_path)
+    with pytest.raises(SystemExit):
+        hf_trainer.main(["--videos", str(tmp_path), "--size", "32", "--outputs", str(tmp_path / "outputs")])
+    assert "--videos must have two videos of 64 frames or more" in capsys.readouterr().err
 
 
 def test_windows():

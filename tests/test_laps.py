@@ -397,7 +397,7 @@ class TestVideoFromImage:
     def test_video_errors(self, image: Any) -> None:
         with pytest.raises(ValueError, match=r"^VideoFromImage: video must have shape \(B, 4, 3, H, W\)"):
             video_from_image(image, 4, levels=(1,))(torch.zeros(2, 3, 3, 8, 8))
-        with pytest.raises(ValueError, match=r"^leap_of_level: .* got level=3, num_frames=4$"):
+        with pytest.raises(ValueError, match=r"^video_from_image: .* got level=3, num_frames=4$"):
             video_from_image(image, 4)
 
 
@@ -490,7 +490,9 @@ def test_models_of_something_else_are_refused(name: str, settings: dict[str, Any
     transformers = pytest.importorskip("transformers")
     settings |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
-    with pytest.raises(ValueError, match=f"^video_from_image: model must be a model of images, got {name}Model, {got}"):
+    with pytest.raises(
+        ValueError, match=f"^video_from_image: model must be a model of images, got model={name}Model, {got}"
+    ):
         video_from_image(model, 4, levels=(1,))
 
 
@@ -502,7 +504,9 @@ def test_relative_positions_are_refused(shared: bool) -> None:
         image_size=32, patch_size=16, use_relative_position_bias=not shared,
         use_shared_relative_position_bias=shared, **size,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"^video_from_image: .*, got BeitModel, which has .*relative_position_bias"):
+    with pytest.raises(
+        ValueError, match=r"^video_from_image: .*, got model=BeitModel, which has .*relative_position_bias"
+    ):
         video_from_image(transformers.BeitModel(config), 2, levels=(1,))
 
 
@@ -521,7 +525,7 @@ def test_a_converted_model_is_exported(classes: bool, strict: bool) -> None:
 
 def test_a_mask_for_the_whole_model_is_refused() -> None:
     model = video_from_image(transformers_vit(classes=False), 4, levels=(1,))
-    with pytest.raises(ValueError, match=r"^vattn_leap: leap attention has no masks, got attention_mask$"):
+    with pytest.raises(ValueError, match=r"^vattn_leap: .* no masks .*, got attention_mask.shape="):
         model.image_model(torch.zeros(4, 3, 8, 8), attention_mask=torch.ones(4, 5))
 
 

@@ -402,6 +402,10 @@ RANDOM = {"num_tokens": 7, "block_size": 4, "num_random": 1}
             "-1 must come last in a block of order, got order[1]=0 behind a -1",
         ),
         ("local_random", RANDOM | {"num_local": 2}, ValueError, "num_local must be 0 or odd, got num_local=2"),
+        ("local_random", RANDOM | {"wrap": "x"}, TypeError, "wrap must be a bool, got wrap='x'"),
+        ("local_random", RANDOM | {"draws": 3}, TypeError, "draws must be a torch.Tensor, got draws=3"),
+        ("local_random", RANDOM | {"generator": 3}, TypeError, "generator must be a torch.Generator, got generator=3"),
+        ("strided", {"grid": (2, 4), "block_size": 2, "causal": 1}, TypeError, "causal must be a bool, got causal=1"),
         ("local_random", RANDOM | {"num_local": -1}, ValueError, "num_local must be at least 0, got num_local=-1"),
         (
             "local_random",
@@ -414,7 +418,7 @@ RANDOM = {"num_tokens": 7, "block_size": 4, "num_random": 1}
             "strided",
             {"grid": (2, 0), "block_size": 2},
             ValueError,
-            "an axis of grid must be at least 1, got an axis of grid=0",
+            "grid[1] must be at least 1, got grid[1]=0",
         ),
         (
             "strided",
@@ -440,6 +444,18 @@ RANDOM = {"num_tokens": 7, "block_size": 4, "num_random": 1}
             {"mask": ~MASK, "block_size": 2, "num_global": 1},
             ValueError,
             "mask must be True for global tokens, got num_global=1",
+        ),
+        (
+            "from_mask",
+            {"mask": MASK, "block_size": 2, "num_global": 6},
+            ValueError,
+            "num_global must be at most the tokens of mask (5), got num_global=6",
+        ),
+        (
+            "from_mask",
+            {"mask": MASK, "block_size": 2, "num_global": "1"},
+            TypeError,
+            "num_global must be an int, got num_global='1'",
         ),
         (
             "from_mask",

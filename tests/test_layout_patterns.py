@@ -381,7 +381,7 @@ ONE = BlockLayout.dense(8, 4)
             "neighborhood",
             NEAR | {"grid": (4, 0)},
             ValueError,
-            "an axis of grid must be at least 1, got an axis of grid=0",
+            "grid[1] must be at least 1, got grid[1]=0",
         ),
         ("neighborhood", NEAR | {"window": 3}, TypeError, "window must be a tuple of 2 ints, got window=3"),
         (
@@ -394,7 +394,7 @@ ONE = BlockLayout.dense(8, 4)
             "neighborhood",
             NEAR | {"window": (3, 0)},
             ValueError,
-            "an axis of window must be at least 1, got an axis of window=0",
+            "window[1] must be at least 1, got window[1]=0",
         ),
         (
             "neighborhood",
@@ -412,14 +412,14 @@ ONE = BlockLayout.dense(8, 4)
             "sliding_tile",
             TILES | {"tile": (2.0, 2)},
             TypeError,
-            "an axis of tile must be an int, got an axis of tile=2.0",
+            "tile[0] must be an int, got tile[0]=2.0",
         ),
         ("sliding_tile", TILES | {"window": None}, TypeError, "window must be a tuple of 2 ints, got window=None"),
         ("radial", RADIAL | {"block_size": 0}, ValueError, "block_size must be at least 1, got block_size=0"),
         ("radial", RADIAL | {"decay": "1"}, TypeError, "decay must be a float, got decay='1'"),
         ("radial", RADIAL | {"decay": 0.0}, ValueError, "decay must be positive and finite, got decay=0.0"),
         ("radial", RADIAL | {"decay": math.nan}, ValueError, "decay must be positive and finite, got decay=nan"),
-        ("tile_order", {"grid": (4, 6), "tile": (2, 0)}, ValueError, "an axis of tile must be at least 1"),
+        ("tile_order", {"grid": (4, 6), "tile": (2, 0)}, ValueError, "tile[1] must be at least 1, got tile[1]=0"),
         ("top_k", TOP | {"key": X[:, :1]}, ValueError, "key must have the shape of query (2, 3, 11, 8)"),
         (
             "top_k",
@@ -428,6 +428,8 @@ ONE = BlockLayout.dense(8, 4)
             "query must have samples and heads, got query.shape=(0, 3, 11, 8)",
         ),
         ("top_k", TOP | {"k": 4}, ValueError, "k must be at most the number of blocks (3), got k=4"),
+        ("top_k", TOP | {"own": 2}, TypeError, "own must be a bool, got own=2"),
+        ("radial", RADIAL | {"sink": "no"}, TypeError, "sink must be a bool, got sink='no'"),
         ("top_k", TOP | {"k": -1}, ValueError, "k must be at least 0, got k=-1"),
         (
             "top_k",

@@ -16,7 +16,7 @@ def test_runs_to_its_end_on_ones_own_videos(videos, tmp_path, capsys, monkeypatc
     monkeypatch.setitem(mebt_video.SAMPLING, "num_steps", 2)
     monkeypatch.setattr(mebt_video, "NUM_WINDOWS", 8)
     arguments = ["--videos", str(videos), "--steps", "2", "--size", "16", "--outputs", str(tmp_path)]
-    assert mebt_video.main(arguments) == 1  # after two steps, MeBT knows less than a copy
+    assert mebt_video.main(arguments) == 0
     for name in ("reconstruction", "generation", "continuation", "inpainting"):
         with Image.open(tmp_path / f"mebt_{name}.gif") as picture:
             assert picture.n_frames == 16
@@ -26,7 +26,8 @@ def test_runs_to_its_end_on_ones_own_videos(videos, tmp_path, capsys, monkeypatc
     printed, complaint = capsys.readouterr()
     assert "2 steps: needs about 1 min and" in printed and "read 2 videos with 256 frames\n" in printed
     assert "dB PSNR" in printed and all(name in printed for name in mebt_video.ANSWERS)
-    assert "FAILED: MeBT has not learned enough" in complaint
+    assert "MeBT has not learned enough" in printed  # after two steps, it knows less than a copy
+    assert "FAILED" not in complaint
     models = [torch.load(tmp_path / f"mebt_{name}.pt", weights_only=True) for name in ("tokenizer", "model")]
     assert [model["step"] for model in models] == [2, 2]
     loaded = MeBT.from_pretrained(tmp_path / "mebt_model"), VQGAN.from_pretrained(tmp_path / "mebt_tokenizer")

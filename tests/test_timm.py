@@ -87,7 +87,7 @@ class TestLeapBlocks:
         ("settings", "error", "message"),
         [
             ({"num_frames": 0}, ValueError, "leap_blocks: num_frames must be at least 1, got num_frames=0"),
-            ({"num_frames": 4}, ValueError, r"leap_of_level: .* got level=3, num_frames=4"),
+            ({"num_frames": 4}, ValueError, r"leap_blocks: num_frames .* got level=3, num_frames=4"),
             ({"num_frames": 4, "levels": 1}, TypeError, "leap_blocks: levels must be a list or tuple"),
             ({"num_frames": 4, "levels": ()}, ValueError, "leap_blocks: levels must have at least one element"),
             ({"num_frames": 8, "fold_div": -1}, ValueError, "leap_blocks: fold_div must be at least 0"),
@@ -108,8 +108,8 @@ class TestLeapBlocks:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("swin_tiny_patch4_window7_224", "leap attention has no relative positions"),
-        ("beit_base_patch16_224", "leap attention has no relative positions"),
+        ("swin_tiny_patch4_window7_224", "model must have no relative positions"),
+        ("beit_base_patch16_224", "model must have no relative positions"),
         ("eva02_tiny_patch14_224", "attention must have parameters and buffers in .*, got EvaAttention with k_bias"),
         ("vit_base_patch16_rope_224", "attention must take its input, .* got AttentionRope with rope$"),
         ("resnet18", "model must have attention layers .* no attention$"),

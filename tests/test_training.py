@@ -489,11 +489,32 @@ class TestRunIsRefused:
             ({"steps": -1}, ValueError, "steps must be at least 0, got steps=-1"),
             ({"save_every": 0}, ValueError, "save_every must be at least 1, got save_every=0"),
             ({"max_norm": 0}, ValueError, "max_norm must be above 0, got max_norm=0"),
+            ({"schedule": 3}, TypeError, "schedule must be a function of a step and of steps, got schedule=3"),
+            ({"generators": [3]}, TypeError, r"generators\[0\] must be a torch.Generator, got generators\[0\]=3"),
+            ({"generators": 3}, TypeError, "generators must be a list or tuple, got generators=3"),
         ],
     )
     def test_settings(self, tmp_path, settings, error, message):
         with pytest.raises(error, match=f"Training: {message}"):
             small_training(tmp_path / "x.pt", **settings)
+
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (lambda: small_training(3), TypeError, "Training: path must be a string or a path, got path=3"),
+            (lambda: small_training("x.pt").run([], None, until="x"), TypeError, "Training.run: until must be an int"),
+            (lambda: warmup_cosine(1, 0), ValueError, "warmup_cosine: steps must be at least 1, got steps=0"),
+            (lambda: warmup_cosine(-1, 1), ValueError, "warmup_cosine: step must be at least 0, got step=-1"),
+            (lambda: VideoClips(3, 4, 8), TypeError, "VideoClips: videos must be a folder or a list of files, got "),
+            (lambda: VideoClips([3], 4, 8), TypeError, "VideoClips: videos must be a string or a path, got videos=3"),
+            (lambda: video_files(3), TypeError, "video_files: folder must be a string or a path, got folder=3"),
+            (lambda: read_video(3), TypeError, "read_video: path must be a string or a path, got path=3"),
+            (lambda: write_video(3, counting(1)), TypeError, "write_video: path must be a string or a path, got path"),
+        ],
+    )
+    def test_wrong_arguments(self, call, error, message):
+        with pytest.raises(error, match=f"^{message}"):
+            call()
 
     def test_what_is_no_model(self, tmp_path):
         model = nn.Linear(1, 1)

@@ -16,6 +16,7 @@ def test_runs_to_its_end_and_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(clips, "NAMES", ("carphone_pristine",))
     monkeypatch.setattr(video_tokens, "NUM_WINDOWS", 16)
     monkeypatch.setitem(mebt_video.SAMPLING, "num_steps", 2)
+    monkeypatch.setattr(video_tokens, "NEEDS", video_tokens.NEEDS._replace(steps=2))
     arguments = ["--steps", "2", "--size", "16", "--outputs", str(tmp_path)]
     assert video_tokens.main(arguments) == 1  # two steps are not enough
     for name in ("reconstruction", "samples"):

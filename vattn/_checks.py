@@ -86,6 +86,18 @@ def integer(op: str, name: str, value: object, least: int) -> None:
         raise ValueError(f"{op}: {name} must be at least {least}, got {name}={value}")
 
 
+def boolean(op: str, name: str, value: object) -> None:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {name}={value!r}")
+
+
+def generator(op: str, name: str, value: object) -> None:
+    """`value` is a generator of random numbers."""
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"{op}: {name} must be a torch.Generator, got {name}={value!r}")
+
+
 def dropout(op: str, dropout_p: object) -> float:
     """`dropout_p` as a float, which is a probability."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):

@@ -195,6 +195,7 @@ class GridPatterns:
             raise TypeError(f"{op}: decay must be a float, got decay={decay!r}")
         if not 0 < decay < math.inf:
             raise ValueError(f"{op}: decay must be positive and finite, got decay={decay}")
+        _checks.boolean(op, "sink", sink)
         frames, size = grid[0], math.prod(grid[1:])
         block_size = min(block_size, size)
         m = -(-size // block_size)
@@ -262,6 +263,7 @@ class GridPatterns:
         op = "BlockLayout.strided"
         blocks = grid_of_blocks(op, grid, block_size)
         _checks.integer(op, "num_local_blocks", num_local_blocks, least=0)
+        _checks.boolean(op, "causal", causal)
         rows = torch.arange(math.prod(blocks), device="cpu")
         distance = rows[:, None] - rows  # of the query's block from the key's
         reads = (distance <= num_local_blocks) & (distance >= 0 if causal else distance > -num_local_blocks)

@@ -69,9 +69,14 @@ class Patterns(GridPatterns):
             raise ValueError(
                 f"{op}: num_random must be at most the number of blocks ({M}), got num_random={num_random}"
             )
+        _checks.boolean(op, "wrap", wrap)
+        if generator is not None:
+            _checks.generator(op, "generator", generator)
         if draws is None:
             device = torch.device("cpu") if generator is None else generator.device
             draws = torch.empty(M, M, dtype=torch.float32, device=device).uniform_(generator=generator)
+        elif not isinstance(draws, Tensor):
+            raise TypeError(f"{op}: draws must be a torch.Tensor, got draws={draws!r}")
         elif draws.shape != (M, M):
             raise ValueError(f"{op}: draws must have shape ({M}, {M}), got draws.shape={tuple(draws.shape)}")
         device = draws.device
@@ -144,6 +149,7 @@ class Patterns(GridPatterns):
         B, H, length, _ = query.shape
         if B * H == 0:
             raise ValueError(f"{op}: query must have samples and heads, got query.shape={tuple(query.shape)}")
+        _checks.boolean(op, "own", own)
         _checks.integer(op, "num_global", num_global, least=0)
         if num_global > length:
             raise ValueError(f"{op}: num_global must be at most the number of tokens ({length}), got {num_global=}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn._layout_tiles import check_grid
 
 if TYPE_CHECKING:
@@ -17,28 +18,28 @@ if TYPE_CHECKING:
 
     from vattn.layout import BlockLayout
 
+OP = "BlockLayout.plot"
 MOST_CELLS = 512
 """Into how many cells a side of a picture is divided at most: what has more blocks is drawn as means of several."""
 
 
 def plot(layout: "BlockLayout", path: str | os.PathLike[str], grid: Sequence[int] | None, query: int | None) -> None:
     """The definition of :meth:`vattn.BlockLayout.plot`."""
-    op = "BlockLayout.plot"
     if grid is None and query is not None:
-        raise ValueError(f"{op}: query must come with a grid, got query={query}")
+        raise ValueError(f"{OP}: query must come with a grid, got query={query}")
     if grid is not None:
-        grid = check_grid(op, grid)
+        grid = check_grid(OP, grid)
         if len(grid) > 3 or math.prod(grid) != layout.num_tokens:
             raise ValueError(
-                f"{op}: grid must have at most three axes and the layout's {layout.num_tokens} tokens, got grid={grid}"
+                f"{OP}: grid must have at most three axes and the layout's {layout.num_tokens} tokens, got grid={grid}"
             )
         if query is None:
             query = 0
             for size in grid:
                 query = query * size + size // 2
-        _checks.integer(op, "query", query, least=0)
+        _checks.integer(OP, "query", query, least=0)
         if query >= layout.num_tokens:
-            raise ValueError(f"{op}: query must be below {layout.num_tokens}, got query={query}")
+            raise ValueError(f"{OP}: query must be below {layout.num_tokens}, got query={query}")
     layout = layout.to("cpu")
     figure = _blocks(layout) if grid is None or query is None else _frames(layout, grid, query)
     figure.savefig(path)
@@ -46,7 +47,8 @@ def plot(layout: "BlockLayout", path: str | os.PathLike[str], grid: Sequence[int
 
 def _blocks(layout: "BlockLayout") -> "Figure":
     """A panel per set of rows, in it a cell per pair of blocks, as large as these have tokens."""
-    from matplotlib.figure import Figure
+    with needs(OP, "plot"):
+        from matplotlib.figure import Figure
 
     S, L, G = layout.num_samples, layout.num_heads, layout.num_global
     shares, sizes = _cells(layout)
@@ -100,7 +102,8 @@ def _cells(layout: "BlockLayout") -> tuple[Tensor, Tensor]:
 
 def _frames(layout: "BlockLayout", grid: Sequence[int], query: int) -> "Figure":
     """A panel per frame, in it a cell per token: what the block of `query` reads, and that block itself."""
-    from matplotlib.figure import Figure
+    with needs(OP, "plot"):
+        from matplotlib.figure import Figure
 
     frames, height, width = (1,) * (3 - len(grid)) + tuple(grid)
     state = _read_by(layout, query).view(frames, height, width)

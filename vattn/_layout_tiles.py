@@ -13,8 +13,8 @@ def check_grid(op: str, grid: object) -> tuple[int, ...]:
     """`grid` as a tuple: a list or tuple of at least one int of at least 1."""
     if not isinstance(grid, (list, tuple)) or not grid:
         raise TypeError(f"{op}: grid must be a tuple of at least one int, got grid={grid!r}")
-    for size in grid:
-        _checks.integer(op, "an axis of grid", size, least=1)
+    for axis, size in enumerate(grid):
+        _checks.integer(op, f"grid[{axis}]", size, least=1)
     return tuple(grid)
 
 
@@ -24,8 +24,8 @@ def check_sizes(op: str, name: str, sizes: object, grid: Sequence[int]) -> tuple
         raise TypeError(f"{op}: {name} must be a tuple of {len(grid)} ints, got {name}={sizes!r}")
     if len(sizes) != len(grid):
         raise ValueError(f"{op}: {name} must have one int per axis of grid ({len(grid)}), got {name}={tuple(sizes)}")
-    for size in sizes:
-        _checks.integer(op, f"an axis of {name}", size, least=1)
+    for axis, size in enumerate(sizes):
+        _checks.integer(op, f"{name}[{axis}]", size, least=1)
     return tuple(sizes)
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vattn import _layout_plot
+from vattn import _checks, _layout_plot
 from vattn._layout_checks import blocks_of_order, check_order, check_rows, check_tensors, count_blocks
 from vattn._layout_patterns import Patterns
 from vattn._layout_tiles import row_starts
@@ -163,6 +163,11 @@ class BlockLayout(Patterns):
             raise ValueError(
                 f"{op}: mask must have shape (G+N, G+N), (H, G+N, G+N) or (B, H, G+N, G+N), "
                 f"got mask.shape={tuple(mask.shape)}"
+            )
+        _checks.integer(op, "num_global", num_global, least=0)
+        if num_global > mask.shape[-1]:
+            raise ValueError(
+                f"{op}: num_global must be at most the tokens of mask ({mask.shape[-1]}), got num_global={num_global}"
             )
         N = mask.shape[-1] - num_global
         M = count_blocks(op, N, block_size, num_global)

@@ -33,6 +33,10 @@ class AxialCase(Case):
     H: int = 2
     D: int = 120
 
+    def __post_init__(self) -> None:
+        if self.dim > 2:
+            raise ValueError(f"AxialCase: dim must be 0, 1 or 2, got dim={self.dim}")
+
     @property
     def grid(self) -> tuple[int, int, int]:
         return (self.T, self.height, self.width)

@@ -64,7 +64,9 @@ def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shift(x: Tensor, fold_div: int) -> Tensor:
-    """The periodic shift of ``x (B, T, ..., D)``, written as one would: slices into zeros."""
+    """The periodic shift of ``x (B, T, ..., D)``, written as one would: slices into zeros; with 0 there is none."""
+    if fold_div == 0:
+        return x.contiguous()
     fold = x.shape[-1] // fold_div
     out = torch.zeros_like(x)
     out[:, :-1, ..., :fold] = x[:, 1:, ..., :fold]

@@ -24,6 +24,10 @@ class ShiftCase(Case):
     D: int = 64
     fold_div: int = 4
 
+    def __post_init__(self) -> None:
+        if self.fold_div < 1:
+            raise ValueError(f"ShiftCase: fold_div must be at least 1, got fold_div={self.fold_div}")
+
     @property
     def leaf_shapes(self) -> list[tuple[int, ...]]:
         return [self.output_shape]

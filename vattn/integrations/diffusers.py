@@ -11,6 +11,7 @@ An attention layer of these models is five steps. All are kept but the fourth, w
 Patterns need the grid (T, H, W) of the tokens. A forward pre-hook reads it from the arguments of each call.
 """
 
+import importlib
 import inspect
 import operator
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn.layout import BlockLayout
 from vattn.models.fifo.diffusers_models import known_class, unwrapped
 from vattn.nn.heads import merge_heads
@@ -216,12 +218,15 @@ class VideoAttnProcessor:
         """The grid of the `num_tokens` tokens of this layer."""
         setting = self.setting
         if setting.grid is None:
-            raise ValueError(f"{setting.name}: num_frames, height and width must be given for a pattern, got None")
+            raise ValueError(
+                f"{setting.name}: num_frames, height and width must be given for a pattern that needs the grid, "
+                "got grid=None"
+            )
         frames, height, width = (size if axis in self.axes else 1 for axis, size in enumerate(setting.grid))
         if frames * height * width != num_tokens:
             raise ValueError(
                 f"{setting.name}: hidden_states must have the tokens of the grid {(frames, height, width)}, "
-                f"got {num_tokens} tokens"
+                f"got hidden_states with tokens={num_tokens}"
             )
         return frames, height, width
 
@@ -405,6 +410,7 @@ def set_attention(
         What was set: its ``patterns`` by the names of layers, and ``remove()``, which undoes it.
 
     Raises:
+        ImportError: diffusers is not installed.
         TypeError: `model` is of another class, or `pattern` is none.
         ValueError: `pattern` names a layer that `model` does not have.
 
@@ -433,6 +439,8 @@ def set_attention(
     module = unwrapped(model)
     known = known_class(module, MODELS)
     if known is None:
+        with needs(OP, "diffusers"):
+            importlib.import_module("diffusers")
         got = type(module).__name__
         if isinstance(getattr(module, "transformer", None), nn.Module):
             got += ", a pipeline: give set_attention its transformer"
@@ -452,7 +460,9 @@ def _by_layer(pattern: Any, names: Sequence[str]) -> dict[str, Pattern]:
     if isinstance(pattern, Mapping):
         unknown = [name for name in pattern if name not in names]
         if unknown:
-            raise ValueError(f"{OP}: pattern must name layers of the model ({', '.join(names)}), got {unknown[0]!r}")
+            raise ValueError(
+                f"{OP}: pattern must name layers of the model ({', '.join(names)}), got pattern={{{unknown[0]!r}: ...}}"
+            )
         chosen = dict(pattern)
     elif callable(pattern) and not isinstance(pattern, type):
         chosen = {name: pattern(name) for name in names}
@@ -463,5 +473,8 @@ def _by_layer(pattern: Any, names: Sequence[str]) -> dict[str, Pattern]:
         )
     for name, one in chosen.items():
         if one is not None and not isinstance(one, Pattern):
-            raise TypeError(f"{OP}: the pattern of {name} must be a Pattern such as Dense(), or None, got {one!r}")
+            raise TypeError(
+                f"{OP}: pattern must have a Pattern such as Dense(), or None, for each layer, "
+                f"got pattern[{name!r}]={one!r}"
+            )
     return {name: one for name, one in chosen.items() if one is not None}

@@ -13,8 +13,11 @@ from typing import Any, cast
 from torch import nn
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn.models.laps.frames import Levels, layer_leaps
 from vattn.nn import LeapAttention
+
+__all__ = ["leap_blocks"]
 
 
 def leap_blocks(
@@ -30,13 +33,14 @@ def leap_blocks(
     each frame. Each frame has class and register tokens of its own, which leap like the others.
 
     Args:
-        num_frames: T, frames of a video.
+        num_frames: T, frames of a video; at least 8 for the default levels.
         levels: block i has the level ``levels[i % len(levels)]``, see :func:`vattn.nn.leap_of_level`; None is attention
             within each frame.
         fold_div: divisor of the periodic shift, 0 for none.
         block_fn: timm's block to begin with, such as ``ParallelThingsBlock``; None is ``Block``.
 
     Raises:
+        ImportError: timm is not installed, and `block_fn` is None.
         TypeError: a setting of the wrong type; later, in the model, a block without an attention ``attn`` that has
             linear layers ``qkv`` and ``proj``.
         ValueError: a setting that does not fit; later, in the model, an attention with other parameters than timm's
@@ -56,8 +60,10 @@ def leap_blocks(
     _checks.integer(op, "fold_div", fold_div, least=0)
     leaps = list(layer_leaps(op, levels, None, num_frames))
 
+    make = block_fn or _block(op)
+
     def leap_block(*, depth: int, **settings: Any) -> nn.Module:
-        block: Any = (block_fn or _block())(depth=depth, **settings)
+        block: Any = make(depth=depth, **settings)
         attention = getattr(block, "attn", nn.Identity())
         block.attn = LeapAttention.from_attention(attention, num_frames, leaps[depth % len(leaps)], fold_div=fold_div)
         return block
@@ -65,7 +71,8 @@ def leap_blocks(
     return leap_block
 
 
-def _block() -> Callable[..., nn.Module]:
-    from timm.models.vision_transformer import Block
+def _block(op: str) -> Callable[..., nn.Module]:
+    with needs(op, "timm"):
+        from timm.models.vision_transformer import Block
 
     return cast("Callable[..., nn.Module]", Block)

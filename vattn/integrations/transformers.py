@@ -19,11 +19,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-from transformers.utils.import_utils import torch_compilable_check
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn._over_ranks import OverRanks
 from vattn.layout import BlockLayout
 from vattn.models.laps.frames import Levels, layer_leaps
@@ -34,6 +32,13 @@ from vattn.ops.edge_sparse_attention import edge_sparse_attention
 from vattn.ops.latent_attention import latent_attention
 from vattn.ops.leap_attention import leap_attention
 from vattn.ops.periodic_shift import periodic_shift
+
+with needs("vattn.integrations.transformers", "transformers"):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+    from transformers.utils.import_utils import torch_compilable_check
+
+__all__ = ["register", "set_leap_attention"]
 
 DENSE = "vattn"
 LEAP = "vattn_leap"
@@ -101,7 +106,8 @@ def set_leap_attention(
             ``model.vision_model``.
         num_frames: T. It must be given for a model of images; the others have it in their configuration.
         levels: layer i has the level ``levels[i % len(levels)]``, see :func:`vattn.nn.leap_of_level`: the leap is
-            ``T // 2**level`` frames, or tubelets. None is attention within each frame. Default: ``(1, 2, 3, 1)``.
+            ``T // 2**level`` frames, or tubelets. None is attention within each frame. Default: ``(1, 2, 3, 1)``,
+            for which there must be at least 8 of them.
         group_size: how many frames form a group. Default: 2.
         fold_div: divisor of the periodic shift, 0 for none, which is the default. Global tokens are not shifted.
 
@@ -202,8 +208,8 @@ class LeapOfLayer(nn.Module, OverRanks):
         tokens = self.num_global + frames[0] * frames[1]
         if query.shape[2] != tokens:
             raise ValueError(
-                f"{LEAP}: a video must have {tokens} tokens, {self.num_global} global ones and {frames[0]} frames of "
-                f"{frames[1]}, got {query.shape[2]}"
+                f"{LEAP}: query must have {tokens} tokens, {self.num_global} global ones and {frames[0]} frames of "
+                f"{frames[1]}, got query.shape={tuple(query.shape)}"
             )
         if self._layout is None:
             query, key, value = (x.unflatten(2, frames) for x in (query, key, value))
@@ -289,7 +295,10 @@ def _dense_attention(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if is_causal and attention_mask is None and queries > 1:
         if queries != keys:
-            raise ValueError(f"{DENSE}: causal attention must have as many keys as queries, got {keys} and {queries}")
+            raise ValueError(
+                f"{DENSE}: key must have as many tokens as query ({queries}) in causal attention, "
+                f"got key.shape={tuple(key.shape)}"
+            )
         if groups > 1:
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         layout = _causal_layout(queries, query.device)
@@ -360,11 +369,11 @@ def _key_lengths(
     kinds = (causal_mask_function, bidirectional_mask_function)
     if mask_function not in kinds or not (allow_is_causal_skip if causal else allow_is_bidirectional_skip):
         name = getattr(mask_function, "__qualname__", mask_function)
-        raise ValueError(f"{DENSE}: a mask must be causal, or of padding, or both, got mask_function={name}")
+        raise ValueError(f"{DENSE}: mask_function must be causal, or of padding, or both, got mask_function={name}")
     if causal and (isinstance(q_offset, Tensor) or kv_length != q_offset + q_length or (q_length > 1 and q_offset > 0)):
         raise ValueError(
             f"{DENSE}: causal attention must be of all tokens, or of one after a cache that grows, "
-            f"got {q_length} queries and {kv_length} keys"
+            f"got q_length={q_length}, kv_length={kv_length}"
         )
     if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
         return None
@@ -377,5 +386,8 @@ def _key_lengths(
 
 def _no_mask(attention_mask: Tensor | None = None, mask_function: Any = None, **options: Any) -> None:
     if attention_mask is not None or mask_function is not bidirectional_mask_function:
-        got = "attention_mask" if attention_mask is not None else getattr(mask_function, "__qualname__", mask_function)
-        raise ValueError(f"{LEAP}: leap attention has no masks, got {got}")
+        if attention_mask is not None:
+            got = f"attention_mask.shape={tuple(attention_mask.shape)}"
+        else:
+            got = f"mask_function={getattr(mask_function, '__qualname__', mask_function)}"
+        raise ValueError(f"{LEAP}: the model must use no masks with leap attention, got {got}")

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn._version import __version__
 from vattn.models.cards import CARD, card
-from vattn.models.settings import override, plain, require_numbers, require_settings, tuples
+from vattn.models.settings import override, plain, require_numbers, require_path, require_settings, tuples
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("class", "vattn", "settings")
@@ -127,7 +128,7 @@ class PretrainedModel(nn.Module):
             if not isinstance(given, str | None):
                 raise TypeError(f"{op}: {name} must be a string or None, got {name}={given!r}")
         save_file = _safetensors(op).torch.save_file
-        where = _path(op, folder)
+        where = require_path(op, "folder", folder)
         settings = self.config
         require_numbers(op, settings, _largest(self.state_dict()))
         _require_same_parts(op, self, _build_empty(lambda: _make(type(self), settings)))
@@ -346,26 +347,13 @@ def _plain_overrides(op: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain(f"{op}: {name}", value) for name, value in overrides.items()}
 
 
-def _path(op: str, folder: object) -> pathlib.Path:
-    """`folder`, which must be a string or a path."""
-    if isinstance(folder, str) or (isinstance(folder, os.PathLike) and isinstance(os.fspath(folder), str)):
-        if os.fspath(folder) == "":
-            raise ValueError(f"{op}: folder must not be empty, got folder=''")
-        return pathlib.Path(folder)
-    raise TypeError(f"{op}: folder must be a string or a path, got folder={folder!r}")
-
-
 def _find(op: str, folder: str | os.PathLike[str]) -> pathlib.Path:
     """The folder with the files of a model, which is fetched if it is a repository."""
-    where = _path(op, folder)
+    where = require_path(op, "folder", folder)
     name = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", folder) if isinstance(folder, str) else None
     if not where.is_dir() and name is not None:
-        try:
+        with needs(op, "models"):
             import huggingface_hub  # not needed otherwise
-        except ImportError as error:
-            raise ImportError(
-                f"{op}: huggingface_hub is needed for a repository: install vattn with the extra 'models'"
-            ) from error
         try:
             where = pathlib.Path(
                 huggingface_hub.snapshot_download(name[1], revision=name[2], allow_patterns=[CONFIG, WEIGHTS])
@@ -445,10 +433,8 @@ def _require_same_weights(op: str, model: nn.Module, weights: Mapping[str, Tenso
 
 
 def _safetensors(op: str) -> types.ModuleType:
-    try:
+    with needs(op, "models"):
         import safetensors.torch  # not needed otherwise
-    except ImportError as error:
-        raise ImportError(f"{op}: safetensors is needed: install vattn with the extra 'models'") from error
     return safetensors
 
 

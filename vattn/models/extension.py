@@ -8,7 +8,8 @@ Each window has the positions of a video's beginning, so that no length is new t
 grow with what came before it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,19 @@ def sizes(op: str, model: Any, codes: Tensor, context_frames: int | None, window
             f"{op}: context_frames must be less than those of a window ({window}), got context_frames={context_frames}"
         )
     return window, context_frames
+
+
+def require_names(op: str, settings: Mapping[str, Any], *functions: Callable[..., Any]) -> None:
+    """Each of `settings` is a keyword of one of `functions`.
+
+    Raises:
+        TypeError: one is not.
+    """
+    parameters = [x for function in functions for x in inspect.signature(function).parameters.values()]
+    names = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
+    for name, value in settings.items():
+        if name not in names:
+            raise TypeError(f"{op}: settings must be among {', '.join(sorted(names))}, got {name}={value!r}")
 
 
 def slide(codes: Tensor, context_frames: int, complete: Complete) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vattn import _checks
+from vattn._extras import needs
 from vattn.models.draws import Randomness, draws_of
 from vattn.models.settings import number
 
@@ -135,6 +136,7 @@ def progress_bar(items: Iterable[Item], title: str, shown: bool) -> Iterable[Ite
     """`items`, with a progress bar if there shall be one."""
     if not shown:
         return items
-    from tqdm.auto import tqdm  # not needed otherwise
+    with needs(title, "models"):
+        from tqdm.auto import tqdm  # not needed otherwise
 
     return tqdm(items, desc=title)

@@ -6,6 +6,8 @@ import functools
 import inspect
 import math
 import numbers
+import os
+import pathlib
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -191,6 +193,19 @@ def require_numbers(op: str, value: Any, most: int, path: str = "settings") -> N
         raise ValueError(f"{op}: {path} must be finite, got {path}={value}")
     elif isinstance(value, int) and abs(value) > most:
         raise ValueError(f"{op}: {path} must be at most {most}, got {path}={value}")
+
+
+def require_path(op: str, name: str, value: object) -> pathlib.Path:
+    """`value`, which is a string or a path, and not the empty one, which would be the current folder.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if isinstance(value, str) or (isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)):
+        if os.fspath(value) == "":
+            raise ValueError(f"{op}: {name} must not be empty, got {name}=''")
+        return pathlib.Path(value)
+    raise TypeError(f"{op}: {name} must be a string or a path, got {name}={value!r}")
 
 
 def number(op: str, name: str, value: object, least: float, most: float = math.inf, *, above: bool = False) -> None:

@@ -43,15 +43,18 @@ def leap_of_level(level: int | None, num_frames: int) -> int | None:
         >>> [leap_of_level(level, num_frames=8) for level in (1, 2, 3, None)]
         [4, 2, 1, None]
     """
-    _checks.integer("leap_of_level", "num_frames", num_frames, least=1)
+    return leap_for("leap_of_level", level, num_frames)
+
+
+def leap_for(op: str, level: int | None, num_frames: int) -> int | None:
+    """:func:`leap_of_level` for the function `op`."""
+    _checks.integer(op, "num_frames", num_frames, least=1)
     if level is None:
         return None
-    _checks.integer("leap_of_level", "level", level, least=0)
+    _checks.integer(op, "level", level, least=0)
     leap = num_frames >> level
     if leap == 0:
-        raise ValueError(
-            f"leap_of_level: num_frames // 2**level must be at least 1, got level={level}, num_frames={num_frames}"
-        )
+        raise ValueError(f"{op}: num_frames // 2**level must be at least 1, got level={level}, num_frames={num_frames}")
     return leap
 
 

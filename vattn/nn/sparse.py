@@ -103,6 +103,8 @@ class SparseSelfAttention(nn.Module, OverRanks):
         return_importance: bool = False,
         lengths: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.pad_keys == "zero" and layout is not None and layout.order is not None:
+            raise ValueError(f"SparseSelfAttention: layout must have no order with pad_keys='zero', got {layout=}")
         attend, begin = self._attend(layout, lengths)
         if layout is None:
             length = x.shape[1] - self.num_global
@@ -112,8 +114,6 @@ class SparseSelfAttention(nn.Module, OverRanks):
             query, key, value, layout, position_bias=self.position_bias, positions=positions, return_lse=True,
             return_importance=return_importance, dropout_p=self.attn_drop.p if self.training else 0.0,
         )  # fmt: skip
-        if self.pad_keys == "zero" and layout.order is not None:
-            raise ValueError(f"SparseSelfAttention: pad_keys='zero' takes no layout with an order, got {layout}")
         if self.pad_keys == "zero" and layout.num_tokens % layout.block_size:
             out = out * self._share_of_tokens(lse, layout, begin).to(out.dtype)[..., None]
         out = self.proj_drop(self.proj(merge_heads(out)))

@@ -8,8 +8,11 @@ It needs PyAV, NumPy, Pillow and tqdm: install vattn with the extra `training`. 
 all of it together.
 """
 
-from vattn.training.clips import SUFFIXES, VideoClips, read_video, video_files
-from vattn.training.loop import Training, warmup_cosine
-from vattn.training.write import write_video
+from vattn._extras import needs
+
+with needs("vattn.training", "training"):
+    from vattn.training.clips import SUFFIXES, VideoClips, read_video, video_files
+    from vattn.training.loop import Training, warmup_cosine
+    from vattn.training.write import write_video
 
 __all__ = ["SUFFIXES", "Training", "VideoClips", "read_video", "video_files", "warmup_cosine", "write_video"]

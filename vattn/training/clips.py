@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vattn import _checks
-from vattn.models.settings import number
+from vattn.models.settings import number, require_path
 
 AnyPath = str | os.PathLike[str]
 Timed = tuple[float, "av.VideoFrame"]  # seconds since the first frame, and a frame
@@ -47,7 +47,7 @@ def video_files(folder: AnyPath) -> list[pathlib.Path]:
         Traceback (most recent call last):
         FileNotFoundError: video_files: folder must be a folder, got folder=clips
     """
-    top = pathlib.Path(folder)
+    top = require_path("video_files", "folder", folder)
     if not top.is_dir():
         raise FileNotFoundError(f"video_files: folder must be a folder, got folder={folder}")
     files = sorted(path for path in top.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -98,6 +98,7 @@ def read_video(
         torch.Size([3, 3, 16, 16])
     """
     op = "read_video"
+    require_path(op, "path", path)
     wanted = _size(op, size)
     number(op, "start", start, 0)
     if num_frames is not None:
@@ -164,8 +165,12 @@ class VideoClips(Dataset[Tensor]):
         _checks.integer(op, "num_frames", num_frames, least=1)
         _size(op, size)
         _require_settings(op, fps, crop)
-        is_folder = isinstance(videos, (str, os.PathLike))
-        self.files = video_files(videos) if is_folder else [pathlib.Path(path) for path in videos]  # type: ignore
+        if isinstance(videos, (str, os.PathLike)):
+            self.files = video_files(videos)
+        elif isinstance(videos, Sequence):
+            self.files = [require_path(op, "videos", path) for path in videos]
+        else:
+            raise TypeError(f"{op}: videos must be a folder or a list of files, got videos={videos!r}")
         if not self.files:
             raise ValueError(f"{op}: videos must be a folder or at least one file, got videos={videos!r}")
         self.num_frames, self.size, self.fps, self.crop = num_frames, size, fps, crop

@@ -6,7 +6,6 @@ checkpoint = model, optimizer, step, losses, random numbers, place in the data
 import itertools
 import math
 import os
-import pathlib
 import signal
 import threading
 import types
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vattn import _checks
-from vattn.models.settings import number
+from vattn.models.settings import number, require_path
 
 Batch = TypeVar("Batch")
 WARM = 0.05  # of the steps
@@ -28,6 +27,9 @@ WARM = 0.05  # of the steps
 def warmup_cosine(step: int, steps: int) -> float:
     """The share of the learning rate: linear over the first twentieth of the steps, then half a cosine to 0.
 
+    Raises:
+        TypeError, ValueError: `step` is no int of at least 0, or `steps` none of at least 1.
+
     Source:
         Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (ICLR 2017), section 3.
 
@@ -35,6 +37,8 @@ def warmup_cosine(step: int, steps: int) -> float:
         >>> [round(warmup_cosine(step, 100), 2) for step in (0, 4, 50, 99)]
         [0.2, 1.0, 0.5, 0.0]
     """
+    _checks.integer("warmup_cosine", "step", step, least=0)
+    _checks.integer("warmup_cosine", "steps", steps, least=1)
     warm = min(1.0, (step + 1) / (WARM * steps))
     return warm * (1 + math.cos(math.pi * step / steps)) / 2
 
@@ -101,9 +105,15 @@ class Training:
                 raise TypeError(f"{op}: {what} must be a torch {kind.__name__}, got {what}={type(value).__name__}")
         _checks.integer(op, "steps", steps, least=0)
         _checks.integer(op, "save_every", save_every, least=1)
+        if not callable(schedule):
+            raise TypeError(f"{op}: schedule must be a function of a step and of steps, got schedule={schedule!r}")
+        if not isinstance(generators, Sequence):
+            raise TypeError(f"{op}: generators must be a list or tuple, got generators={generators!r}")
+        for i, generator in enumerate(generators):
+            _checks.generator(op, f"generators[{i}]", generator)
         if max_norm is not None:
             number(op, "max_norm", max_norm, 0, above=True)
-        self.model, self.optimizer, self.path, self.steps = model, optimizer, pathlib.Path(path), steps
+        self.model, self.optimizer, self.path, self.steps = model, optimizer, require_path(op, "path", path), steps
         self.schedule, self.max_norm, self.save_every, self.name = schedule, max_norm, save_every, name
         self.progress = progress
         self.step = 0
@@ -123,9 +133,12 @@ class Training:
             until: the step to stop at, as if the program had ended there; None for the last one.
 
         Raises:
+            TypeError: `until` is no int.
             ValueError: an iterator ended, an iterable is empty, or a loss is not finite. The last checkpoint stays.
             KeyboardInterrupt: Ctrl-C was pressed. The checkpoint is that of the step that it finished.
         """
+        if until is not None:
+            _checks.integer("Training.run", "until", until, least=0)
         end = self.steps if until is None else min(until, self.steps)
         self.model.train()
         with (

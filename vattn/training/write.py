@@ -1,7 +1,6 @@
 """Writing videos: MP4 with PyAV (H.264), GIF with Pillow."""
 
 import os
-import pathlib
 from fractions import Fraction
 
 import av
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vattn.models.settings import number
+from vattn.models.settings import number, require_path
 
 WRITERS = (".mp4", ".gif")
 
@@ -37,7 +36,7 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, *, fps: float = 10
         >>> path.stat().st_size > 0
         True
     """
-    suffix = pathlib.Path(path).suffix.lower()
+    suffix = require_path("write_video", "path", path).suffix.lower()
     if suffix not in WRITERS:
         raise ValueError(f"write_video: path must end with {' or '.join(WRITERS)}, got path={path}")
     number("write_video", "fps", fps, 0, above=True)

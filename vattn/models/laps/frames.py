@@ -10,7 +10,7 @@ from vattn._over_ranks import OverRanks
 from vattn.models.layers import reduction
 from vattn.models.pixels import NORMALISED, require_frames, warn_of_bytes
 from vattn.models.settings import Config, leaves, official_settings
-from vattn.nn import leap_of_level
+from vattn.nn.leap import leap_for
 
 if TYPE_CHECKING:
     from vattn.distributed._ranks import Ranks
@@ -108,7 +108,7 @@ def layer_leaps(op: str, levels: Levels, depth: int | None, num_frames: int) -> 
         raise TypeError(f"{op}: levels must be a list or tuple of ints or None, got levels={levels!r}")
     if not levels:
         raise ValueError(f"{op}: levels must have at least one element, got levels={levels!r}")
-    return (leap_of_level(levels[i % len(levels)], num_frames) for i in range(len(levels) if depth is None else depth))
+    return (leap_for(op, levels[i % len(levels)], num_frames) for i in range(len(levels) if depth is None else depth))
 
 
 def official_fold_div(op: str, config: Config) -> dict[str, int]:

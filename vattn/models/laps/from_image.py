@@ -153,7 +153,7 @@ def video_from_image(
     op = "video_from_image"
     require_pixels(op, model)
     if sign := sign_of_video(model):
-        raise ValueError(f"{op}: model must be a model of images, got {type(model).__name__}, which has {sign}")
+        raise ValueError(f"{op}: model must be a model of images, got model={type(model).__name__}, which has {sign}")
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     image_model = copy.deepcopy(model, cast("dict[int, Any]", shared))
     if hasattr(image_model, "set_attn_implementation"):
@@ -180,12 +180,12 @@ def require_pixels(op: str, model: nn.Module) -> None:
     """Raise for a model of text, sound or pairs, as far as it tells, and for relative positions and windows."""
     kind, takes = type(model).__name__, getattr(model, "main_input_name", "pixel_values")
     if takes != "pixel_values":
-        raise ValueError(f"{op}: model must be a model of images, got {kind}, which takes {takes}")
+        raise ValueError(f"{op}: model must be a model of images, got model={kind}, which takes {takes}")
     biases = [name for name, _ in model.named_parameters() if "relative_position" in name]
     if biases:  # which transformers hands to its attentions as masks
-        raise ValueError(f"{op}: leap attention has no relative positions, got {kind}, which has {biases[0]}")
+        raise ValueError(f"{op}: model must have no relative positions, got model={kind}, which has {biases[0]}")
     if window := getattr(getattr(model, "config", None), "window_size", 0):
-        raise ValueError(f"{op}: leap attention has no windows within a frame, got {kind} with window_size={window}")
+        raise ValueError(f"{op}: model must have no windows within a frame, got model={kind} with window_size={window}")
 
 
 def sign_of_video(model: nn.Module) -> str | None:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from vattn.models import extension
 from vattn.models.draws import Randomness, draws_of
-from vattn.models.mebt.sampling import Logits, continue_video
+from vattn.models.mebt.sampling import Logits, continue_video, draft, draft_and_revise, inpaint, maskgit, revise
+from vattn.models.sampling import draw_tokens
+
+SAMPLERS = (maskgit, draft, revise, draft_and_revise)
 
 
 def stream_video(
@@ -43,7 +46,7 @@ def stream_video(
                  [5, 5, 5]]])
     """
     window, context_frames = extension.sizes("stream_video", model, codes, context_frames, window)
-    return extension.slide(codes, context_frames, _complete(model, window, generator, settings))
+    return extension.slide(codes, context_frames, _complete("stream_video", model, window, generator, settings))
 
 
 def extend_video(
@@ -95,11 +98,16 @@ def extend_video(
                  [4, 4]]])
     """
     window, context_frames = extension.sizes("extend_video", model, codes, context_frames, window)
-    complete = _complete(model, window, generator, settings)
+    complete = _complete("extend_video", model, window, generator, settings)
     return extension.extend("extend_video", codes, num_frames, window, context_frames, complete, progress)
 
 
-def _complete(model: Logits, window: int, generator: Randomness, settings: dict[str, Any]) -> extension.Complete:
+def _complete(
+    op: str, model: Logits, window: int, generator: Randomness, settings: dict[str, Any]
+) -> extension.Complete:
     """A window from the codes that it begins with."""
+    sampler = settings.get("sampler") or maskgit
+    if sampler in SAMPLERS:  # what another one takes, it says itself
+        extension.require_names(op, settings, inpaint, sampler, draw_tokens)
     draws = draws_of(generator)
     return lambda known: continue_video(model, known, window, generator=draws, **settings)

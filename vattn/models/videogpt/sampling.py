@@ -180,6 +180,7 @@ def _complete(
     """A window from the codes that it begins with."""
     if frames is not None and not callable(frames):
         raise TypeError(f"{op}: frames must be a function of codes, got frames={type(frames).__name__}")
+    extension.require_names(op, sampling, draw_tokens)
     draws = draws_of(generator)
 
     def complete(known: Tensor) -> Tensor:
