@@ -33,6 +33,7 @@ def case_of(operator: Operator[Any], text: str) -> Case:
 
 def _parsed(name: str, value: str, wanted: Any) -> Any:
     """A number, a word, or numbers joined by "+" where a case has a tuple of them."""
+    parsed: Any
     try:
         if wanted is int or wanted is float:
             parsed = wanted(value)

@@ -499,22 +499,27 @@ class TestRunIsRefused:
             small_training(tmp_path / "x.pt", **settings)
 
     @pytest.mark.parametrize(
-        ("call", "error", "message"),
+        ("call", "given", "error", "message"),
         [
-            (lambda: small_training(3), TypeError, "Training: path must be a string or a path, got path=3"),
-            (lambda: small_training("x.pt").run([], None, until="x"), TypeError, "Training.run: until must be an int"),
-            (lambda: warmup_cosine(1, 0), ValueError, "warmup_cosine: steps must be at least 1, got steps=0"),
-            (lambda: warmup_cosine(-1, 1), ValueError, "warmup_cosine: step must be at least 0, got step=-1"),
-            (lambda: VideoClips(3, 4, 8), TypeError, "VideoClips: videos must be a folder or a list of files, got "),
-            (lambda: VideoClips([3], 4, 8), TypeError, "VideoClips: videos must be a string or a path, got videos=3"),
-            (lambda: video_files(3), TypeError, "video_files: folder must be a string or a path, got folder=3"),
-            (lambda: read_video(3), TypeError, "read_video: path must be a string or a path, got path=3"),
-            (lambda: write_video(3, counting(1)), TypeError, "write_video: path must be a string or a path, got path"),
+            (small_training, (3,), TypeError, "Training: path must be a string or a path, got path=3"),
+            (
+                small_training("x.pt").run,
+                ([], None, "x"),
+                TypeError,
+                "Training.run: until must be an int, got until='x'",
+            ),
+            (warmup_cosine, (1, 0), ValueError, "warmup_cosine: steps must be at least 1, got steps=0"),
+            (warmup_cosine, (-1, 1), ValueError, "warmup_cosine: step must be at least 0, got step=-1"),
+            (VideoClips, (3, 4, 8), TypeError, "VideoClips: videos must be a folder or a list of files, got "),
+            (VideoClips, ([3], 4, 8), TypeError, "VideoClips: videos must be a string or a path, got videos=3"),
+            (video_files, (3,), TypeError, "video_files: folder must be a string or a path, got folder=3"),
+            (read_video, (3,), TypeError, "read_video: path must be a string or a path, got path=3"),
+            (write_video, (3, counting(1)), TypeError, "write_video: path must be a string or a path, got path"),
         ],
     )
-    def test_wrong_arguments(self, call, error, message):
+    def test_wrong_arguments(self, call, given, error, message):
         with pytest.raises(error, match=f"^{message}"):
-            call()
+            call(*given)
 
     def test_what_is_no_model(self, tmp_path):
         model = nn.Linear(1, 1)
