@@ -1,6 +1,7 @@
 """Codebooks: the precision of their statistics, vectors that are not finite or not there, activation checkpointing."""
 
 import copy
+import gc
 import itertools
 import pickle
 from collections.abc import Callable
@@ -331,6 +332,8 @@ def run_process(rank: int, folder: Path) -> None:
     train_where_one_has_begun(rank)
     train_with_ddp(rank, folder)
     train_in_mixed_precision(rank)
+    dist.barrier()
+    gc.collect()  # wrapped models hold process groups, whose threads must end before the process does
     dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ One pair of processes trains all models in all ways, and writes what became of t
 import copy
 import datetime
 import functools
+import gc
 import itertools
 import pathlib
 import traceback
@@ -140,6 +141,8 @@ def train_all(rank: int, folder: str) -> None:
             found[f"{name} {way} {dtype}"] = traceback.format_exc()
     found["bias alone"] = sharded_bias()
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    gc.collect()  # wrapped models hold process groups, whose threads must end before the process does
     dist.destroy_process_group()
 
 
