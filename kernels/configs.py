@@ -85,7 +85,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
         "forward_bias": {128: Tiles(64, 16, 4, 3)},
         "backward_query_bias": {128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 3), 256: Tiles(32, 32, 4, 2)},
         "jvp_bias": {
-            128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 2), 256: Tiles(16, 32, 4, 1), 384: Tiles(32, 32, 4, 1),
+            128: Tiles(64, 16, 4, 3), 192: Tiles(64, 16, 4, 2), 256: Tiles(16, 32, 4, 1), 384: Tiles(16, 32, 4, 1),
         },
         "backward_key_bias": {
             128: Tiles(32, 64, 4, 3), 192: Tiles(16, 64, 4, 2), 256: Tiles(32, 32, 4, 2), 384: Tiles(32, 32, 4, 1),
