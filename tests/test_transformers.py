@@ -298,7 +298,7 @@ class TestLeapRefuses:
             ("CLIPModel", {"vision_config": SIZE | IMAGE, "text_config": TEXT},
              "model must be a model of images, got model=CLIPModel, which takes input_ids$"),
             ("XCLIPVisionModel", SIZE | IMAGE | {"mit_hidden_size": 16, "mit_num_attention_heads": 2},
-             "a model of videos must be one of videomae, vivit, got XCLIPVisionModel, which has num_frames$"),
+             "a model of videos must be one of videomae, vivit, got model=XCLIPVisionModel, which has num_frames$"),
             ("VideoMAEForPreTraining", SIZE | IMAGE | {"decoder_hidden_size": 12, "decoder_num_attention_heads": 2,
                                                        "decoder_num_hidden_layers": 1},
              "model must have .* of one configuration, got VideoMAEForPreTraining with 2 configurations"),

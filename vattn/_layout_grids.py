@@ -79,6 +79,10 @@ class GridPatterns:
         Returns:
             A layout on the CPU. Its order is that of the tiles, or None if their tokens are consecutive.
 
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or a value that does not fit.
+
         Source:
             Hassani et al., "Neighborhood Attention Transformer", and "Generalized Neighborhood Attention" for the
             stride: the masks of NATTEN without dilation and causality.
@@ -132,6 +136,10 @@ class GridPatterns:
         Returns:
             A layout on the CPU. Its order is that of the tiles, or None if their tokens are consecutive.
 
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or a value that does not fit.
+
         Source:
             Zhang et al., "Fast Video Generation with Sliding Tile Attention". An even window reads as many tiles as it
             says, where the official code reads one more; and the last tiles may be cut off, where that needs a `tile`
@@ -178,6 +186,10 @@ class GridPatterns:
 
         Returns:
             A layout on the CPU, with an order if `block_size` does not divide a frame.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or a value that does not fit.
 
         Source:
             Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation",
@@ -245,6 +257,10 @@ class GridPatterns:
         Returns:
             A layout on the CPU, whatever the default device is.
 
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or a value that does not fit.
+
         Source:
             Yan et al., "VideoGPT: Video Generation using VQ-VAE and Transformers", whose code has this layout; its
             blocks are those of Child et al., "Generating Long Sequences with Sparse Transformers".
@@ -286,6 +302,10 @@ class GridPatterns:
         Returns:
             ``(M * block_size,)`` int64 on the CPU, `block_size` being the product of `tile`: raster indices of tokens,
             tiles in raster order, and -1 at the end of a tile that the end of the grid cuts off.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or a value that does not fit.
 
         Example:
             >>> vattn.BlockLayout.tile_order((3, 4), (2, 2)).view(-1, 4)

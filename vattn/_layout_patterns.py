@@ -11,7 +11,7 @@ from torch import Tensor
 from vattn import _checks
 from vattn._layout_checks import blocks_of_order, check_order, count_blocks
 from vattn._layout_grids import GridPatterns
-from vattn._layout_tiles import row_starts
+from vattn._layout_tiles import ends, row_starts
 from vattn._library import AUTOCAST_DEVICES
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class Patterns(GridPatterns):
                 some of them twice; if not, the blocks at the ends have fewer.
             generator: where the random numbers come from, and the device of the layout; None for torch's on the CPU.
             draws: ``(M, M)`` random numbers above 0 instead, M being the number of blocks, on the device of the layout.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or a value that does not fit.
 
         Source:
             Li et al., "SViTT: Temporal Learning of Sparse Video-Text Transformers", on edge sparsity.
@@ -129,6 +133,10 @@ class Patterns(GridPatterns):
             A layout on the device of `query`, whose rows list blocks in ascending order: ``(B, H, M + 1)`` of them, or
             ``(H, M + 1)`` for a batch of 1.
 
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or a value that does not fit.
+
         Source:
             The block selection of Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention", and,
             with `own`, of Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", which pools keys only.
@@ -186,6 +194,10 @@ class Patterns(GridPatterns):
 
         Args:
             layouts: one per head, each for all heads and samples, of the same tokens in the same blocks.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a shape or a value that does not fit.
 
         Example:
             >>> near = vattn.BlockLayout.sliding_tile((8, 8, 8), tile=(4, 4, 4), window=(1, 1, 1))
@@ -260,7 +272,7 @@ def _drop_outside(columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     inside = (columns >= 0) & (columns < columns.shape[0])
     order = (~inside).view(-1).int().argsort(stable=True)[: columns.numel() - count]
-    return columns.view(-1)[order], torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))
+    return columns.view(-1)[order], ends(inside.sum(1))
 
 
 def _pooled(x: Tensor, block_size: int, order: Tensor | None) -> Tensor:

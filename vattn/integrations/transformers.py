@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vattn import _checks
 from vattn._extras import needs
+from vattn._layout_tiles import ends
 from vattn._over_ranks import OverRanks
 from vattn.layout import BlockLayout
 from vattn.models.laps.frames import Levels, layer_leaps
@@ -240,7 +241,7 @@ def _leap_layout(num_frames: int, tokens_per_frame: int, num_global: int, leap: 
     frame = torch.arange(num_frames, device="cpu")
     group = frame // (leap * group_size) * leap + frame % leap
     reads = group[:, None] == group
-    offsets = torch.nn.functional.pad(reads.sum(1).cumsum(0), (1, 0))
+    offsets = ends(reads.sum(1))
     return BlockLayout(
         num_frames * tokens_per_frame, tokens_per_frame, offsets, reads.nonzero()[:, 1], num_global=num_global
     )
@@ -256,7 +257,7 @@ def _frames(op: str, model: nn.Module, config: Any, num_frames: int | None) -> t
         return num_frames, None, 0
     if config.model_type not in GLOBAL_TOKENS:
         raise ValueError(
-            f"{op}: a model of videos must be one of {', '.join(GLOBAL_TOKENS)}, got {kind}, which has {sign}"
+            f"{op}: a model of videos must be one of {', '.join(GLOBAL_TOKENS)}, got model={kind}, which has {sign}"
         )
     if num_frames not in (None, config.num_frames):
         raise ValueError(
